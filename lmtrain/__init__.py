@@ -1,0 +1,34 @@
+"""lmtrain: train recurrent language models from a YAML file, and use them.
+
+>>> import lmtrain                                           # doctest: +SKIP
+>>> result = lmtrain.train("configs/quickstart.yaml")        # doctest: +SKIP
+>>> lmtrain.load(result.run).generate(["the old man"])       # doctest: +SKIP
+
+Importing this loads no torch; the first use of a name does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmtrain.config import load_config
+    from lmtrain.inference.trained_model import TrainedModel, load
+    from lmtrain.training.trainer import train
+
+__all__ = ["TrainedModel", "load", "load_config", "train"]
+
+_HOMES = {
+    "TrainedModel": "lmtrain.inference.trained_model",
+    "load": "lmtrain.inference.trained_model",
+    "load_config": "lmtrain.config",
+    "train": "lmtrain.training.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lmtrain' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,229 @@
+"""The command line: parse, call one function, print. Torch is imported inside the commands that need it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from lmtrain.errors import ConfigError, LmtrainError
+
+if TYPE_CHECKING:
+    from lmtrain.training.tracking import Progress
+
+app = typer.Typer(
+    name="lmtrain",
+    help="Train recurrent language models (LSTM, GRU, RNN; one direction or two) from a YAML file, and use them.",
+    epilog="Start with: lmtrain train configs/quickstart.yaml && lmtrain generate",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE ...]", help="Config keys to change: model.hidden_size=256"),
+]
+RunArgument = Annotated[
+    str | None, typer.Argument(metavar="[RUN]", help="A run directory; left out, the newest under runs/.")
+]
+DeviceOption = Annotated[Device | None, typer.Option(help="Where to compute; auto: cuda where there is one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"lmtrain {installed('lmtrain')}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    run_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The run directory, new or empty; default runs_dir/name."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the last good checkpoint; afresh where there is none."),
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Train the model that a config describes."""
+    settings = load_with(config, overrides, device)
+    from lmtrain.training.trainer import train as run_training
+
+    result = run_training(settings, run_dir, resume=resume, progress=_progress())
+    best = ", ".join(f"{tag.removeprefix('valid/')} {value:.4f}" for tag, value in result.figures.items())
+    if best:
+        print(f"best validation (step {result.best_step}): {best}")
+    print(f"{result.run}: {result.step} steps. Next: lmtrain generate {result.run}")
+
+
+def load_with(config: str, overrides: list[str] | None, device: Device | None):  # type: ignore[no-untyped-def]
+    """The config with its overrides; `--device` is one more."""
+    from lmtrain.config import load_config
+
+    more = [] if device is None else [f"training.device={device}"]
+    return load_config(config, [*(overrides or []), *more])
+
+
+@app.command()
+def generate(
+    run: RunArgument = None,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text to go on with; repeatable.")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="FILE|-", help="A file of prompts, one a line.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest text, where no end token comes before.")
+    ] = None,
+    as_json: JsonOption = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave control characters as they are on a terminal.")] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Write text greedily until the end token. Without a prompt, the model starts by itself."""
+    texts = [*(prompt or []), *(_read_prompts(prompts) if prompts is not None else [])]
+    if prompts is not None and not texts:
+        raise ConfigError(f"--prompts {prompts}: holds no prompt")
+    import lmtrain
+
+    model = lmtrain.load(run, device or "auto", _tell)
+    for text in texts:
+        if unknown := model.unknown_tokens(text):
+            _tell(f"note: {unknown} tokens of the prompt {text[:60]!r} are unknown to the model, read as <unk>")
+    for result in model.generate(texts or [""], max_tokens):
+        if as_json:
+            print(json.dumps(vars(result), ensure_ascii=False))
+        else:
+            print(result.text if raw or not sys.stdout.isatty() else escape(result.text))
+
+
+def _read_prompts(source: str) -> list[str]:
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        return data.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise ConfigError(f"--prompts {source}: {(error.strerror or 'can not be read').lower()}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {source}: byte {error.start} is not UTF-8") from None
+
+
+@app.command()
+def evaluate(
+    run: RunArgument = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE ...]", help="Text; default the run's test set, else validation."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows at once; the figures do not depend on it.")
+    ] = None,
+    as_json: JsonOption = False,
+    device: DeviceOption = None,
+) -> None:
+    """Print a trained model's perplexity on text."""
+    paths: list[str] = files or []
+    if run is not None and Path(run).is_file():  # a file where the run may stand: the newest run is meant
+        paths = [run, *paths]
+        run = None
+    import lmtrain
+
+    model = lmtrain.load(run, device or "auto", _tell)
+    figures = model.evaluate(paths, batch_size).figures()
+    if as_json:
+        print(json.dumps(figures))
+        return
+    print(f"{model.run}, step {model.step}")
+    for name, value in figures.items():
+        if value is not None:
+            print(
+                f"{name.replace('_', ' '):20} {value:,}"
+                if isinstance(value, int)
+                else f"{name.replace('_', ' '):20} {value:.4f}"
+            )
+
+
+@app.command()
+def check(config: ConfigArgument, overrides: OverridesArgument = None, device: DeviceOption = None) -> None:
+    """Report every config and data fault at once, and what the data holds; trains nothing."""
+    settings = load_with(config, overrides, device)
+    from lmtrain.training.report import describe
+
+    for line in describe(settings, _tell):
+        print(line)
+
+
+def _progress() -> Progress:
+    from lmtrain.training.tracking import Bar, Lines
+
+    return Bar() if sys.stderr.isatty() else Lines()
+
+
+def escape(text: str) -> str:
+    """Text whose control characters are written out (`\\x1b`), so that it can't drive a terminal."""
+
+    def written_out() -> Iterator[str]:
+        for character in text:
+            if unicodedata.category(character) == "Cc" and character not in "\n\t":
+                yield f"\\x{ord(character):02x}"
+            else:
+                yield character
+
+    return "".join(written_out())
+
+
+def _tell(line: str) -> None:
+    print(escape(line), file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run a command and leave with its exit code; a user's mistake is a line for each fault, never a traceback."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        return int(code or 0)
+    except LmtrainError as error:
+        for fault in error.faults:
+            _tell(fault)
+        return error.exit_code
+    except TyperException as error:
+        message = error.format_message()
+        _tell(message if "\n" in message else f"lmtrain: {message} (lmtrain --help)")
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        _tell(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 5

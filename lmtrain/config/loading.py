@@ -1,0 +1,227 @@
+"""From a YAML file and command-line overrides to a configuration, or to all of its faults, each with its place."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lmtrain.config.located_yaml import Located, parse, read
+from lmtrain.config.located_yaml import Path as KeyPath
+from lmtrain.config.schema import Config, Section
+from lmtrain.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Config:
+    """Read a configuration file and put `KEY=VALUE` overrides over it.
+
+    Args:
+        overrides: keys by their dotted path, values as YAML: `model.hidden_size=256`.
+        check_files: the data and tokenizer files named must exist.
+
+    Raises:
+        ConfigError: every fault found, a line each: `FILE:LINE:COL: key: what is wrong`.
+    """
+    located = parse(read(str(path)), str(path))
+    if not isinstance(located.value, dict):
+        what = "empty" if located.value is None else "not a mapping of keys to values"
+        raise ConfigError(f"{path}:1:1: {what}; start from configs/quickstart.yaml")
+    tree: dict[str, Any] = located.value
+    faults = [fault for override in overrides for fault in _override(located, override)]
+    for key in tree:
+        if tree[key] is None and _section((key,)) is not None:
+            tree[key] = {}  # a section whose keys are all left out
+    if tree.get("name") is None:
+        tree["name"] = Path(path).stem
+    config, found = _validate(located)
+    faults += found
+    if config is None:  # once more without the faulty keys, to find what else is wrong
+        config, _ = _validate(located)
+    if config is not None:
+        faults += (f"{located.place(key)}: {_dotted(key)}: {what}" for key, what in _contradictions(config))
+        if check_files:
+            faults += (f"{located.place(key)}: {_dotted(key)}: {what}" for key, what in _missing_files(config))
+    if faults:
+        raise ConfigError(*faults)
+    assert config is not None
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML, every key; `load_config` reads it back to an equal one."""
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all text, so that none of it can be read as a number or a word of another YAML version."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str",
+        text,
+        style=None if re.fullmatch(r"[a-z_]+(?<!null|true|alse)", text) else '"',
+    ),
+)
+_Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+def _override(located: Located, override: str) -> Iterator[str]:
+    """Put one KEY=VALUE into the tree; yields what is wrong with it."""
+    key, equals, text = override.partition("=")
+    path = tuple(key.split("."))
+    if not equals or not all(path):
+        yield f"command line: {override!r}: an override is KEY=VALUE, for instance model.hidden_size=256"
+        return
+    try:
+        value = parse(text, f"command line: {key}=").value
+    except ConfigError as error:
+        yield from error.faults
+        return
+    place = located.value
+    for depth, part in enumerate(path[:-1]):
+        if place.get(part) is None:
+            place[part] = {}
+            located.places[path[: depth + 1]] = "command line"
+        place = place[part]
+        if not isinstance(place, dict):
+            yield f"command line: {key}: {_dotted(path[: depth + 1])} is not a section"
+            return
+    place[path[-1]] = value
+    located.places = {at: where for at, where in located.places.items() if at[: len(path)] != path}
+    located.places[path] = "command line"
+
+
+def _validate(located: Located) -> tuple[Config | None, list[str]]:
+    """The config, or its faults; faulty keys are taken out of the tree on the way."""
+    try:
+        return Config.model_validate(located.value), []
+    except ValidationError as error:
+        faults: dict[KeyPath, str] = {}
+        for detail in error.errors():
+            path = _known_path(located, detail["loc"])
+            faults.setdefault(path, f"{located.place(path)}: {_dotted(path)}: {_what(path, detail)}")
+        for path in faults:
+            _remove(located.value, path)
+        order = {place: number for number, place in enumerate(located.places.values())}
+        lines = sorted(faults.items(), key=lambda item: order[located.place(item[0])])
+        return None, [line for _, line in lines]
+
+
+def _known_path(located: Located, loc: KeyPath) -> KeyPath:
+    """The path of a pydantic error, without the names of union members that it adds."""
+    while loc not in located.places and loc[:-1] in located.places and _section(loc[:-1]) is None:
+        loc = loc[:-1]
+    return loc
+
+
+def _section(path: KeyPath) -> type[Section] | None:
+    """The section that stands at a path, if one does."""
+    section: type[Section] = Config
+    for part in path:
+        field = section.model_fields.get(str(part))
+        kind = field.annotation if field else None
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            return None
+        section = kind
+    return section
+
+
+def _what(path: KeyPath, detail: Any) -> str:
+    match detail["type"]:
+        case "extra_forbidden":
+            return "no such key" + _near_key(path)
+        case "missing":
+            return "missing; it has no default"
+        case "model_type":
+            return "a section: keys and values belong below it"
+    message = re.sub(r"^(Input|List|String|Value) should", "should", detail["msg"])
+    message = message.replace("should match pattern", "is a plain file name, not like")
+    given = json.dumps(detail["input"], ensure_ascii=False, default=str)  # as YAML writes it: true, null
+    near = ""
+    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
+        options = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        close = difflib.get_close_matches(detail["input"].lower(), options, n=1)
+        near = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{message}, not {given if len(given) <= 40 else given[:37] + '...'}{near}"
+
+
+def _near_key(path: KeyPath) -> str:
+    """A hint at the key that was meant, here or in another section."""
+    section = _section(path[:-1])
+    near = difflib.get_close_matches(str(path[-1]), list(section.model_fields), n=1) if section else []
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    for home in Config.model_fields:
+        if (kind := _section((home,))) is not None:
+            near = difflib.get_close_matches(str(path[-1]), list(kind.model_fields), n=1, cutoff=0.8)
+            if near:
+                return f" (did you mean '{home}.{near[0]}'?)"
+    return ""
+
+
+def _remove(tree: Any, path: KeyPath) -> None:
+    for part in path[:-1]:
+        try:
+            tree = tree[part]
+        except (KeyError, TypeError, IndexError):
+            return
+    if isinstance(tree, dict):
+        tree.pop(path[-1], None)
+
+
+def _contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    """Keys that are right by themselves and wrong together."""
+    if config.batching.mode == "stream":
+        yield ("batching", "mode"), "stream is not built yet; use sentences"
+        if config.model.bidirectional:
+            yield (
+                ("model", "bidirectional"),
+                "a stream has no right end to read from; use batching.mode: sentences",
+            )
+    if config.data.valid is not None and config.data.valid_fraction is not None:
+        yield (
+            ("data", "valid_fraction"),
+            "data.valid names the validation set already; set one of the two to null",
+        )
+    if (config.tokenizer.kind == "file") != (config.tokenizer.path is not None):
+        yield ("tokenizer", "path"), "goes with tokenizer.kind: file, and only with it"
+    if config.tokenizer.kind == "ids":
+        if config.data.format == "jsonl":
+            yield ("data", "format"), "tokenizer.kind: ids reads lines of integers; use ids or auto"
+        if config.tokenizer.pad_id >= config.tokenizer.vocab_size:
+            yield (
+                ("tokenizer", "pad_id"),
+                f"should be below tokenizer.vocab_size ({config.tokenizer.vocab_size})",
+            )
+    elif config.data.format == "ids":
+        yield ("data", "format"), "ids goes with tokenizer.kind: ids"
+    if config.model.output == "adaptive" and config.model.tie_weights:
+        yield ("model", "output"), "adaptive has output weights of its own; set model.tie_weights: false"
+    weights = config.training.loss_weights
+    if not weights.forward and not (config.model.bidirectional and (weights.backward or weights.fill)):
+        yield ("training", "loss_weights"), "all are zero: there is nothing to learn"
+    if config.training.patience is not None and config.data.valid is None and config.data.valid_fraction is None:
+        yield ("training", "patience"), "needs a validation set: set data.valid or data.valid_fraction"
+
+
+def _missing_files(config: Config) -> Iterator[tuple[KeyPath, str]]:
+    for key in ("train", "valid", "test"):
+        for pattern in getattr(config.data, key) or []:
+            if not os.path.lexists(pattern) and not glob.glob(pattern, recursive=True):
+                yield ("data", key), f"{pattern}: no such file (paths are relative to {os.getcwd()})"
+    if config.tokenizer.path is not None and not os.path.isfile(config.tokenizer.path):
+        yield ("tokenizer", "path"), f"{config.tokenizer.path}: no such file"

@@ -1,0 +1,236 @@
+"""The token store: a corpus as flat ids on disk, read through memory maps.
+
+A store is a directory: `tokens.bin` (uint16 or uint32, little-endian), every sequence from its `<bos>` to its
+`<eos>`; `offsets.bin` (uint64), where each begins and the last one ends; `hashes.bin` (uint64), one a sequence;
+`store.json`, the counts. It is written in one pass and bounded memory, renamed into place when whole, and named after
+the content of the files and the tokenizer, so that a changed file is never served stale.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmtrain.data.reading import Block, content_hash, expand, read_texts
+from lmtrain.data.tokenizer import Ids, Tokenizer
+from lmtrain.errors import DataError
+
+FORMAT = 1
+Part = Literal["all", "train", "valid"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which texts of which files: all of them, or one side of a split by content.
+
+    With `valid_fraction`, a text belongs to the validation part where the hash of its content says so: the split does
+    not depend on the order of the lines, and equal lines never stand on both sides.
+    """
+
+    files: tuple[str, ...]
+    format: str = "auto"
+    jsonl_field: str = "text"
+    part: Part = "all"
+    valid_fraction: float = 0.0
+
+    @classmethod
+    def of(cls, patterns: Sequence[str], **settings: object) -> Source:
+        """The source that paths and globs name; settings as the fields."""
+        return cls(tuple(expand(patterns)), **settings)  # type: ignore[arg-type]
+
+    def blocks(self) -> Iterator[Block]:
+        """The texts, a block at a time, those of the other part as empty texts."""
+        for block in read_texts(self.files, self.format, self.jsonl_field):
+            yield block if self.part == "all" else block._replace(texts=list(map(self._kept, block.texts)))
+
+    def _kept(self, text: str) -> str:
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        held_out = int.from_bytes(digest, "little") < self.valid_fraction * 2**64
+        return text if held_out == (self.part == "valid") else ""
+
+    def texts(self) -> Iterator[str]:
+        """The texts that are not blank, one at a time."""
+        for block in self.blocks():
+            yield from (text for text in block.texts if text.strip())
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file."""
+        return {path: content_hash(path) for path in self.files}
+
+    def key(self, *more: str) -> str:
+        """A name for this content and what was made of it."""
+        facts = [FORMAT, self.format, self.jsonl_field, self.part, self.valid_fraction, *more]
+        return hashlib.sha256(json.dumps([facts, list(self.hashes().values())]).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class StoreCounts:
+    """What a store holds."""
+
+    sequences: int = 0
+    tokens: int = 0  # with `<bos>` and `<eos>`
+    unknown_tokens: int = 0
+    characters: int = 0  # each sequence's end counted as one
+    bytes: int = 0  # of UTF-8, likewise
+    blank: int = 0
+    longest: int = 0  # tokens, `<bos>` and `<eos>` not counted
+    dtype: str = "uint16"
+
+
+class TokenStore:
+    """A whole store, memory-mapped. `tokens` (T,), `offsets` (sequences + 1,), `hashes` (sequences,)."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.counts = StoreCounts(**json.loads((directory / "store.json").read_text()))
+        self.tokens: NDArray[np.unsignedinteger] = self._map("tokens", self.counts.dtype, self.counts.tokens)
+        self.offsets: NDArray[np.uint64] = self._map("offsets", "uint64", self.counts.sequences + 1)
+        self.hashes: NDArray[np.uint64] = self._map("hashes", "uint64", self.counts.sequences)
+
+    def _map(self, name: str, dtype: str, size: int) -> NDArray[np.unsignedinteger]:
+        return np.memmap(self.directory / f"{name}.bin", np.dtype(dtype).newbyteorder("<"), "r", shape=(size,))
+
+    def overlap(self, other: TokenStore) -> int:
+        """How many of this store's sequences also stand in the other, token for token."""
+        return int(np.isin(self.hashes, other.hashes).sum())
+
+
+def open_store(
+    source: Source,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    announce: Callable[[str], None] = lambda line: None,
+) -> TokenStore:
+    """The store of a source under `cache_dir`, built first where it is not there yet.
+
+    Raises:
+        DataError: a fault of the text, with its place; or no text at all.
+    """
+    cache = Path(cache_dir)
+    home = cache / source.key(tokenizer.fingerprint())
+    with suppress(OSError, ValueError, TypeError, KeyError):  # a store that can't be read is built again
+        return TokenStore(home)
+    cache.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(cache)
+    announce(f"reading {', '.join(source.files)}")
+    with _building(cache, home) as directory:
+        counts = _write(source, tokenizer, directory)
+        if not counts.sequences:
+            raise DataError(f"{', '.join(source.files)}: no text: nothing but {counts.blank} blank lines")
+    return TokenStore(home)
+
+
+@contextmanager
+def _building(cache: Path, home: Path) -> Iterator[Path]:
+    """A directory to build in, renamed to `home` at the end; of two builders the first to end wins."""
+    directory = cache / f".building-{home.name}-{os.getpid()}"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield directory
+        (directory / "lock").unlink()
+        try:
+            directory.rename(home)
+        except OSError:
+            try:
+                TokenStore(home)
+            except (
+                OSError,
+                ValueError,
+                TypeError,
+                KeyError,
+            ):  # what stands there is broken: put ours in its place
+                shutil.rmtree(home)
+                directory.rename(home)
+    finally:
+        os.close(lock)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what killed builders left: the directories whose lock nobody holds."""
+    for lock in cache.glob(".building-*/lock"):
+        with suppress(OSError), open(lock) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+def _write(source: Source, tokenizer: Tokenizer, directory: Path) -> StoreCounts:
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    totals = dict.fromkeys(("sequences", "tokens", "unknown_tokens", "characters", "bytes", "blank", "longest"), 0)
+    with ExitStack() as stack:
+        names = ("tokens", "offsets", "hashes")
+        files = {name: stack.enter_context(open(directory / f"{name}.bin", "wb")) for name in names}
+        np.zeros(1, "<u8").tofile(files["offsets"])
+        for block in source.blocks():
+            texts = [text for text in block.texts if text.strip()]
+            totals["blank"] += block.blank
+            if not texts:
+                continue
+            flat, lengths = _encode(tokenizer, block, texts)
+            framed, ends = _frame(flat, lengths, tokenizer)
+            framed.astype(np.dtype(dtype).newbyteorder("<")).tofile(files["tokens"])
+            (ends + totals["tokens"]).astype("<u8").tofile(files["offsets"])
+            _hash(framed, ends).tofile(files["hashes"])
+            totals["sequences"] += len(texts)
+            totals["tokens"] += len(framed)
+            totals["unknown_tokens"] += 0 if tokenizer.unk_id is None else int((flat == tokenizer.unk_id).sum())
+            totals["characters"] += sum(map(len, texts)) + len(texts)
+            totals["bytes"] += len("".join(texts).encode()) + len(texts)
+            totals["longest"] = max(totals["longest"], int(lengths.max()))
+        for handle in files.values():
+            handle.flush()
+            os.fsync(handle.fileno())
+    counts = StoreCounts(**totals, dtype=dtype)
+    (directory / "store.json").write_text(json.dumps(asdict(counts)))
+    return counts
+
+
+def _encode(tokenizer: Tokenizer, block: Block, texts: list[str]) -> tuple[Ids, Ids]:
+    try:
+        return tokenizer.encode_texts(texts)
+    except DataError:
+        for number, text in enumerate(block.texts, block.first_line):  # once more, for the place
+            column = 0
+            for word in text.split():
+                column = text.index(word, column)
+                try:
+                    tokenizer.encode(word)
+                except DataError as error:
+                    raise DataError(f"{block.path}:{number}:{column + 1}: {error}") from None
+                column += len(word)
+        raise
+
+
+def _frame(flat: Ids, lengths: Ids, tokenizer: Tokenizer) -> tuple[Ids, Ids]:
+    """Put `<bos>` before and `<eos>` behind each sequence; also returns where each one ends."""
+    ends = (lengths + 2).cumsum()
+    framed = np.empty(int(ends[-1]), np.int64)
+    inner = np.ones(len(framed), bool)
+    inner[ends - 1] = inner[ends - lengths - 2] = False
+    framed[inner] = flat
+    framed[ends - lengths - 2], framed[ends - 1] = tokenizer.bos_id, tokenizer.eos_id
+    return framed, ends
+
+
+def _hash(framed: Ids, ends: Ids) -> NDArray[np.uint64]:
+    """A 64-bit hash of each sequence: its (place, id) pairs, mixed by splitmix64's last steps and summed."""
+    starts = np.concatenate([[0], ends[:-1]])
+    place = np.arange(len(framed)) - np.repeat(starts, ends - starts)
+    mixed = framed.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + place.astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return np.add.reduceat(mixed, starts)

@@ -1,0 +1,68 @@
+"""The faults a user can cause or meet, each with the exit code of its kind.
+
+Raise one of these for what a file, a command line or the machine can cause; `assert` what only a bug can.
+The command line prints `faults`, one a line, and leaves with `exit_code`; anything else that is raised is a
+bug and shows its traceback.
+"""
+
+
+class LmtrainError(Exception):
+    """A fault that is not a bug of lmtrain: what is wrong, where, and the mend.
+
+    Args:
+        *faults: one line each; all that were found, so that they can be mended at once.
+    """
+
+    exit_code = 1
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+class ConfigError(LmtrainError):
+    """A fault of usage or of a configuration file."""
+
+    exit_code = 2
+
+
+class DataError(LmtrainError):
+    """A fault in the text or ids that were to be read."""
+
+    exit_code = 3
+
+
+class ArtefactError(LmtrainError):
+    """A run directory, checkpoint or tokenizer file that can't be used as it is."""
+
+    exit_code = 4
+
+
+class StorageError(LmtrainError):
+    """Reading or writing failed: no room, no permission, a run that another process holds."""
+
+    exit_code = 5
+
+
+class DivergedError(LmtrainError):
+    """The loss or the gradient is not a finite number any more."""
+
+    exit_code = 6
+
+
+class OutOfMemoryError(LmtrainError):
+    """The machine's or the device's memory does not suffice."""
+
+    exit_code = 7
+
+
+class StoppedError(LmtrainError):
+    """A signal ended the training, after its state was saved.
+
+    Args:
+        signal_number: the signal; the exit code is 128 + signal_number, as shells have it.
+    """
+
+    def __init__(self, signal_number: int, *faults: str) -> None:
+        super().__init__(*faults)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,103 @@
+"""Greedy text, for a batch of ragged prompts, each row until its own end token.
+
+Shapes: B prompts that still run, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmtrain.data.batching import make_batch
+from lmtrain.data.tokenizer import Tokenizer, normalise
+from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.recurrence import State
+
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the model wrote after one prompt."""
+
+    prompt: str
+    completion: str
+    text: str  # both
+    finished: bool  # it met its end token
+    log_probability: float  # of the completion given the prompt, its end token included, natural logarithm
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int
+) -> list[Generation]:
+    """Continue each prompt with its most probable next token, until the end token or `max_tokens`.
+
+    Args:
+        prompts: texts; an empty one starts from `<bos>` alone.
+
+    Raises:
+        DataError: kind ids, and a prompt that is not ids.
+    """
+    device = model.embedding.weight.device
+    results = []
+    for start in range(0, len(prompts), ROWS_AT_ONCE):
+        texts = prompts[start : start + ROWS_AT_ONCE]
+        encoded = [[tokenizer.bos_id, *tokenizer.encode(normalise(text))] for text in texts]
+        written = _Greedy(model, tokenizer, len(encoded)).run(encoded, max_tokens, device)
+        for text, prompt, (ids, finished, log_probability) in zip(texts, encoded, written, strict=True):
+            completion = _completion(tokenizer, prompt, ids)
+            results.append(Generation(text, completion, text + completion, finished, log_probability))
+    return results
+
+
+def _completion(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
+    """The text of ids behind a prompt, with the white space that belongs between the two."""
+    before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(ids)
+
+
+class _Greedy:
+    """One batch of prompts on its way; rows that have met their end token leave it."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, count: int) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.written: list[list[int]] = [[] for _ in range(count)]
+        self.finished = [False] * count
+        self.log_probability = [0.0] * count
+
+    def run(
+        self, prompts: list[list[int]], max_tokens: int, device: torch.device
+    ) -> list[tuple[list[int], bool, float]]:
+        batch = make_batch(prompts, self.tokenizer.pad_id)
+        running = batch.order  # (B,) the caller's row of each row that still runs
+        logits, state = self.model.read_prompts(batch.tokens.to(device), batch.lengths)
+        for step in range(max_tokens):
+            tokens, running, state = self._take(logits, running, state)
+            if not len(running) or step == max_tokens - 1:
+                break
+            logits, state = self.model(tokens.unsqueeze(0), state)
+            logits = logits.squeeze(0)
+        return list(zip(self.written, self.finished, self.log_probability, strict=True))
+
+    def _take(self, logits: Tensor, running: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        """Note each row's best token (B,) and drop the rows that end with it."""
+        log_probabilities = logits.log_softmax(-1)  # (B, V)
+        log_probabilities[:, [self.tokenizer.pad_id, self.tokenizer.bos_id]] = -torch.inf  # never follow anything
+        best, tokens = log_probabilities.max(-1)
+        ended = (tokens == self.tokenizer.eos_id).cpu()
+        rows = zip(running.tolist(), tokens.tolist(), best.tolist(), ended.tolist(), strict=True)
+        for row, token, log_probability, end in rows:
+            self.log_probability[row] += log_probability
+            if end:
+                self.finished[row] = True
+            else:
+                self.written[row].append(token)
+        if not bool(ended.any()):
+            return tokens, running, state
+        on = (~ended).nonzero().squeeze(1)
+        on_device = on.to(tokens.device)
+        return tokens[on_device], running[on], tuple(part.index_select(1, on_device) for part in state)

@@ -1,0 +1,74 @@
+"""How probable text is under a model: perplexity in each direction, and how well blanks are filled.
+
+Shapes: N events of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from lmtrain.data.batching import Batch
+from lmtrain.data.corpus import StoreCounts
+from lmtrain.metrics import Tally, bits_per
+from lmtrain.model.language_model import LanguageModel, Objective
+
+LOGITS_AT_ONCE = 1 << 23  # bounds the memory that scoring takes, whatever the vocabulary
+
+
+@dataclass
+class Evaluation:
+    """Summed nats of each objective over a text; `forward` events count end tokens, `fill` events do not."""
+
+    tallies: dict[Objective, Tally]
+    counts: StoreCounts = field(default_factory=StoreCounts)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per predicted token), end tokens counted."""
+        return self.tallies["forward"].perplexity
+
+    def figures(self) -> dict[str, float | int | None]:
+        """What `lmtrain evaluate --json` prints; None for what a one-directional model can't say."""
+        forward = self.tallies["forward"]
+        backward, fill = self.tallies.get("backward"), self.tallies.get("fill")
+        return {
+            "tokens": forward.tokens,
+            "nats_per_token": forward.nats_per_token,
+            "perplexity": forward.perplexity,
+            "bits_per_character": bits_per(self.counts.characters, forward.nats),
+            "bits_per_byte": bits_per(self.counts.bytes, forward.nats),
+            "unknown_tokens": self.counts.unknown_tokens,
+            "backward_perplexity": None if backward is None else backward.perplexity,
+            "fill_accuracy": None if fill is None else fill.accuracy,
+        }
+
+
+@torch.inference_mode()
+def evaluate(model: LanguageModel, batches: Iterable[Batch], counts: StoreCounts | None = None) -> Evaluation:
+    """Sum the nats of every event of every row, and count the blanks whose best filling is right.
+
+    Args:
+        model: in evaluation mode.
+        counts: of the text the batches come from, for bits per character and byte.
+    """
+    assert not model.training
+    device = model.embedding.weight.device
+    result = Evaluation({objective: Tally() for objective in model.objectives}, counts or StoreCounts())
+    rows_at_once = max(1, LOGITS_AT_ONCE // model.vocab_size)
+    for batch in batches:
+        events = model.events(batch.tokens.to(device), batch.lengths)
+        for objective, (states, targets) in events.items():
+            for part, wanted in zip(states.split(rows_at_once), targets.split(rows_at_once), strict=True):
+                if not len(wanted):
+                    continue
+                if objective == "fill":
+                    log_probabilities = model.output.log_probabilities(part)  # (N, V)
+                    nats = -log_probabilities.gather(1, wanted.unsqueeze(1)).double().sum()
+                    correct = int((log_probabilities.argmax(1) == wanted).sum())
+                else:
+                    nats, correct = model.output.nats(part, wanted).double().sum(), 0
+                result.tallies[objective].add(float(nats), len(wanted), correct)
+    return result

@@ -1,0 +1,191 @@
+"""The language model: embedding, one or two recurrent stacks, output layer, and its three objectives.
+
+Shapes: B rows, L longest row, E embedding size, H hidden size, P output size, V vocabulary, N packed rows.
+
+A row is `<bos> t1 .. tn <eos>`. The forward stack reads it from the left and predicts the next token, the backward
+stack reads it from the right and predicts the previous one: each gives a true probability of the whole row. The
+forward state before a token beside the backward state behind it predicts that token itself (fill). No state has
+ever seen what it is asked to predict.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from lmtrain.model.kernels import PackedRows, pack_rows
+from lmtrain.model.output import AdaptiveOutput, FullOutput
+from lmtrain.model.recurrence import Backend, Cell, RecurrentLayers, State
+
+Objective = Literal["forward", "backward", "fill"]
+
+
+class Events(NamedTuple):
+    """What one objective predicts in a batch, packed: a state and a target for each event."""
+
+    states: Tensor  # (events, P)
+    targets: Tensor  # (events,) int64
+
+
+class Loss(NamedTuple):
+    """Nats summed over an objective's events, and how many these are."""
+
+    nats: Tensor  # () float32
+    tokens: int
+
+
+class Places(NamedTuple):
+    """Where rows of the given lengths, `<bos>` and `<eos>` counted, are read and what each place predicts.
+
+    Both stacks read lengths - 1 tokens a row. The step of packed row k being time[k], the forward stack has read
+    tokens[time] and predicts tokens[time + 1]; the backward stack, counted from the row's end, has read
+    tokens[last - time] and predicts tokens[last - time - 1].
+    """
+
+    rows: PackedRows
+    read_back: Tensor  # (N,) time at which the token that the backward stack reads stands
+    fill_forward: Tensor  # (M,) packed row of the forward state before each inner token
+    fill_backward: Tensor  # (M,) packed row of the backward state behind the same token
+
+
+def lay_out(lengths: Tensor) -> Places:
+    """Places of the rows of a batch; lengths (B,) int64 on CPU, non-increasing, >= 2."""
+    rows = pack_rows(lengths - 1)
+    read_back = rows.lengths[rows.row] - rows.time
+    inner = rows.time < rows.lengths[rows.row] - 1  # the last event of a row is its end, not an inner token
+    time, row = rows.time[inner], rows.row[inner]
+    fill_backward = rows.at(rows.lengths[row] - 2 - time, row)
+    return Places(rows, read_back, inner.nonzero().squeeze(1), fill_backward)
+
+
+def count_events(lengths: Tensor) -> dict[Objective, int]:
+    """How many tokens each objective predicts in rows of the given lengths, `<bos>` and `<eos>` counted."""
+    rows, tokens = len(lengths), int(lengths.sum())
+    return {"forward": tokens - rows, "backward": tokens - rows, "fill": tokens - 2 * rows}
+
+
+class LanguageModel(nn.Module):
+    """A recurrent language model of one or two directions.
+
+    Args:
+        vocab_size: V, special tokens counted.
+        embedding_size, hidden_size, num_layers, cell, bidirectional, dropout: as in the config's `model` section.
+        tie_weights: the output layer uses the embedding's weight; states are projected to its size.
+        output: `full`, or `adaptive` for a large vocabulary (then not tied).
+        backend: as `RecurrentStack`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        embedding_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        cell: Cell = "lstm",
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        tie_weights: bool = True,
+        output: Literal["full", "adaptive"] = "full",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self.dropout, self.bidirectional = vocab_size, dropout, bidirectional
+        self.embedding = nn.Embedding(vocab_size, embedding_size)
+        self.recurrence = RecurrentLayers(
+            cell, embedding_size, hidden_size, num_layers, bidirectional, dropout, backend
+        )
+        size = embedding_size if tie_weights else hidden_size
+        self.output = FullOutput(size, vocab_size) if output == "full" else AdaptiveOutput(size, vocab_size)
+        self.projections = nn.ModuleDict()
+        for objective in self.objectives:
+            if objective == "fill":
+                self.projections[f"of_{objective}"] = nn.Sequential(
+                    nn.Linear(2 * hidden_size, hidden_size),
+                    nn.Tanh(),
+                    nn.Linear(hidden_size, size, bias=False),
+                )
+            elif size == hidden_size:
+                self.projections[f"of_{objective}"] = nn.Identity()
+            else:
+                self.projections[f"of_{objective}"] = nn.Linear(hidden_size, size, bias=False)
+        self.reset_parameters()
+        if tie_weights:
+            assert isinstance(self.output, FullOutput), "adaptive output layers have weights of their own"
+            self.output.weight = self.embedding.weight
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the model predicts: the next token, and with two directions the previous and the one between."""
+        return ("forward", "backward", "fill") if self.bidirectional else ("forward",)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform embeddings; the recurrent stacks have their own start, the rest PyTorch's."""
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        if isinstance(self.output, FullOutput):
+            nn.init.zeros_(self.output.bias)
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Read on to the right: tokens (L, B), rows of equal length -> logits (L, B, V) of each next token, state."""
+        embedded = self.embedding(tokens)  # (L, B, E)
+        rows = pack_rows(torch.full((tokens.shape[1],), tokens.shape[0]))
+        states, state = self.recurrence.stacks[0](embedded.flatten(0, 1), rows, state)
+        logits = self._logits(self.projections["of_forward"](states))
+        return logits.unflatten(0, tokens.shape), state
+
+    def read_prompts(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
+        """Ragged prompts: tokens (L, B), lengths (B,) on CPU, longest first -> logits (B, V) after each, state."""
+        rows = pack_rows(lengths)
+        states, state = self.recurrence.stacks[0](self.embedding(tokens[rows.time, rows.row]), rows)
+        return self._logits(self.projections["of_forward"](states[rows.last])), state
+
+    def _logits(self, states: Tensor) -> Tensor:
+        if isinstance(self.output, FullOutput):
+            logits: Tensor = self.output(states)
+            return logits.float()
+        return self.output.log_probabilities(states)  # log-probabilities are logits, too
+
+    def events(self, tokens: Tensor, lengths: Tensor) -> dict[Objective, Events]:
+        """Read a batch and give each objective's states and targets.
+
+        Args:
+            tokens: (L, B) int64, rows longest first, each from its `<bos>` to its `<eos>`.
+            lengths: (B,) int64 on CPU, non-increasing, >= 2.
+        """
+        places = lay_out(lengths)
+        device = tokens.device
+        time, row = places.rows.time.to(device), places.rows.row.to(device)
+        states = {"forward": self._read(0, tokens[time, row], places.rows)}  # (N, H)
+        targets = {"forward": tokens[time + 1, row]}
+        if self.bidirectional:
+            back = places.read_back.to(device)
+            states["backward"] = self._read(1, tokens[back, row], places.rows)
+            targets["backward"] = tokens[back - 1, row]
+            before, behind = places.fill_forward.to(device), places.fill_backward.to(device)
+            sides = states["forward"].index_select(0, before), states["backward"].index_select(0, behind)
+            states["fill"] = torch.cat(sides, 1)  # (M, 2H)
+            targets["fill"] = targets["forward"][before]
+        return {name: Events(self.projections[f"of_{name}"](states[name]), targets[name]) for name in self.objectives}
+
+    def _read(self, direction: int, packed_tokens: Tensor, rows: PackedRows) -> Tensor:
+        embedded = self._drop(self.embedding(packed_tokens))  # (N, E)
+        states, _ = self.recurrence.stacks[direction](embedded, rows)
+        return self._drop(states)
+
+    def _drop(self, values: Tensor) -> Tensor:
+        return dropout(values, self.dropout, self.training)
+
+    def loss(self, tokens: Tensor, lengths: Tensor) -> dict[Objective, Loss]:
+        """Summed nats and number of events of each objective; arguments as `events`. Padding is never scored."""
+        events = self.events(tokens, lengths)
+        states, targets = (torch.cat(parts) for parts in zip(*events.values(), strict=True))
+        nats = self.output.nats(states, targets)  # one output product for all objectives
+        sizes = [len(part.targets) for part in events.values()]
+        return {
+            objective: Loss(part.sum(), size)
+            for objective, part, size in zip(events, nats.split(sizes), sizes, strict=True)
+        }

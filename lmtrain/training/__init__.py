@@ -1,0 +1,1 @@
+"""Training: the loop, optimization, and what is reported on the way."""

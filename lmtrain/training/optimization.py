@@ -1,0 +1,83 @@
+"""Optimizers, the learning rate's schedule, gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def build_optimizer(model: nn.Module, *, name: Literal["adamw", "sgd"], lr: float, weight_decay: float) -> Optimizer:
+    """AdamW or SGD over the model's weights; matrices decay, biases do not.
+
+    AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
+    """
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def learning_rate(
+    step: int, progress: float, *, lr: float, name: str, warmup_steps: int, final_fraction: float
+) -> float:
+    """The rate of a step: a linear rise over the warm-up, times the schedule's fall.
+
+    Args:
+        step: optimizer steps done before this one.
+        progress: share of the training that is done, 0..1.
+        name: cosine (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983), linear or constant.
+    """
+    rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    match name:
+        case "cosine":
+            fall = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        case "linear":
+            fall = 1 - min(1.0, progress)
+        case _:
+            return lr * rise
+    return lr * rise * (final_fraction + (1 - final_fraction) * fall)
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip_gradient(parameters: Iterable[Tensor], largest: float | None) -> float:
+    """Scale the gradient to the global L2 norm `largest` where it is longer; returns its norm before.
+
+    Pascanu et al. 2013, https://proceedings.mlr.press/v28/pascanu13.html.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest)
+    return float(norm)
+
+
+def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as tensors, named by weight: `exp_avg/embedding.weight`."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}/{names[id(parameter)]}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def set_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        key, _, weight = name.partition("/")
+        parameter = parameters[weight]
+        # a scalar step counter stays where the fused optimizer wants it: beside its weight
+        optimizer.state[parameter][key] = value.to(parameter.device).clone()

@@ -1,0 +1,69 @@
+"""What training on a configuration would come to, before anything is trained: `lmtrain check`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from lmtrain.config import Config
+from lmtrain.data.batching import EpochSampler, Rows
+from lmtrain.data.corpus import TokenStore, open_store
+from lmtrain.data.preparation import prepare, sources
+from lmtrain.errors import DataError
+from lmtrain.run import build_model
+
+
+def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
+    """Lines on the data and the model.
+
+    Raises:
+        DataError: the faults of all the files, the first of each.
+    """
+    found = sources(config)
+    faults: list[str] = []
+    for source in found.values():
+        try:
+            for _ in source.blocks():
+                pass
+        except DataError as error:
+            faults.extend(fault for fault in error.faults if fault not in faults)
+    if faults:
+        raise DataError(*faults)
+    corpora = prepare(config, notify)
+    stores = {"train": corpora.train, "valid": corpora.valid}
+    if "test" in found:
+        stores["test"] = open_store(found["test"], corpora.tokenizer, config.data.cache_dir, notify)
+    yield f"vocabulary: {corpora.tokenizer.vocab_size:,} tokens ({corpora.tokenizer.kind})"
+    for name, store in stores.items():
+        if store is not None:
+            yield f"{name}: {_store(store)}"
+    yield _batches(config, Rows(corpora.train, config.batching.max_length))
+    model = build_model(config, corpora.tokenizer.vocab_size)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    trained_mb = 16 * weights / 1e6  # weights, gradients, two moments
+    yield f"model: {weights:,} weights, {4 * weights / 1e6:,.1f} MB; with gradients and optimizer {trained_mb:,.1f} MB"
+
+
+def _store(store: TokenStore) -> str:
+    counts = store.counts
+    tokens = counts.tokens - counts.sequences  # `<bos>` is not predicted
+    line = f"{counts.sequences:,} sequences, {tokens:,} tokens with end tokens, longest {counts.longest:,}"
+    line += f", {counts.unknown_tokens / tokens:.2%} unknown"
+    return line + (f", {counts.blank:,} blank lines skipped" if counts.blank else "")
+
+
+def _batches(config: Config, rows: Rows) -> str:
+    batching = config.batching
+    sampler = EpochSampler(
+        rows.lengths,
+        batch_size=None if batching.max_tokens else batching.batch_size,
+        max_tokens=batching.max_tokens,
+        bucket_batches=batching.bucket_batches,
+        seed=config.seed,
+    )
+    batches = sampler.epoch(0)
+    longest = np.array([rows.lengths[batch].max() for batch in batches])
+    places = int((longest * np.array([len(batch) for batch in batches])).sum())
+    padding = 1 - int(rows.lengths.sum()) / places
+    return f"batches: {len(batches):,} an epoch, {padding:.1%} padding, {rows.split_sequences:,} sequences split"

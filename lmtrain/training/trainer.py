@@ -1,0 +1,379 @@
+"""The training loop: epochs, steps, validation, saving, stopping.
+
+One optimizer step takes `accumulate` batches. All of it is a function of the state after the step before, so a run
+that is stopped anywhere and resumed goes on bit for bit as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmtrain.config import Config, load_config
+from lmtrain.data.batching import Batch, EpochSampler, Ints, sorted_batches
+from lmtrain.data.preparation import Corpora, prepare
+from lmtrain.errors import DivergedError, StoppedError
+from lmtrain.inference.generation import generate
+from lmtrain.inference.scoring import Evaluation, evaluate
+from lmtrain.metrics import Tally
+from lmtrain.model.language_model import Objective, count_events
+from lmtrain.run import RunDirectory, build_model, create_run, find_resumable, refuse_full
+from lmtrain.runtime import (
+    autocast,
+    choose_device,
+    choose_precision,
+    environment,
+    noted_signals,
+    out_of_memory,
+)
+from lmtrain.training.optimization import build_optimizer, clip_gradient, learning_rate, set_learning_rate
+from lmtrain.training.resuming import Restored, Saves, TrainingState, Window, check_unchanged, flatten
+from lmtrain.training.tracking import Progress, Quiet, Tracker
+
+VALIDATION_TOKENS = 8192  # padded tokens a batch
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training run came to."""
+
+    run: Path
+    step: int
+    figures: dict[str, float]  # of the best validation, by tag; empty without a validation set
+    best_step: int | None
+
+
+def train(
+    config: Config | str | Path,
+    run_dir: str | Path | None = None,
+    *,
+    resume: bool = False,
+    stop_at_step: int | None = None,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Train the model that a configuration describes.
+
+    Args:
+        config: a configuration, or the path of its file.
+        run_dir: the run directory, new or empty; default `runs_dir/name`, with -2, -3 ... where that is taken.
+        resume: go on from the last good checkpoint, where there is one.
+        stop_at_step: save and stop after this step, as a signal would make it.
+
+    Raises:
+        LmtrainError: a fault of config, data, run directory or machine; see `lmtrain.errors` for its kinds.
+        StoppedError: a signal ended it; its state is saved.
+    """
+    start_s = time.monotonic()
+    config = config if isinstance(config, Config) else load_config(config)
+    progress = progress or Quiet()
+    named = None if run_dir is None else str(run_dir)
+    run = find_resumable(config, named) if resume else None
+    if run is None and named is not None:
+        refuse_full(named)
+    if resume and run is None:
+        progress.note("nothing to resume yet: starting afresh")
+    saved_config = None if run is None else run.config()
+    if saved_config is not None:
+        check_unchanged(saved_config, config)
+    device = choose_device(config.training.device)
+    if config.training.num_threads is not None:
+        torch.set_num_threads(config.training.num_threads)
+    tokenizer = None if run is None else run.tokenizer()
+    corpora = prepare(config, progress.note, tokenizer)  # before the run directory: its faults leave nothing behind
+    new = run is None
+    run = run or create_run(config, named)
+    with run.locked():
+        if new:
+            run.write_start(config, corpora.tokenizer, environment(device))
+        trainer = Trainer(config, run, corpora, device, progress, start_s)
+        try:
+            with noted_signals() as stopped_by:
+                return trainer.run_to_end(stopped_by, stop_at_step)
+        except (RuntimeError, MemoryError) as error:
+            lower = f"lower batching.batch_size (now {config.batching.batch_size}) or model.hidden_size"
+            if (memory := out_of_memory(error, f"{lower}; the last checkpoint is whole")) is not None:
+                raise memory from None
+            raise
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """One run on its way, from a fresh start or from its last good checkpoint."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        corpora: Corpora,
+        device: torch.device,
+        progress: Progress,
+        start_s: float,
+    ) -> None:
+        self.config, self.run, self.corpora, self.device, self.progress = (
+            config,
+            run,
+            corpora,
+            device,
+            progress,
+        )
+        self.start_s = start_s
+        self.rows, self.valid_rows = corpora.rows(config.batching.max_length)
+        batching = config.batching
+        self.sampler = EpochSampler(
+            self.rows.lengths,
+            batch_size=None if batching.max_tokens else batching.batch_size,
+            max_tokens=batching.max_tokens,
+            bucket_batches=batching.bucket_batches,
+            seed=config.seed,
+        )
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, corpora.tokenizer.vocab_size)
+        self.model.to(device)
+        optimizer = config.optimizer
+        self.optimizer = build_optimizer(
+            self.model, name=optimizer.name, lr=optimizer.lr, weight_decay=optimizer.weight_decay
+        )
+        weight_of = config.training.loss_weights.model_dump()
+        self.loss_weights = {objective: weight_of[objective] for objective in self.model.objectives}
+        self.saves = Saves(run, self.model, self.optimizer, device, corpora.hashes, config.checkpoint.keep)
+        restored = self.saves.restore(progress.note)
+        self.state, lengths, self.begun_in = restored or self._begin()
+        self.tracker = Tracker(run.path, lengths, progress.note)
+        self.pad_id = corpora.tokenizer.pad_id
+        self.batches: list[Ints] = self.sampler.epoch(self.state.epoch)
+        self.window_start_s = self.saved_s = time.monotonic()
+        self.figures: dict[str, float] = {}
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        progress.note(
+            f"run {run.path}: {count:,} weights, vocabulary {corpora.tokenizer.vocab_size:,}, "
+            f"{len(self.rows):,} sequences, {len(self.batches):,} batches an epoch, {device.type}, "
+            f"{self.state.precision}"
+        )
+
+    def _begin(self) -> Restored:
+        precision, why = choose_precision(self.config.training.precision, self.device, self.config.model.hidden_size)
+        self.progress.note(f"precision {precision}: {why}")
+        begun_in = {**environment(self.device), "precision": precision, "precision_because": why}
+        self.run.write_environment(begun_in)
+        return Restored(TrainingState(precision=precision), {}, begun_in)
+
+    # ---- the loop
+
+    def run_to_end(self, stopped_by: list[int], stop_at_step: int | None) -> TrainingResult:
+        """Train until the configured end, a signal, or `stop_at_step`."""
+        self.model.train()
+        self.elapsed_before_s = self.state.elapsed_s
+        if self.state.finished and self._ended():
+            self.progress.note(f"the run ended at step {self.state.step} already; nothing to do")
+            return self._result()
+        self.state.finished = False
+        while not self._ended():
+            self._step()
+            state, logging = self.state, self.config.logging
+            if state.step % logging.every_steps == 0:
+                self._log_window()
+            self.progress.update(state.step, self._progress(), self.figures)
+            improved = self._validate() if self._validation_due() else False
+            stop = bool(stopped_by) or state.step == stop_at_step
+            if improved or stop or self._save_due():
+                self._save()
+            if stopped_by:
+                raise StoppedError(
+                    stopped_by[0],
+                    f"stopped at step {state.step} by {signal.Signals(stopped_by[0]).name}; the state is saved: "
+                    f"lmtrain train CONFIG --run-dir {self.run.path} --resume goes on",
+                )
+            if stop:
+                return self._result()
+        return self._finish()
+
+    def _ended(self) -> bool:
+        training, state = self.config.training, self.state
+        return (
+            state.epoch >= training.max_epochs
+            or (training.max_steps is not None and state.step >= training.max_steps)
+            or (training.max_minutes is not None and self._elapsed_s() >= 60 * training.max_minutes)
+            or (training.patience is not None and state.bad_validations >= training.patience)
+        )
+
+    def _elapsed_s(self) -> float:
+        """Seconds of all the processes that worked on this run."""
+        return self.elapsed_before_s + time.monotonic() - self.start_s
+
+    def _progress(self) -> float:
+        """Share of the training that is done: of its steps, or of its time budget if more of that is used up."""
+        training = self.config.training
+        a_epoch = -(-len(self.batches) // training.accumulate)
+        steps = min(training.max_epochs * a_epoch, training.max_steps or math.inf)
+        share = self.state.step / steps
+        if training.max_minutes is not None:
+            share = max(share, self._elapsed_s() / (60 * training.max_minutes))
+        return min(1.0, share)
+
+    def _step(self) -> None:
+        """One optimizer step. Nats are summed over all its batches and divided once by the number of events."""
+        state, optimizer, schedule = self.state, self.config.optimizer, self.config.schedule
+        group = self.batches[state.next_batch : state.next_batch + self.config.training.accumulate]
+        batches = [self.rows.batch(indices, self.pad_id) for indices in group]
+        counted = [count_events(batch.lengths) for batch in batches]
+        events = {objective: sum(part[objective] for part in counted) for objective in self.loss_weights}
+        rate = learning_rate(
+            state.step,
+            self._progress(),
+            lr=optimizer.lr,
+            name=schedule.name,
+            warmup_steps=schedule.warmup_steps,
+            final_fraction=schedule.final_fraction,
+        )
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        nats = dict.fromkeys(self.loss_weights, 0.0)
+        for batch in batches:
+            with autocast(state.precision, self.device):
+                losses = self.model.loss(batch.tokens.to(self.device), batch.lengths)
+            total = torch.stack(
+                [self.loss_weights[name] / max(1, events[name]) * part.nats for name, part in losses.items()]
+            ).sum()
+            total.backward()
+            for objective, part in losses.items():
+                nats[objective] += float(part.nats.detach())
+        norm = clip_gradient(self.model.parameters(), optimizer.clip_grad_norm)
+        if not math.isfinite(norm) or not all(map(math.isfinite, nats.values())):
+            raise DivergedError(
+                f"step {state.step + 1}: the loss or its gradient is not finite (learning rate {rate:g}, gradient norm "
+                f"{norm:g}); try a lower optimizer.lr, a longer schedule.warmup_steps or a smaller "
+                "optimizer.clip_grad_norm; the weights saved last are sound"
+            )
+        self.optimizer.step()
+        self.last_norm, self.last_rate = norm, rate
+        self._count(batches, nats, events)
+        state.step += 1
+        state.next_batch += len(group)
+        if state.next_batch >= len(self.batches):
+            state.epoch, state.next_batch = state.epoch + 1, 0
+            if not self._ended():
+                self.batches = self.sampler.epoch(state.epoch)
+
+    def _count(self, batches: list[Batch], nats: dict[Objective, float], events: dict[Objective, int]) -> None:
+        window = self.state.window
+        for objective, value in nats.items():
+            sums = window.tallies.setdefault(objective, [0.0, 0])
+            sums[0] += value
+            sums[1] += events[objective]
+        for batch in batches:
+            window.places += batch.tokens.numel()
+            window.padding += batch.tokens.numel() - int(batch.lengths.sum())
+
+    # ---- what is reported
+
+    def _log_window(self) -> None:
+        """A row of training metrics over the steps since the last one."""
+        window, now_s = self.state.window, time.monotonic()
+        tallies = {name: Tally(nats, int(tokens)) for name, (nats, tokens) in window.tallies.items()}
+        self.figures = {
+            "train/loss": self._weighted(tallies),
+            "train/perplexity": tallies["forward"].perplexity,
+            "train/learning_rate": self.last_rate,
+            "train/grad_norm": self.last_norm,
+            "train/tokens_per_second": tallies["forward"].tokens / max(1e-9, now_s - self.window_start_s),
+            "train/padding_fraction": window.padding / window.places,
+        }
+        self.tracker.log(self.state.step, self._epoch(), self.figures)
+        self.state.window, self.window_start_s = Window(), now_s
+
+    def _epoch(self) -> float:
+        return self.state.epoch + self.state.next_batch / len(self.batches)
+
+    def _weighted(self, tallies: dict[Any, Tally]) -> float:
+        """The loss: each objective's nats per token, times its weight."""
+        weighted = (
+            weight * tallies[objective].nats_per_token
+            for objective, weight in self.loss_weights.items()
+            if weight and tallies[objective].tokens
+        )
+        return math.fsum(weighted)
+
+    def _validation_due(self) -> bool:
+        every = self.config.validation.every_steps
+        return self.state.next_batch == 0 if every is None else self.state.step % every == 0
+
+    def _validate(self) -> bool:
+        """Validate, let the model write, and log both; True where the loss is the best so far."""
+        started_s = time.monotonic()
+        state, values, improved = self.state, {}, False
+        state.validated_step = state.step
+        self.model.eval()
+        if self.valid_rows is not None:
+            batches = sorted_batches(self.valid_rows, VALIDATION_TOKENS, self.pad_id)
+            with autocast(state.precision, self.device):
+                result = evaluate(self.model, batches)
+            values = self._validation_figures(result)
+            loss = values["valid/loss"]
+            improved = state.best_loss is None or loss < state.best_loss
+            if improved:
+                state.best_loss, state.best_step, state.best_figures = loss, state.step, values
+            state.bad_validations = 0 if improved else state.bad_validations + 1
+            self.progress.note(f"step {state.step}: " + self._summary(values) + (" (best)" if improved else ""))
+        self.tracker.log(state.step, self._epoch(), {**values, "samples": self._samples()})
+        if self.config.logging.histograms:
+            self.tracker.histograms(state.step, self.model)
+        self.model.train()
+        self.window_start_s += time.monotonic() - started_s  # not part of the training's tokens per second
+        return improved
+
+    def _validation_figures(self, result: Evaluation) -> dict[str, float]:
+        values = {"valid/loss": self._weighted(result.tallies), "valid/perplexity": result.perplexity}
+        if self.model.bidirectional:
+            values["valid/backward_perplexity"] = result.tallies["backward"].perplexity
+            values["valid/fill_accuracy"] = result.tallies["fill"].accuracy
+        return values
+
+    def _summary(self, values: dict[str, float]) -> str:
+        words = {"valid/loss": "validation loss", "valid/perplexity": "perplexity"}
+        words |= {"valid/backward_perplexity": "backward", "valid/fill_accuracy": "fill accuracy"}
+        return ", ".join(f"{words[tag]} {value:.4f}" for tag, value in values.items())
+
+    def _samples(self) -> list[dict[str, str]]:
+        """What the model goes on with after the sample prompts, greedily."""
+        prompts = self.config.logging.sample_prompts
+        limit = self.config.generation.max_tokens
+        written = generate(self.model, self.corpora.tokenizer, prompts, max_tokens=limit) if prompts else []
+        return [{"prompt": each.prompt, "text": each.text} for each in written]
+
+    # ---- saving and ending
+
+    def _save_due(self) -> bool:
+        settings = self.config.checkpoint
+        minutes = (time.monotonic() - self.saved_s) / 60
+        by_steps = settings.every_steps is not None and self.state.step % settings.every_steps == 0
+        return by_steps or (settings.every_minutes is not None and minutes >= settings.every_minutes)
+
+    def _save(self) -> None:
+        self.state.elapsed_s = self._elapsed_s()
+        self.saves.save(self.state, self.tracker.lengths(), self.begun_in)
+        self.saved_s = time.monotonic()
+
+    def _finish(self) -> TrainingResult:
+        """The last validation, the last row of hyperparameters, the last save."""
+        if self.state.validated_step != self.state.step:
+            self._validate()
+        flat = flatten(self.config.model_dump())
+        figures = self.state.best_figures or {"train/loss": self.figures.get("train/loss", math.nan)}
+        self.tracker.hyperparameters(flat, {f"hparam/{tag.replace('/', '_')}": v for tag, v in figures.items()})
+        self.state.finished = True
+        self._save()
+        return self._result()
+
+    def _result(self) -> TrainingResult:
+        return TrainingResult(self.run.path, self.state.step, self.state.best_figures, self.state.best_step)
+
+    def close(self) -> None:
+        self.tracker.close()
+        self.progress.close()

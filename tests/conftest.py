@@ -1,0 +1,60 @@
+"""Small real things to test on: a corpus, a configuration, a trained run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmtrain.config import Config, load_config
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+torch.set_num_threads(1)  # the models here are tiny, and two threads only wait for each other
+
+SMALL = """
+data: {train: train.txt, valid: valid.txt, cache_dir: cache}
+tokenizer: {kind: word, min_frequency: 1}
+batching: {batch_size: 8, bucket_batches: 3}
+model: {embedding_size: 6, hidden_size: 8, num_layers: 2, dropout: 0.3, bidirectional: true}
+optimizer: {lr: 0.01}
+schedule: {warmup_steps: 3}
+training: {max_epochs: 2, precision: fp32, num_threads: 1, device: cpu}
+checkpoint: {every_steps: 3, every_minutes: null}
+logging: {every_steps: 2, sample_prompts: ["", "a b"]}
+generation: {max_tokens: 12}
+"""
+
+
+def shared(name: str) -> Path:
+    """A folder of the shared corpora; the test is skipped, in words, where it is not there."""
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"the corpus {name} is not beside this checkout (../shared/data/{name})")
+    return folder
+
+
+def sentences(count: int, seed: int) -> str:
+    """Lines of 1 to 9 words out of eight."""
+    chance = random.Random(seed)
+    return "".join(" ".join(chance.choices("abcdefgh", k=chance.randint(1, 9))) + "\n" for _ in range(count))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: train.txt, valid.txt and config.yaml of a run of a second."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.txt").write_text(sentences(43, seed=1))
+    (tmp_path / "valid.txt").write_text(sentences(9, seed=2))
+    (tmp_path / "config.yaml").write_text(SMALL)
+    return tmp_path
+
+
+@pytest.fixture
+def small(corpus: Path) -> Callable[..., Config]:
+    """The small configuration, with overrides."""
+    return lambda *overrides: load_config("config.yaml", overrides)

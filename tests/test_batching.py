@@ -1,0 +1,109 @@
+"""Rows, batches and samplers, by property."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmtrain.data.batching import EpochSampler, Rows, make_batch, sorted_batches
+
+LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=80).map(np.array)
+
+
+class Stored(NamedTuple):
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+
+def stored(lengths):
+    """Sequences whose ids count on, so that every token can be told from every other."""
+    ends = np.cumsum(lengths)
+    return Stored(np.arange(1, ends[-1] + 1, dtype=np.uint32), np.concatenate([[0], ends]).astype(np.uint64))
+
+
+def sampler_of(lengths, batch_size=5, max_tokens=None, seed=7):
+    return EpochSampler(np.asarray(lengths), batch_size=batch_size, max_tokens=max_tokens, bucket_batches=3, seed=seed)
+
+
+@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=9))
+def test_a_batch_holds_its_rows_longest_first(rows):
+    tokens, lengths, order = make_batch(rows, pad_id=0)
+    assert sorted(order.tolist()) == list(range(len(rows)))
+    assert lengths.tolist() == sorted(map(len, rows), reverse=True)
+    for column, row in enumerate(order.tolist()):
+        assert tokens[:, column].tolist() == rows[row] + [0] * (len(tokens) - len(rows[row]))
+    same = [(a, b) for a, b in zip(order.tolist(), order[1:].tolist(), strict=False) if len(rows[a]) == len(rows[b])]
+    assert all(a < b for a, b in same)  # equal lengths keep their order
+
+
+@given(LENGTHS, st.integers(0, 5), st.sampled_from([(5, None), (None, 40), (None, 3)]))
+def test_an_epoch_is_a_permutation_within_its_bounds(lengths, epoch, size):
+    batch_size, max_tokens = size
+    batches = sampler_of(lengths, batch_size, max_tokens).epoch(epoch)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        assert batch_size is None or len(batch) <= batch_size
+        assert max_tokens is None or len(batch) == 1 or len(batch) * lengths[batch].max() <= max_tokens
+
+
+@given(LENGTHS)
+def test_an_epoch_is_a_function_of_seed_and_epoch(lengths):
+    for epoch in range(3):
+        for once, again in zip(sampler_of(lengths).epoch(epoch), sampler_of(lengths).epoch(epoch), strict=True):
+            assert once.tolist() == again.tolist()
+    if len(lengths) > 20:
+        order = [
+            np.concatenate(sampler_of(lengths, seed=seed).epoch(epoch)).tolist() for seed in (7, 8) for epoch in (0, 1)
+        ]
+        assert len(set(map(tuple, order))) == 4
+
+
+def test_buckets_keep_padding_low_and_batches_are_shuffled():
+    lengths = np.random.default_rng(0).integers(2, 60, 3000)
+    batches = EpochSampler(lengths, batch_size=20, max_tokens=None, bucket_batches=50, seed=1).epoch(0)
+    places = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert 1 - lengths.sum() / places < 0.03
+    longest = [int(lengths[batch].max()) for batch in batches]
+    assert longest != sorted(longest, reverse=True)
+
+
+@given(LENGTHS, st.integers(1, 12))
+def test_split_rows_predict_each_token_once(lengths, max_length):
+    sequences = stored(lengths)
+    rows = Rows(sequences, max_length)
+    assert rows.lengths.max() <= max_length + 2
+    assert rows.lengths.min() >= 2
+    assert rows.split_sequences == int((lengths > max_length + 2).sum())
+    read = [sequences.tokens[s : s + n].tolist() for s, n in zip(rows.starts, rows.lengths, strict=True)]
+    firsts, lasts = set(sequences.offsets[:-1] + 1), set(sequences.offsets[1:])
+    assert sorted(token for row in read for token in row[1:]) == sorted(set(range(1, lengths.sum() + 1)) - firsts)
+    assert sorted(token for row in read for token in row[:-1]) == sorted(set(range(1, lengths.sum() + 1)) - lasts)
+
+
+@given(LENGTHS, st.sampled_from([1, 4, None]))
+def test_evaluation_reads_every_row_once(lengths, batch_size):
+    sequences = stored(lengths)
+    seen = []
+    for tokens, row_lengths, _ in sorted_batches(Rows(sequences, 100), 64, pad_id=0, batch_size=batch_size):
+        assert batch_size is None or tokens.shape[1] <= batch_size
+        seen += [tokens[:length, column].tolist() for column, length in enumerate(row_lengths.tolist())]
+    assert sorted(seen) == [
+        sequences.tokens[a:b].tolist() for a, b in zip(sequences.offsets, sequences.offsets[1:], strict=False)
+    ]
+
+
+def test_resuming_an_epoch_takes_no_replay():
+    """The state of a pass is (epoch, next batch): a fresh sampler goes on at any batch."""
+    lengths = np.random.default_rng(1).integers(2, 30, 61)
+    whole = [batch.tolist() for epoch in range(2) for batch in sampler_of(lengths).epoch(epoch)]
+    for cut in range(len(whole)):
+        epoch, next_batch = divmod(cut, len(whole) // 2)
+        rest = [batch.tolist() for batch in sampler_of(lengths).epoch(epoch)[next_batch:]]
+        assert rest == whole[cut : (epoch + 1) * len(whole) // 2]
+
+
+def test_rows_need_at_least_one_token():
+    with pytest.raises(ValueError, match="need at least one array"):
+        make_batch([], pad_id=0)

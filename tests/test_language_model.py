@@ -1,0 +1,144 @@
+"""The model: no logit depends on what it must not see, and the loss is the sum over single rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmtrain.data.batching import make_batch
+from lmtrain.model.language_model import LanguageModel, count_events, lay_out
+
+VOCABULARY = 11
+BOS, EOS = 1, 2
+
+
+def model_of(cell="lstm", num_layers=2, bidirectional=True, **more):
+    torch.manual_seed(5)
+    settings = {"embedding_size": 5, "hidden_size": 6, "dropout": 0.0} | more
+    return LanguageModel(VOCABULARY, cell=cell, num_layers=num_layers, bidirectional=bidirectional, **settings).eval()
+
+
+def framed(*rows):
+    return make_batch([[BOS, *row, EOS] for row in rows], pad_id=0)
+
+
+def logits_by_place(model, batch):
+    """{(objective, column, predicted place): logits}."""
+    places = lay_out(batch.lengths)
+    time, row = places.rows.time.tolist(), places.rows.row.tolist()
+    length = places.rows.lengths.tolist()  # events a row, the place of its <eos>
+    inner = places.fill_forward.tolist()
+    where = {
+        "forward": [(b, t + 1) for t, b in zip(time, row, strict=True)],
+        "backward": [(b, length[b] - 1 - t) for t, b in zip(time, row, strict=True)],
+        "fill": [(row[k], time[k] + 1) for k in inner],
+    }
+    with torch.no_grad():
+        events = model.events(batch.tokens, batch.lengths)
+        return {
+            (objective, *place): logits
+            for objective, part in events.items()
+            for place, logits in zip(where[objective], model.output(part.states), strict=True)
+        }, {
+            (objective, *place): int(target)
+            for objective, part in events.items()
+            for place, target in zip(where[objective], part.targets, strict=True)
+        }
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("backend", ["packed", "torch"])
+def test_a_changed_token_changes_no_logit_that_must_not_depend_on_it(cell, num_layers, backend):
+    model = model_of(cell, num_layers, backend=backend)
+    rows = [[3, 4, 5, 6, 7, 8], [9, 10, 3], [5]]
+    before, targets = logits_by_place(model, framed(*rows))
+    lengths = [len(row) for row in rows]
+    seen = 0
+    for column, row in enumerate(rows):
+        for place in range(1, len(row) + 1):  # place 0 is <bos>
+            changed = [list(each) for each in rows]
+            changed[column][place - 1] = 3 + (row[place - 1] - 2) % 8
+            after, _ = logits_by_place(model, framed(*changed))
+            for (objective, b, predicted), logits in after.items():
+                sees = (
+                    b == column
+                    and {
+                        "forward": place < predicted,
+                        "backward": place > predicted,
+                        "fill": place != predicted,
+                    }[objective]
+                )
+                same = torch.equal(logits, before[objective, b, predicted])
+                assert same != sees, (objective, b, predicted, column, place)
+                seen += sees
+    assert seen > 50
+    for (_, b, predicted), target in targets.items():
+        whole = [BOS, *rows[b], EOS]
+        assert target == whole[predicted]
+    assert {place for objective, b, place in targets if objective == "forward" and b == 0} == set(
+        range(1, lengths[0] + 2)
+    )
+    assert {place for objective, b, place in targets if objective == "backward" and b == 0} == set(
+        range(lengths[0] + 1)
+    )
+    assert {place for objective, b, place in targets if objective == "fill" and b == 0} == set(range(1, lengths[0] + 1))
+
+
+@pytest.mark.parametrize("output", ["full", "adaptive"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@settings(max_examples=15, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(3, 10), max_size=7), min_size=1, max_size=6))
+def test_packed_loss_is_the_sum_over_single_rows(cell, output, rows):
+    model = model_of(cell, output=output, tie_weights=output == "full").double()
+    together = model.loss(*framed(*rows)[:2])
+    alone = [model.loss(*framed(row)[:2]) for row in rows]
+    for objective, part in together.items():
+        total = sum(float(each[objective].nats.detach()) for each in alone)
+        assert float(part.nats.detach()) == pytest.approx(total, rel=1e-5)
+        assert part.tokens == sum(each[objective].tokens for each in alone)
+    counted = count_events(framed(*rows).lengths)
+    assert {objective: part.tokens for objective, part in together.items()} == counted
+
+
+def test_padding_does_not_change_a_row():
+    model = model_of()
+    alone, _ = logits_by_place(model, framed([3, 4]))
+    beside, _ = logits_by_place(model, framed([3, 4], [5, 6, 7, 8, 9]))
+    for (objective, _, place), logits in alone.items():
+        torch.testing.assert_close(beside[objective, 1, place], logits)
+
+
+@pytest.mark.parametrize(
+    ("more", "shared"), [({}, True), ({"embedding_size": 6}, True), ({"tie_weights": False}, False)]
+)
+def test_tied_weights_are_one_tensor(more, shared):
+    model = model_of(**more)
+    assert (model.output.weight is model.embedding.weight) == shared
+    assert sum(name in ("output.weight", "embedding.weight") for name, _ in model.named_parameters()) == 2 - shared
+
+
+@pytest.mark.parametrize("output", ["full", "adaptive"])
+def test_probabilities_sum_to_one_and_agree_with_the_loss(output):
+    model = model_of(output=output, tie_weights=output == "full")
+    with torch.no_grad():
+        events = model.events(*framed([3, 4, 5])[:2])["forward"]
+        log_probabilities = model.output.log_probabilities(events.states)
+        torch.testing.assert_close(log_probabilities.exp().sum(1), torch.ones(4))
+        wanted = -log_probabilities.gather(1, events.targets.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(model.output.nats(events.states, events.targets), wanted)
+
+
+def test_reading_on_step_by_step_equals_reading_at_once():
+    model = model_of(bidirectional=False)
+    tokens = torch.tensor([[1, 1], [3, 4], [5, 6]])
+    with torch.no_grad():
+        whole, last = model(tokens)
+        state = None
+        for step in tokens:
+            logits, state = model(step.unsqueeze(0), state)
+        prompts, prompt_state = model.read_prompts(tokens, torch.tensor([3, 3]))
+    torch.testing.assert_close(logits[0], whole[-1])
+    torch.testing.assert_close(prompts, whole[-1])
+    torch.testing.assert_close(state, last)
+    torch.testing.assert_close(prompt_state, last)

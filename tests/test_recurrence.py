@@ -1,0 +1,115 @@
+"""The kernels against torch.nn: values and gradients, ragged and equal lengths; and against the cells' equations."""
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from lmtrain.model.kernels import pack_rows
+from lmtrain.model.recurrence import KERNELS, RecurrentLayers, RecurrentStack
+
+CELLS = ["lstm", "gru", "rnn"]
+LENGTHS = [[7, 5, 5, 2, 1], [4, 4, 4], [1], [9]]
+
+
+def results(stack, inputs, rows, state):
+    """Output, last state, and the gradient of inputs, state and weights for a random loss."""
+    inputs = inputs.clone().requires_grad_()
+    state = tuple(part.clone().requires_grad_() for part in state)
+    output, last = stack(inputs, rows, state)
+    weights = [torch.randn(part.shape, generator=torch.Generator().manual_seed(3)) for part in (output, *last)]
+    sum((part * weight.to(part)).sum() for part, weight in zip((output, *last), weights, strict=True)).backward()
+    return [output, *last, inputs.grad, *(part.grad for part in state), *(p.grad for p in stack.parameters())]
+
+
+def pair(cell, num_layers, dtype, device="cpu"):
+    packed = RecurrentStack(cell, 6, 8, num_layers, backend="packed").to(device, dtype)
+    stock = RecurrentStack(cell, 6, 8, num_layers, backend="torch").to(device, dtype)
+    with torch.no_grad():
+        for parameter in packed.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4)
+    stock.load_state_dict(packed.state_dict())
+    return packed, stock
+
+
+def check_parity(cell, num_layers, lengths, dtype, device, **tolerance):
+    torch.manual_seed(1)
+    packed, stock = pair(cell, num_layers, dtype, device)
+    rows = pack_rows(torch.tensor(lengths))
+    inputs = torch.randn(sum(lengths), 6, dtype=dtype, device=device)
+    state = tuple(part.normal_() for part in packed.zero_state(len(lengths), inputs))
+    for ours, theirs in zip(results(packed, inputs, rows, state), results(stock, inputs, rows, state), strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("cell", CELLS)
+def test_values_and_gradients_equal_torch(cell, num_layers, lengths):
+    check_parity(cell, num_layers, lengths, torch.float64, "cpu", rtol=1e-9, atol=1e-11)
+    check_parity(cell, num_layers, lengths, torch.float32, "cpu", rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("cell", CELLS)
+def test_values_and_gradients_equal_cudnn(cell, num_layers, lengths):
+    check_parity(cell, num_layers, lengths, torch.float32, "cuda", rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_bf16_stays_within_its_rounding(cell):
+    torch.manual_seed(2)
+    stack = RecurrentStack(cell, 16, 32, 2, backend="packed")
+    rows = pack_rows(torch.tensor([9, 7, 3]))
+    inputs, state = torch.randn(19, 16), stack.zero_state(3, torch.zeros(()))
+    exact = results(stack, inputs, rows, state)
+    stack.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = results(stack, inputs, rows, state)
+    for ours, wanted in zip(rounded, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - wanted).norm() <= 0.02 * wanted.norm() + 1e-6
+    assert any(not torch.equal(ours, wanted) for ours, wanted in zip(rounded, exact, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck(cell):
+    torch.manual_seed(0)
+    stack = RecurrentStack(cell, 3, 4, 1).double()
+    rows = pack_rows(torch.tensor([4, 2, 2, 1]))
+    arguments = [
+        torch.randn(9, 3),
+        *(torch.randn(4, 4) for _ in stack.zero_state(1, torch.zeros(()))),
+        *stack.parameters(),
+    ]
+    arguments = [argument.detach().double().requires_grad_() for argument in arguments]
+    assert torch.autograd.gradcheck(lambda *given: KERNELS[cell].apply(*given, rows), arguments)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_one_layer_equals_torch_in_both_directions(cell, bidirectional):
+    torch.manual_seed(4)
+    ours = RecurrentLayers(cell, 5, 7, 1, bidirectional)
+    theirs = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[cell](
+        5, 7, 1, bidirectional=bidirectional
+    )
+    for stack, suffix in zip(ours.stacks, ["", "_reverse"], strict=False):
+        for name, parameter in stack.layers.named_parameters():
+            getattr(theirs, name + suffix).data.copy_(parameter.data)
+    packed = pack_padded_sequence(torch.randn(6, 4, 5), torch.tensor([6, 4, 3, 1]))
+    (output, state), (wanted, wanted_state) = ours(packed), theirs(packed)
+    torch.testing.assert_close(pad_packed_sequence(output), pad_packed_sequence(wanted), rtol=1e-5, atol=1e-6)
+    wanted_state = wanted_state if cell == "lstm" else (wanted_state,)
+    torch.testing.assert_close(state, wanted_state, rtol=1e-5, atol=1e-6)
+
+
+def test_start_values_are_orthogonal_with_an_open_forget_gate():
+    stack = RecurrentStack("lstm", 5, 8, 2)
+    for layer in range(2):
+        for gate in getattr(stack.layers, f"weight_hh_l{layer}").split(8):
+            torch.testing.assert_close(gate @ gate.t(), torch.eye(8), rtol=1e-5, atol=1e-5)
+        bias = getattr(stack.layers, f"bias_ih_l{layer}") + getattr(stack.layers, f"bias_hh_l{layer}")
+        assert bias.view(4, 8).sum(1).tolist() == [0, 8, 0, 0]

@@ -1,0 +1,111 @@
+"""What a run reports: metrics.jsonl, and the same through TensorBoard's own reader and its real server."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lmtrain.training.tracking import Tracker
+from lmtrain.training.trainer import train
+
+TRAIN = {
+    f"train/{name}"
+    for name in ["loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second", "padding_fraction"]
+}
+VALID = {f"valid/{name}" for name in ["loss", "perplexity", "backward_perplexity", "fill_accuracy"]}
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def board_of(run):
+    board = EventAccumulator(str(run))
+    board.Reload()
+    return board
+
+
+def test_tags_read_back_equal_the_metric_rows(small):
+    run = train(small()).run
+    board, rows = board_of(run), rows_of(run)
+    assert set(board.Tags()["scalars"]) >= TRAIN | VALID
+    for tag in TRAIN | VALID:
+        read = [(event.step, event.value) for event in board.Scalars(tag)]
+        assert read == [(row["step"], pytest.approx(row[tag], rel=1e-6)) for row in rows if tag in row]
+        assert len(read) >= 2
+    assert "samples/text_summary" in board.Tags()["tensors"]
+    assert "_hparams_/session_start_info" in board.summary_metadata
+    assert all({"step", "epoch"} <= set(row) for row in rows)
+
+
+def test_no_step_twice_after_a_resume(small, tmp_path):
+    run = tmp_path / "run"
+    train(small(), run, stop_at_step=7)
+    extra = Tracker(run, {path.name: path.stat().st_size for path in run.glob("*.*")}, print)  # then killed further on
+    for step in (8, 9, 10):
+        extra.log(step, 1.0, {"train/loss": 99.0})
+    extra.close()
+    train(small(), run, resume=True)
+    board = board_of(run)
+    for tag in board.Tags()["scalars"]:
+        steps = [event.step for event in board.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag
+        assert all(event.value != 99.0 for event in board.Scalars(tag))
+    steps = [row["step"] for row in rows_of(run) if "train/loss" in row]
+    assert steps == [2, 4, 6, 8, 10, 12]
+
+
+def test_histograms_on_request(small):
+    assert board_of(train(small("training.max_steps=2")).run).Tags()["histograms"] == []
+    board = board_of(train(small("training.max_steps=2", "logging.histograms=true")).run)
+    assert "embedding.weight" in board.Tags()["histograms"]
+
+
+def test_full_precision_in_the_rows(small):
+    losses = [row["train/loss"] for row in rows_of(train(small()).run) if "train/loss" in row]
+    assert any(len(repr(loss)) > 12 for loss in losses)
+
+
+def test_training_goes_on_where_tensorboard_can_not_write(small, tmp_path, monkeypatch):
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lmtrain.training.tracking.SummaryWriter.add_scalar", full)
+    result = train(small(), tmp_path / "run")
+    assert result.step == 12
+    assert len(rows_of(result.run)) > 5
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_real_tensorboard_serves_the_run(small):
+    run = train(small()).run
+    port = free_port()
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run.parent), "--port", str(port)]
+    server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        address = f"http://127.0.0.1:{port}/data/plugin/scalars"
+        for _ in range(120):
+            try:
+                tags = json.load(urllib.request.urlopen(f"{address}/tags", timeout=5))
+                if set(tags.get(run.name, {})) >= VALID:
+                    break
+            except OSError:
+                pass
+            time.sleep(0.25)
+        assert set(tags[run.name]) >= TRAIN | VALID
+        served = json.load(urllib.request.urlopen(f"{address}/scalars?run={run.name}&tag=valid/loss", timeout=5))
+        wanted = [(row["step"], row["valid/loss"]) for row in rows_of(run) if "valid/loss" in row]
+        assert [(step, pytest.approx(value, rel=1e-6)) for _, step, value in served] == wanted
+    finally:
+        server.terminate()
+        server.wait(10)

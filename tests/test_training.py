@@ -1,0 +1,269 @@
+"""A resumed run equals the uninterrupted one, bit for bit; and what ends, stops and refuses a run."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmtrain import checkpoint
+from lmtrain.config import load_config
+from lmtrain.errors import ConfigError, DataError, DivergedError, StorageError
+from lmtrain.run import RunDirectory, weights
+from lmtrain.training.tracking import Quiet
+from lmtrain.training.trainer import train
+
+SETTINGS = {
+    "two directions": [],
+    "one direction": ["model.bidirectional=false"],
+    "gru, accumulating": ["model.cell=gru", "training.accumulate=4", "training.max_epochs=3"],
+    "rnn, by tokens, validating in mid-epoch": [
+        "model.cell=rnn",
+        "batching.max_tokens=70",
+        "validation.every_steps=4",
+        "optimizer.name=sgd",
+    ],
+    "adaptive, no validation": ["model.output=adaptive", "model.tie_weights=false", "data.valid=null"],
+}
+
+
+def digest(run: Path) -> str:
+    """The tensors of the last checkpoint and every metric row, wall-clock values aside."""
+    saved = checkpoint.load(run / "checkpoints", checkpoint.steps(run / "checkpoints")[0])
+    whole = hashlib.sha256(str(saved.step).encode())
+    for tensors in (saved.model, saved.training):
+        for name, tensor in sorted(tensors.items()):
+            whole.update(name.encode() + tensor.numpy().tobytes())
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        whole.update(json.dumps({key: v for key, v in row.items() if not key.endswith(("_per_second", "_s"))}).encode())
+    return whole.hexdigest()
+
+
+class Lines(Quiet):
+    """Keeps the notes."""
+
+    def __init__(self):
+        self.lines = []
+
+    def note(self, line):
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_resumed_run_equals_the_uninterrupted_one_from_every_step(small, tmp_path, settings):
+    config = small(*settings)
+    whole = train(config, tmp_path / "whole")
+    wanted = digest(whole.run)
+    assert whole.step >= 6
+    for step in range(1, whole.step + 1):
+        cut = tmp_path / f"cut-{step}"
+        assert train(config, cut, stop_at_step=step).step == step
+        assert digest(cut) != wanted or step == whole.step
+        assert train(config, cut, resume=True).step == whole.step
+        assert digest(cut) == wanted, step
+
+
+def test_a_run_stopped_after_each_step_ends_the_same(small, tmp_path):
+    config = small("training.max_steps=7")
+    wanted = digest(train(config, tmp_path / "whole").run)
+    for step in range(1, 8):
+        train(config, tmp_path / "cut", stop_at_step=step, resume=step > 1)
+    train(config, tmp_path / "cut", resume=True)
+    assert digest(tmp_path / "cut") == wanted
+
+
+@pytest.mark.parametrize("settings", [["model.bidirectional=true"], ["model.bidirectional=false"]], ids=str)
+def test_killed_at_random_moments_a_run_ends_the_same(corpus, tmp_path, settings):
+    overrides = [*settings, "training.max_epochs=14", "training.accumulate=2", "checkpoint.every_steps=2"]
+    wanted = digest(train(load_config("config.yaml", overrides), tmp_path / "whole").run)
+    command = [sys.executable, "-m", "lmtrain", "train", "config.yaml", *overrides, "--run-dir", "cut", "--resume"]
+    chance = random.Random(repr(settings))
+    cut, kills, steps = tmp_path / "cut" / "checkpoints", 0, set()
+    while kills < 4:
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        before = set(checkpoint.steps(cut))
+        while process.poll() is None and set(checkpoint.steps(cut)) <= before:
+            time.sleep(0.005)
+        time.sleep(chance.random() * 0.15)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break  # faster than we: it ended
+        kills += 1
+        steps.add(max(checkpoint.steps(cut)))
+    assert kills >= 2
+    assert len(steps) > 1
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert digest(tmp_path / "cut") == wanted
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_says_how_to_go_on(corpus, tmp_path, number):
+    overrides = ["training.max_epochs=20", "checkpoint.every_steps=null"]
+    command = [sys.executable, "-m", "lmtrain", "train", "config.yaml", *overrides, "--run-dir", "cut"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "cut" / "metrics.jsonl").exists() or not (tmp_path / "cut" / "metrics.jsonl").read_text():
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "--resume goes on" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    config = load_config("config.yaml", overrides)
+    assert digest(train(config, tmp_path / "cut", resume=True).run) == digest(train(config, tmp_path / "whole").run)
+
+
+def test_accumulated_batches_give_the_gradient_of_one_large_batch(small, tmp_path):
+    """Nats are summed over all batches and divided once: unequal batches weigh by their tokens."""
+    settings = ["model.dropout=0", "training.max_steps=1", "optimizer.name=sgd", "batching.bucket_batches=100"]
+    large = train(small(*settings, "batching.batch_size=43"), tmp_path / "large").run
+    parts = train(small(*settings, "batching.batch_size=5", "training.accumulate=9"), tmp_path / "parts").run
+    one, other = (checkpoint.load(run / "checkpoints", 1).model for run in (large, parts))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_early_stopping_and_the_best_checkpoint(small, tmp_path):
+    config = small("training.max_epochs=60", "training.patience=3", "optimizer.lr=0.05", "checkpoint.every_steps=null")
+    result = train(config, tmp_path / "run")
+    rows = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["valid/loss"] for row in rows if "valid/loss" in row}
+    best = min(losses, key=losses.get)
+    assert result.best_step == best
+    assert list(losses).index(best) == len(losses) - 4  # three worse ones, then the end
+    assert json.loads((result.run / "best.json").read_text()) == {"step": best, "valid_loss": losses[best]}
+    assert json.loads((result.run / "last.json").read_text())["step"] == result.step
+    kept = checkpoint.steps(result.run / "checkpoints")
+    assert {best, result.step} <= set(kept)
+    assert len(kept) <= 3
+
+
+def test_a_taken_name_gets_a_suffix_and_a_full_directory_is_refused(small, tmp_path):
+    config = small("training.max_steps=1", "checkpoint.every_steps=null")
+    runs = [train(config).run.name for _ in range(3)]
+    assert runs == ["config", "config-2", "config-3"]
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty; nothing is overwritten"):
+        train(config, full)
+    with pytest.raises(ConfigError, match="go on with --resume"):
+        train(config, tmp_path / "runs" / "config")
+    assert [path.name for path in full.iterdir()] == ["thesis.txt"]
+
+
+def test_resume_takes_the_last_run_of_the_name_and_starts_afresh_where_there_is_none(small):
+    config, progress = small("training.max_steps=2"), Lines()
+    first = train(config, resume=True, progress=progress)
+    assert "nothing to resume yet: starting afresh" in progress.lines
+    assert train(config).run.name == "config-2"
+    assert train(small("training.max_steps=4"), resume=True).run.name == "config-2"
+    again = train(config, first.run, resume=True, progress=progress)
+    assert again.step == 2
+    assert "nothing to do" in progress.lines[-1]
+
+
+def test_more_epochs_go_on_and_other_changes_are_refused_by_key(small, tmp_path):
+    train(small("training.max_epochs=1"), tmp_path / "run")
+    assert train(small("training.max_epochs=2"), tmp_path / "run", resume=True).step == 12
+    with pytest.raises(ConfigError) as error:
+        train(small("model.hidden_size=9", "seed=4"), tmp_path / "run", resume=True)
+    assert [fault.split(":")[0] for fault in error.value.faults] == ["seed", "model.hidden_size"]
+
+
+def test_changed_training_text_is_refused_by_name(small, corpus, tmp_path):
+    train(small(), tmp_path / "run", stop_at_step=2)
+    with open(corpus / "train.txt", "a") as handle:
+        handle.write("a b c\n")
+    with pytest.raises(DataError, match=r"train\.txt: changed since the run was begun"):
+        train(small(), tmp_path / "run", resume=True)
+
+
+def test_two_trainers_do_not_share_a_run(small, tmp_path):
+    train(small(), tmp_path / "run", stop_at_step=2)
+    with RunDirectory(tmp_path / "run").locked(), pytest.raises(StorageError, match=f"process {os.getpid()} trains"):
+        train(small(), tmp_path / "run", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(small, tmp_path):
+    config = small("optimizer.name=sgd", "optimizer.lr=1e30", "optimizer.clip_grad_norm=null", "training.max_epochs=9")
+    with pytest.raises(DivergedError, match=r"step \d+: .*learning rate \d.*lower optimizer\.lr"):
+        train(config, tmp_path / "run")
+    for step in checkpoint.steps(tmp_path / "run" / "checkpoints"):
+        saved = checkpoint.load(tmp_path / "run" / "checkpoints", step)
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.model.values())
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "foreign"])
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(small, tmp_path, harm):
+    wanted = digest(train(small(), tmp_path / "whole").run)
+    run = tmp_path / "run"
+    train(small(), run, stop_at_step=7)
+    newest = checkpoint.home_of(run / "checkpoints", 7)
+    if harm in ("flip", "cut"):
+        victim = newest / "training.safetensors"
+        data = bytearray(victim.read_bytes())
+        if harm == "flip":
+            data[len(data) // 2] ^= 4
+        victim.write_bytes(data if harm == "flip" else data[: len(data) // 2])
+    else:
+        shutil.rmtree(newest)
+        newest.mkdir()
+        if harm == "foreign":
+            (newest / "manifest.json").write_text('{"format": 1, "files": {"../../x": {"bytes": 1, "sha256": ""}}}')
+    progress = Lines()
+    assert digest(train(small(), run, resume=True, progress=progress).run) == wanted
+    assert any("passed over" in line and "step-00000007" in line for line in progress.lines)
+    assert any("resumed from step 6" in line for line in progress.lines)
+
+
+def test_metric_rows_of_steps_that_come_again_are_cut_off(small, tmp_path):
+    wanted = digest(train(small(), tmp_path / "whole").run)
+    train(small(), tmp_path / "run", stop_at_step=5)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as handle:
+        handle.write('{"step": 6, "epoch": 0.5}\n{"step": 7, "epo')
+    assert digest(train(small(), tmp_path / "run", resume=True).run) == wanted
+
+
+def test_a_time_budget_ends_the_run_and_the_schedule(small, tmp_path):
+    config = small("training.max_epochs=100000", "training.max_minutes=0.05", "schedule.final_fraction=0")
+    started_s = time.monotonic()
+    result = train(config, tmp_path / "run")
+    assert time.monotonic() - started_s < 20
+    rows = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+    assert rates[-1] < 0.2 * max(rates)
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(small, tmp_path):
+    runs = [train(small(f"seed={seed}"), tmp_path / str(n)).run for n, seed in enumerate([3, 3, 4])]
+    assert digest(runs[0]) == digest(runs[1]) != digest(runs[2])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_on_cuda(small, tmp_path, precision):
+    config = small("training.device=cuda", f"training.precision={precision}")
+    wanted = digest(train(config, tmp_path / "whole").run)
+    train(config, tmp_path / "cut", stop_at_step=5)
+    assert digest(train(config, tmp_path / "cut", resume=True).run) == wanted
+
+
+def test_tied_weights_are_saved_once(small, tmp_path):
+    from lmtrain.inference.trained_model import load
+
+    run = train(small("training.max_steps=2"), tmp_path / "run").run
+    saved = checkpoint.load(run / "checkpoints", 2).model
+    assert "output.weight" not in saved
+    model = load(run).model
+    assert model.output.weight is model.embedding.weight
+    assert all(torch.equal(saved[name], tensor) for name, tensor in weights(model).items())
