@@ -16,7 +16,14 @@ FLOORS = [
     ["data.tokenizer", "data.reading", "data.corpus", "data.batching", "data.preparation"],
     ["run"],
     ["inference.generation", "inference.scoring", "inference.trained_model"],
-    ["training.optimization", "training.tracking", "training.resuming", "training.trainer", "training.report"],
+    [
+        "training.optimization",
+        "training.tracking",
+        "training.figures",
+        "training.resuming",
+        "training.trainer",
+        "training.report",
+    ],
     ["cli", "__main__"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]

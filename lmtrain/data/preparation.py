@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lmtrain import checkpoint
 from lmtrain.config import Config
 from lmtrain.data import tokenizer as tokenizers
-from lmtrain.data.batching import Rows
+from lmtrain.data.batching import EpochSampler, Rows
 from lmtrain.data.corpus import Source, TokenStore, open_store
 from lmtrain.data.tokenizer import Tokenizer, train_tokenizer
 from lmtrain.errors import ArtefactError, DataError
@@ -66,6 +66,18 @@ def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None) 
     for line in _remarks(train, valid, config.batching.max_length):
         notify(line)
     return Corpora(tokenizer, train, valid, found["train"].hashes() | found["valid"].hashes())
+
+
+def epoch_sampler(config: Config, rows: Rows) -> EpochSampler:
+    """The sampler of the training rows."""
+    batching = config.batching
+    return EpochSampler(
+        rows.lengths,
+        batch_size=None if batching.max_tokens else batching.batch_size,
+        max_tokens=batching.max_tokens,
+        bucket_batches=batching.bucket_batches,
+        seed=config.seed,
+    )
 
 
 def _tokenizer(config: Config, source: Source, cache: Path, notify: Notify) -> Tokenizer:

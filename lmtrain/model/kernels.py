@@ -13,6 +13,7 @@ gradients agree with `torch.nn` to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,15 +52,11 @@ def pack_rows(lengths: Tensor) -> PackedRows:
     return PackedRows(lengths, sizes.tolist(), starts.tolist(), time, row, last)
 
 
-class _Steps:
-    """The walk over the time steps: (start, size, before), `before` being where the state before a step lies in
-    a buffer that holds the B initial states and then the N packed ones."""
-
-    def __init__(self, rows: PackedRows) -> None:
-        count = rows.batch_sizes[0]
-        before = [0, *(count + offset for offset in rows.offsets[:-1])]
-        self.all = list(zip(rows.offsets, rows.batch_sizes, before, strict=True))
-        self.before = torch.tensor(before)[rows.time] + rows.row  # (N,)
+def _before(rows: PackedRows) -> Tensor:
+    """Where the state before each packed row lies in a buffer of the B initial states and the N packed ones, (N,)."""
+    count = rows.batch_sizes[0]
+    starts = torch.tensor([0, *(count + offset for offset in rows.offsets[:-1])])
+    return starts[rows.time] + rows.row
 
 
 def _product_dtype(inputs: Tensor) -> torch.dtype:
@@ -83,11 +80,17 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype)
         total.add_(left.to(dtype) @ right)
 
 
-def _start(initial: Tensor, count: int) -> Tensor:
-    """A state buffer (B + N, H) whose first B rows are the initial state (B, H)."""
-    buffer = initial.new_empty(len(initial) + count, initial.shape[1])
-    buffer[: len(initial)] = initial
-    return buffer
+def _start(initial: Tensor, rows: PackedRows) -> tuple[Tensor, Sequence[Tensor]]:
+    """A state buffer (B + N, H) whose first B rows are the initial state (B, H), and the part of it of each step."""
+    count = len(initial)
+    buffer = initial.new_empty(count + len(rows.time), initial.shape[1])
+    buffer[:count] = initial
+    return buffer, buffer[count:].split(rows.batch_sizes)
+
+
+def _running(earlier: Tensor, part: Tensor) -> Tensor:
+    """The rows of an earlier step that still run at a step: as many as the step's `part` has."""
+    return earlier if len(earlier) == len(part) else earlier[: len(part)]
 
 
 class _Layer(torch.autograd.Function):
@@ -131,26 +134,27 @@ class LSTMLayer(_Layer):
         bias_hh: Tensor,
         rows: PackedRows,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = _product_dtype(inputs)
-        size_h = weight_hh.shape[1]
-        steps = _Steps(rows)
+        dtype, size_h, sizes = _product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes
         with torch.autocast(inputs.device.type, enabled=False):
             gates = _product(inputs, weight_ih.t(), dtype).add_(bias_ih + bias_hh)  # (N, 4H)
-            hidden, cell = _start(h_0, len(inputs)), _start(c_0, len(inputs))  # (B + N, H)
-            recurrent = weight_hh.t().to(dtype)
-            count = len(h_0)
-            for start, size, before in steps.all:
-                gate = gates[start : start + size]
-                _add_product(gate, hidden[before : before + size], recurrent, dtype)
-                gate[:, : 2 * size_h].sigmoid_()
-                gate[:, 2 * size_h : 3 * size_h].tanh_()
-                gate[:, 3 * size_h :].sigmoid_()
-                i, f, g, o = gate.view(size, 4, size_h).unbind(1)
-                h, c = (buffer[count + start : count + start + size] for buffer in (hidden, cell))
-                torch.mul(f, cell[before : before + size], out=c).addcmul_(i, g)
+            # tanh(x) = 2 s(2x) - 1: with g's part doubled, one sigmoid over a step's whole block does for all gates
+            cell_gate = gates[:, 2 * size_h : 3 * size_h]
+            cell_gate.mul_(2)
+            recurrent = weight_hh.t().to(dtype, copy=True)
+            recurrent[:, 2 * size_h : 3 * size_h].mul_(2)
+            (hidden, h_steps), (cell, c_steps) = _start(h_0, rows), _start(c_0, rows)  # (B + N, H)
+            parts = [part.split(sizes) for part in (gates, *gates.split(size_h, 1))]
+            h_before, c_before = h_0, c_0
+            for gate, i, f, half_g, o, h, c in zip(*parts, h_steps, c_steps, strict=True):
+                _add_product(gate, _running(h_before, gate), recurrent, dtype)
+                gate.sigmoid_()
+                torch.mul(f, _running(c_before, gate), out=c).addcmul_(i, half_g, value=2).sub_(i)
                 torch.tanh(c, out=h).mul_(o)
+                h_before, c_before = h, c
+            cell_gate.mul_(2).sub_(1)
+        count = len(h_0)
         ctx.save_for_backward(inputs, weight_ih, weight_hh, gates, hidden, cell)
-        ctx.steps, ctx.dtype, ctx.count = steps, dtype, count
+        ctx.rows, ctx.dtype, ctx.count = rows, dtype, count
         return hidden[count:], hidden[count + rows.last], cell[count + rows.last]
 
     @staticmethod
@@ -163,24 +167,28 @@ class LSTMLayer(_Layer):
         # d gate = slope * (d c for i, f, g; d h for o); d c grows by cell_slope * d h
         slope = torch.empty_like(gates).view(-1, 4, size_h)
         torch.mul(g * i, 1 - i, out=slope[:, 0])
-        torch.mul(cell[ctx.steps.before] * f, 1 - f, out=slope[:, 1])
+        before = _before(ctx.rows)
+        torch.mul(cell[before] * f, 1 - f, out=slope[:, 1])
         torch.mul(i, 1 - g * g, out=slope[:, 2])
         torch.mul(tanh_c * o, 1 - o, out=slope[:, 3])
         cell_slope = o * (1 - tanh_c * tanh_c)
         d_hidden, d_cell = to_h.clone(), to_c.clone()  # (B, H): what each row's later steps ask of this one
         d_gates = slope.view(-1, 4 * size_h)
-        recurrent = weight_hh.to(ctx.dtype)
-        for start, size, _ in reversed(ctx.steps.all):
-            part = slice(start, start + size)
-            d_h, d_c = d_hidden[:size].add_(to_output[part]), d_cell[:size]
-            d_c.addcmul_(d_h, cell_slope[part])
-            slope[part, :3].mul_(d_c.unsqueeze(1))
-            slope[part, 3].mul_(d_h)
-            d_c.mul_(f[part])
-            _step_back(d_h, d_gates[part], recurrent, ctx.dtype)
-        to_inputs, *to_weights = _Layer.finish(
-            ctx, inputs, d_gates, d_gates, hidden[ctx.steps.before], [weight_ih, weight_hh]
-        )
+        recurrent, sizes = weight_hh.to(ctx.dtype), ctx.rows.batch_sizes
+        # a product with a broadcast takes longer than one for each gate
+        parts = [part.split(sizes) for part in (to_output, cell_slope, *slope.unbind(1), f, d_gates)]
+        for to_out, c_slope, slope_i, slope_f, slope_g, slope_o, forget, d_gate in reversed(
+            list(zip(*parts, strict=True))
+        ):
+            d_h, d_c = _running(d_hidden, to_out).add_(to_out), _running(d_cell, to_out)
+            d_c.addcmul_(d_h, c_slope)
+            slope_i.mul_(d_c)
+            slope_f.mul_(d_c)
+            slope_g.mul_(d_c)
+            slope_o.mul_(d_h)
+            d_c.mul_(forget)
+            _step_back(d_h, d_gate, recurrent, ctx.dtype)
+        to_inputs, *to_weights = _Layer.finish(ctx, inputs, d_gates, d_gates, hidden[before], [weight_ih, weight_hh])
         return to_inputs, d_hidden, d_cell, *to_weights, None
 
 
@@ -205,25 +213,32 @@ class GRULayer(_Layer):
         bias_hh: Tensor,
         rows: PackedRows,
     ) -> tuple[Tensor, Tensor]:
-        dtype = _product_dtype(inputs)
-        size_h = weight_hh.shape[1]
-        steps = _Steps(rows)
+        dtype, size_h, sizes = _product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes
         with torch.autocast(inputs.device.type, enabled=False):
             gates = _product(inputs, weight_ih.t(), dtype).add_(bias_ih)  # (N, 3H)
             from_hidden = bias_hh.repeat(len(inputs), 1)  # (N, 3H): W_h h + b_h, of which n is kept apart
-            hidden = _start(h_0, len(inputs))
+            hidden, h_steps = _start(h_0, rows)
             recurrent = weight_hh.t().to(dtype)
-            count = len(h_0)
-            for start, size, before in steps.all:
-                gate, own = gates[start : start + size], from_hidden[start : start + size]
-                earlier = hidden[before : before + size]
+            parts = [
+                part.split(sizes)
+                for part in (
+                    from_hidden,
+                    gates[:, : 2 * size_h],
+                    from_hidden[:, : 2 * size_h],
+                    *gates.split(size_h, 1),
+                    from_hidden[:, 2 * size_h :],
+                )
+            ]
+            earlier = h_0
+            for own, rz, own_rz, r, z, n, own_n, h in zip(*parts, h_steps, strict=True):
+                earlier = _running(earlier, own)
                 _add_product(own, earlier, recurrent, dtype)
-                gate[:, : 2 * size_h].add_(own[:, : 2 * size_h]).sigmoid_()
-                r, z, n = gate.view(size, 3, size_h).unbind(1)
-                n.addcmul_(r, own[:, 2 * size_h :]).tanh_()
-                torch.lerp(n, earlier, z, out=hidden[count + start : count + start + size])
+                rz.add_(own_rz).sigmoid_()
+                n.addcmul_(r, own_n).tanh_()
+                earlier = torch.lerp(n, earlier, z, out=h)
+        count = len(h_0)
         ctx.save_for_backward(inputs, weight_ih, weight_hh, gates, from_hidden[:, 2 * size_h :], hidden)
-        ctx.steps, ctx.dtype, ctx.count = steps, dtype, count
+        ctx.rows, ctx.dtype, ctx.count = rows, dtype, count
         return hidden[count:], hidden[count + rows.last]
 
     @staticmethod
@@ -232,7 +247,7 @@ class GRULayer(_Layer):
         inputs, weight_ih, weight_hh, gates, new_from_hidden, hidden = ctx.saved_tensors
         size_h = weight_hh.shape[1]
         r, z, n = gates.view(-1, 3, size_h).unbind(1)  # (N, H) each
-        before = hidden[ctx.steps.before]
+        before = hidden[_before(ctx.rows)]
         # every gate's gradient is slope * d h, the gate n's being another on the input's side than on the state's
         input_slope = (1 - z) * (1 - n * n)
         slope = torch.empty_like(gates).view(-1, 3, size_h)
@@ -241,14 +256,16 @@ class GRULayer(_Layer):
         torch.mul(input_slope, r, out=slope[:, 2])
         d_hidden = to_h.clone()  # (B, H)
         d_gates = slope.view(-1, 3 * size_h)
-        recurrent = weight_hh.to(ctx.dtype)
-        for start, size, _ in reversed(ctx.steps.all):
-            part = slice(start, start + size)
-            d_h = d_hidden[:size].add_(to_output[part])
-            slope[part].mul_(d_h.unsqueeze(1))
-            input_slope[part].mul_(d_h)
-            kept = d_h * z[part]
-            _step_back(d_h, d_gates[part], recurrent, ctx.dtype)
+        recurrent, sizes = weight_hh.to(ctx.dtype), ctx.rows.batch_sizes
+        parts = [part.split(sizes) for part in (to_output, *slope.unbind(1), input_slope, z, d_gates)]
+        for to_out, slope_r, slope_z, slope_n, in_slope, update, d_gate in reversed(list(zip(*parts, strict=True))):
+            d_h = _running(d_hidden, to_out).add_(to_out)
+            slope_r.mul_(d_h)
+            slope_z.mul_(d_h)
+            slope_n.mul_(d_h)
+            in_slope.mul_(d_h)
+            kept = d_h * update
+            _step_back(d_h, d_gate, recurrent, ctx.dtype)
             d_h.add_(kept)
         d_input_gates = torch.cat([d_gates[:, : 2 * size_h], input_slope], 1)
         to_inputs, *to_weights = _Layer.finish(ctx, inputs, d_input_gates, d_gates, before, [weight_ih, weight_hh])
@@ -273,18 +290,17 @@ class RNNLayer(_Layer):
         rows: PackedRows,
     ) -> tuple[Tensor, Tensor]:
         dtype = _product_dtype(inputs)
-        steps = _Steps(rows)
         with torch.autocast(inputs.device.type, enabled=False):
-            hidden = _start(h_0, len(inputs))
+            hidden, h_steps = _start(h_0, rows)
             count = len(h_0)
             hidden[count:] = _product(inputs, weight_ih.t(), dtype).add_(bias_ih + bias_hh)
             recurrent = weight_hh.t().to(dtype)
-            for start, size, before in steps.all:
-                h = hidden[count + start : count + start + size]
-                _add_product(h, hidden[before : before + size], recurrent, dtype)
-                h.tanh_()
+            earlier = h_0
+            for h in h_steps:
+                _add_product(h, _running(earlier, h), recurrent, dtype)
+                earlier = h.tanh_()
         ctx.save_for_backward(inputs, weight_ih, weight_hh, hidden)
-        ctx.steps, ctx.dtype, ctx.count = steps, dtype, count
+        ctx.rows, ctx.dtype, ctx.count = rows, dtype, count
         return hidden[count:], hidden[count + rows.last]
 
     @staticmethod
@@ -293,14 +309,13 @@ class RNNLayer(_Layer):
         inputs, weight_ih, weight_hh, hidden = ctx.saved_tensors
         d_gates = 1 - hidden[ctx.count :].square()  # (N, H)
         d_hidden = to_h.clone()
-        recurrent = weight_hh.to(ctx.dtype)
-        for start, size, _ in reversed(ctx.steps.all):
-            part = slice(start, start + size)
-            d_h = d_hidden[:size].add_(to_output[part])
-            d_gates[part].mul_(d_h)
-            _step_back(d_h, d_gates[part], recurrent, ctx.dtype)
+        recurrent, sizes = weight_hh.to(ctx.dtype), ctx.rows.batch_sizes
+        for to_out, d_gate in reversed(list(zip(to_output.split(sizes), d_gates.split(sizes), strict=True))):
+            d_h = _running(d_hidden, to_out).add_(to_out)
+            d_gate.mul_(d_h)
+            _step_back(d_h, d_gate, recurrent, ctx.dtype)
         to_inputs, *to_weights = _Layer.finish(
-            ctx, inputs, d_gates, d_gates, hidden[ctx.steps.before], [weight_ih, weight_hh]
+            ctx, inputs, d_gates, d_gates, hidden[_before(ctx.rows)], [weight_ih, weight_hh]
         )
         return to_inputs, d_hidden, *to_weights, None
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from lmtrain.config import Config
-from lmtrain.data.batching import EpochSampler, Rows
+from lmtrain.data.batching import Rows
 from lmtrain.data.corpus import TokenStore, open_store
-from lmtrain.data.preparation import prepare, sources
+from lmtrain.data.preparation import epoch_sampler, prepare, sources
 from lmtrain.errors import DataError
 from lmtrain.run import build_model
 
@@ -54,15 +54,7 @@ def _store(store: TokenStore) -> str:
 
 
 def _batches(config: Config, rows: Rows) -> str:
-    batching = config.batching
-    sampler = EpochSampler(
-        rows.lengths,
-        batch_size=None if batching.max_tokens else batching.batch_size,
-        max_tokens=batching.max_tokens,
-        bucket_batches=batching.bucket_batches,
-        seed=config.seed,
-    )
-    batches = sampler.epoch(0)
+    batches = epoch_sampler(config, rows).epoch(0)
     longest = np.array([rows.lengths[batch].max() for batch in batches])
     places = int((longest * np.array([len(batch) for batch in batches])).sum())
     padding = 1 - int(rows.lengths.sum()) / places

@@ -15,6 +15,7 @@ from lmtrain.errors import ArtefactError, ConfigError, DataError
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.run import RunDirectory, load_weights, weights
 from lmtrain.runtime import environment, random_state, set_random_state
+from lmtrain.training.figures import Window
 from lmtrain.training.optimization import optimizer_tensors, set_optimizer_tensors
 
 # what may differ when a run is resumed: where it ends, what it shows and keeps, where things lie
@@ -23,15 +24,6 @@ MAY_CHANGE = (
     "training.max_minutes", "training.patience", "training.device", "training.num_threads", "checkpoint", "logging",
     "validation", "generation",
 )  # fmt: skip
-
-
-@dataclass
-class Window:
-    """What has been summed up since the last row of metrics."""
-
-    tallies: dict[str, list[float]] = field(default_factory=dict)  # objective -> [nats, tokens]
-    places: int = 0  # tokens of the batches, padding counted
-    padding: int = 0
 
 
 @dataclass

@@ -11,18 +11,16 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lmtrain.config import Config, load_config
-from lmtrain.data.batching import Batch, EpochSampler, Ints, sorted_batches
-from lmtrain.data.preparation import Corpora, prepare
+from lmtrain.data.batching import Ints, sorted_batches
+from lmtrain.data.preparation import Corpora, epoch_sampler, prepare
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.inference.generation import generate
-from lmtrain.inference.scoring import Evaluation, evaluate
-from lmtrain.metrics import Tally
-from lmtrain.model.language_model import Objective, count_events
+from lmtrain.inference.scoring import evaluate
+from lmtrain.model.language_model import count_events
 from lmtrain.run import RunDirectory, build_model, create_run, find_resumable, refuse_full
 from lmtrain.runtime import (
     autocast,
@@ -32,8 +30,9 @@ from lmtrain.runtime import (
     noted_signals,
     out_of_memory,
 )
+from lmtrain.training.figures import Window, in_words, validation_figures
 from lmtrain.training.optimization import build_optimizer, clip_gradient, learning_rate, set_learning_rate
-from lmtrain.training.resuming import Restored, Saves, TrainingState, Window, check_unchanged, flatten
+from lmtrain.training.resuming import Restored, Saves, TrainingState, check_unchanged, flatten
 from lmtrain.training.tracking import Progress, Quiet, Tracker
 
 VALIDATION_TOKENS = 8192  # padded tokens a batch
@@ -116,23 +115,10 @@ class Trainer:
         progress: Progress,
         start_s: float,
     ) -> None:
-        self.config, self.run, self.corpora, self.device, self.progress = (
-            config,
-            run,
-            corpora,
-            device,
-            progress,
-        )
-        self.start_s = start_s
+        self.config, self.run, self.corpora = config, run, corpora
+        self.device, self.progress, self.start_s = device, progress, start_s
         self.rows, self.valid_rows = corpora.rows(config.batching.max_length)
-        batching = config.batching
-        self.sampler = EpochSampler(
-            self.rows.lengths,
-            batch_size=None if batching.max_tokens else batching.batch_size,
-            max_tokens=batching.max_tokens,
-            bucket_batches=batching.bucket_batches,
-            seed=config.seed,
-        )
+        self.sampler = epoch_sampler(config, self.rows)
         torch.manual_seed(config.seed)
         self.model = build_model(config, corpora.tokenizer.vocab_size)
         self.model.to(device)
@@ -253,7 +239,7 @@ class Trainer:
             )
         self.optimizer.step()
         self.last_norm, self.last_rate = norm, rate
-        self._count(batches, nats, events)
+        state.window.add(batches, nats, events)
         state.step += 1
         state.next_batch += len(group)
         if state.next_batch >= len(self.batches):
@@ -261,44 +247,18 @@ class Trainer:
             if not self._ended():
                 self.batches = self.sampler.epoch(state.epoch)
 
-    def _count(self, batches: list[Batch], nats: dict[Objective, float], events: dict[Objective, int]) -> None:
-        window = self.state.window
-        for objective, value in nats.items():
-            sums = window.tallies.setdefault(objective, [0.0, 0])
-            sums[0] += value
-            sums[1] += events[objective]
-        for batch in batches:
-            window.places += batch.tokens.numel()
-            window.padding += batch.tokens.numel() - int(batch.lengths.sum())
-
     # ---- what is reported
 
     def _log_window(self) -> None:
         """A row of training metrics over the steps since the last one."""
-        window, now_s = self.state.window, time.monotonic()
-        tallies = {name: Tally(nats, int(tokens)) for name, (nats, tokens) in window.tallies.items()}
-        self.figures = {
-            "train/loss": self._weighted(tallies),
-            "train/perplexity": tallies["forward"].perplexity,
-            "train/learning_rate": self.last_rate,
-            "train/grad_norm": self.last_norm,
-            "train/tokens_per_second": tallies["forward"].tokens / max(1e-9, now_s - self.window_start_s),
-            "train/padding_fraction": window.padding / window.places,
-        }
+        now_s = time.monotonic()
+        elapsed_s = now_s - self.window_start_s
+        self.figures = self.state.window.figures(self.loss_weights, self.last_rate, self.last_norm, elapsed_s)
         self.tracker.log(self.state.step, self._epoch(), self.figures)
         self.state.window, self.window_start_s = Window(), now_s
 
     def _epoch(self) -> float:
         return self.state.epoch + self.state.next_batch / len(self.batches)
-
-    def _weighted(self, tallies: dict[Any, Tally]) -> float:
-        """The loss: each objective's nats per token, times its weight."""
-        weighted = (
-            weight * tallies[objective].nats_per_token
-            for objective, weight in self.loss_weights.items()
-            if weight and tallies[objective].tokens
-        )
-        return math.fsum(weighted)
 
     def _validation_due(self) -> bool:
         every = self.config.validation.every_steps
@@ -314,31 +274,19 @@ class Trainer:
             batches = sorted_batches(self.valid_rows, VALIDATION_TOKENS, self.pad_id)
             with autocast(state.precision, self.device):
                 result = evaluate(self.model, batches)
-            values = self._validation_figures(result)
+            values = validation_figures(result, self.loss_weights)
             loss = values["valid/loss"]
             improved = state.best_loss is None or loss < state.best_loss
             if improved:
                 state.best_loss, state.best_step, state.best_figures = loss, state.step, values
             state.bad_validations = 0 if improved else state.bad_validations + 1
-            self.progress.note(f"step {state.step}: " + self._summary(values) + (" (best)" if improved else ""))
+            self.progress.note(f"step {state.step}: validation {in_words(values)}{' (best)' if improved else ''}")
         self.tracker.log(state.step, self._epoch(), {**values, "samples": self._samples()})
         if self.config.logging.histograms:
             self.tracker.histograms(state.step, self.model)
         self.model.train()
         self.window_start_s += time.monotonic() - started_s  # not part of the training's tokens per second
         return improved
-
-    def _validation_figures(self, result: Evaluation) -> dict[str, float]:
-        values = {"valid/loss": self._weighted(result.tallies), "valid/perplexity": result.perplexity}
-        if self.model.bidirectional:
-            values["valid/backward_perplexity"] = result.tallies["backward"].perplexity
-            values["valid/fill_accuracy"] = result.tallies["fill"].accuracy
-        return values
-
-    def _summary(self, values: dict[str, float]) -> str:
-        words = {"valid/loss": "validation loss", "valid/perplexity": "perplexity"}
-        words |= {"valid/backward_perplexity": "backward", "valid/fill_accuracy": "fill accuracy"}
-        return ", ".join(f"{words[tag]} {value:.4f}" for tag, value in values.items())
 
     def _samples(self) -> list[dict[str, str]]:
         """What the model goes on with after the sample prompts, greedily."""

@@ -1,0 +1,68 @@
+"""The figures of a run, under the tags that metrics.jsonl and TensorBoard share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lmtrain.data.batching import Batch
+from lmtrain.inference.scoring import Evaluation
+from lmtrain.metrics import Tally
+from lmtrain.model.language_model import Objective
+
+LossWeights = Mapping[Objective, float]
+
+
+def weighted_loss(tallies: Mapping[Objective, Tally], weights: LossWeights) -> float:
+    """The loss: each objective's nats per token, times its weight."""
+    return math.fsum(
+        weight * tallies[objective].nats_per_token
+        for objective, weight in weights.items()
+        if weight and tallies[objective].tokens
+    )
+
+
+@dataclass
+class Window:
+    """What training has summed up since the last row of metrics; plain values, which a checkpoint keeps."""
+
+    tallies: dict[Objective, list[float]] = field(default_factory=dict)  # [nats, tokens]
+    places: int = 0  # tokens of the batches, padding counted
+    padding: int = 0
+
+    def add(self, batches: Sequence[Batch], nats: Mapping[Objective, float], events: Mapping[Objective, int]) -> None:
+        """Add one optimizer step."""
+        for objective, value in nats.items():
+            sums = self.tallies.setdefault(objective, [0.0, 0])
+            sums[0] += value
+            sums[1] += events[objective]
+        for batch in batches:
+            self.places += batch.tokens.numel()
+            self.padding += batch.tokens.numel() - int(batch.lengths.sum())
+
+    def figures(self, weights: LossWeights, rate: float, norm: float, elapsed_s: float) -> dict[str, float]:
+        """A row of training metrics; learning rate and gradient norm are those of the last step."""
+        tallies = {objective: Tally(nats, int(tokens)) for objective, (nats, tokens) in self.tallies.items()}
+        return {
+            "train/loss": weighted_loss(tallies, weights),
+            "train/perplexity": tallies["forward"].perplexity,
+            "train/learning_rate": rate,
+            "train/grad_norm": norm,
+            "train/tokens_per_second": tallies["forward"].tokens / max(1e-9, elapsed_s),
+            "train/padding_fraction": self.padding / self.places,
+        }
+
+
+def validation_figures(result: Evaluation, weights: LossWeights) -> dict[str, float]:
+    """A row of validation metrics; the last two with two directions only."""
+    figures = {"valid/loss": weighted_loss(result.tallies, weights), "valid/perplexity": result.perplexity}
+    if "backward" in result.tallies:
+        figures["valid/backward_perplexity"] = result.tallies["backward"].perplexity
+        figures["valid/fill_accuracy"] = result.tallies["fill"].accuracy
+    return figures
+
+
+def in_words(figures: Mapping[str, float]) -> str:
+    """Validation metrics for people."""
+    return ", ".join(f"{tag.removeprefix('valid/').replace('_', ' ')} {value:.4f}" for tag, value in figures.items())
