@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that after a crash either the old content or the new one is there, whole."""
-    beside = path.with_name(f".{path.name}.new")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")  # two processes may write the same cache file
     try:
         _write_synced(beside, content)
         beside.rename(path)
@@ -137,9 +137,11 @@ def remove(checkpoints: Path, step: int) -> None:
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Remove what killed saves and removals left behind."""
+    """Remove what killed saves and removals left behind, here and beside the run's other files."""
     for path in checkpoints.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoints.parent.glob(".*.new"):
+        path.unlink(missing_ok=True)
 
 
 def load(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> Checkpoint:

@@ -114,7 +114,7 @@ def generate(
     model = lmtrain.load(run, device or "auto", _tell)
     for text in texts:
         if unknown := model.unknown_tokens(text):
-            _tell(f"note: {unknown} tokens of the prompt {text[:60]!r} are unknown to the model, read as <unk>")
+            _tell(f"note: prompt {text[:60]!r}: {unknown} of its tokens unknown to the model, read as <unk>")
     for result in model.generate(texts or [""], max_tokens):
         if as_json:
             print(json.dumps(vars(result), ensure_ascii=False))

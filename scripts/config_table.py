@@ -34,7 +34,7 @@ def kind(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(map(str, schema["enum"]))
     if schema["type"] == "array":
-        return "list of texts"
+        return "list of numbers" if schema["items"].get("type") == "number" else "list of texts"
     names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
     words = names.get(schema["type"], schema["type"])
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "exclusiveMaximum": "<", "maximum": "<="}

@@ -88,6 +88,8 @@ class OptimizerConfig(Section):
     """AdamW, or plain stochastic gradient descent."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate, reached after `schedule.warmup_steps`."""
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """adamw: decay rates of the averages of the gradient and of its square; a short run may want the second at 0.99."""
     weight_decay: float = Field(0.01, ge=0)
     """Decay of matrices; biases are left alone."""
     clip_grad_norm: float | None = Field(1.0, gt=0)

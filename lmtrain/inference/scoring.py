@@ -5,6 +5,7 @@ Shapes: N events of a batch, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -31,10 +32,10 @@ class Evaluation:
         return self.tallies["forward"].perplexity
 
     def figures(self) -> dict[str, float | int | None]:
-        """What `lmtrain evaluate --json` prints; None for what a one-directional model can't say."""
+        """What `lmtrain evaluate --json` prints; None for what a one-directional model or an empty text can't say."""
         forward = self.tallies["forward"]
         backward, fill = self.tallies.get("backward"), self.tallies.get("fill")
-        return {
+        figures = {
             "tokens": forward.tokens,
             "nats_per_token": forward.nats_per_token,
             "perplexity": forward.perplexity,
@@ -44,6 +45,7 @@ class Evaluation:
             "backward_perplexity": None if backward is None else backward.perplexity,
             "fill_accuracy": None if fill is None else fill.accuracy,
         }
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
 
 
 @torch.inference_mode()

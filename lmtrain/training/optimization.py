@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-def build_optimizer(model: nn.Module, *, name: Literal["adamw", "sgd"], lr: float, weight_decay: float) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, *, name: Literal["adamw", "sgd"], lr: float, betas: Sequence[float], weight_decay: float
+) -> Optimizer:
     """AdamW or SGD over the model's weights; matrices decay, biases do not.
 
     AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
@@ -23,7 +25,7 @@ def build_optimizer(model: nn.Module, *, name: Literal["adamw", "sgd"], lr: floa
     ]
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
 
 
 def learning_rate(

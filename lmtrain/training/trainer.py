@@ -124,7 +124,11 @@ class Trainer:
         self.model.to(device)
         optimizer = config.optimizer
         self.optimizer = build_optimizer(
-            self.model, name=optimizer.name, lr=optimizer.lr, weight_decay=optimizer.weight_decay
+            self.model,
+            name=optimizer.name,
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            weight_decay=optimizer.weight_decay,
         )
         weight_of = config.training.loss_weights.model_dump()
         self.loss_weights = {objective: weight_of[objective] for objective in self.model.objectives}
