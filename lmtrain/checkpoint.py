@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,11 @@ from lmtrain.errors import ArtefactError, StorageError
 FORMAT = 1
 FILES = ("model.safetensors", "training.safetensors", "state.json")
 LARGEST_JSON_BYTES = 16 << 20
+REPLACED = ".replaced"  # a checkpoint that stood where a new one is being put
+
+
+class NewerFormatError(ArtefactError):
+    """A checkpoint that a later lmtrain wrote: nothing to pass over, but a reason to stop."""
 
 
 class Checkpoint(NamedTuple):
@@ -51,7 +57,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as handle:
+    path.unlink(missing_ok=True)
+    with open(path, "xb") as handle:  # never through a link
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
@@ -73,8 +80,8 @@ def home_of(checkpoints: Path, step: int) -> Path:
 
 def steps(checkpoints: Path) -> list[int]:
     """The steps of which there is a checkpoint directory, newest first, whole or not."""
-    names = (path.name.removeprefix("step-") for path in checkpoints.glob("step-*"))
-    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
+    numbers = [int(name) for path in checkpoints.glob("step-*") if re.fullmatch("[0-9]{8,18}", name := path.name[5:])]
+    return sorted((step for step in numbers if home_of(checkpoints, step).exists()), reverse=True)
 
 
 def save(checkpoints: Path, checkpoint: Checkpoint) -> None:
@@ -102,16 +109,18 @@ def save(checkpoints: Path, checkpoint: Checkpoint) -> None:
         for name, data in contents.items():
             _write_synced(beside / name, data)
         sync_directory(beside)
-        if home.exists():  # a broken one, passed over when the run was resumed
-            remove(checkpoints, checkpoint.step)
+        replaced = home.with_name(f".{home.name}{REPLACED}")
+        if home.exists():  # the same step again: at the end of a run, or after a broken one was passed over
+            home.rename(replaced)
         beside.rename(home)
         sync_directory(checkpoints)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        remove_leftovers(checkpoints)
         size = sum(map(len, contents.values()))
         raise StorageError(
             f"{home}: the save failed: {(error.strerror or str(error)).lower()}; a checkpoint takes {size:,} bytes; "
-            "earlier checkpoints are whole, and --resume goes on from them"
+            "what was saved before is whole, and --resume goes on from it"
         ) from None
 
 
@@ -137,7 +146,11 @@ def remove(checkpoints: Path, step: int) -> None:
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Remove what killed saves and removals left behind, here and beside the run's other files."""
+    """Tidy up after killed saves and removals: what was about to be replaced comes back, the rest goes."""
+    for path in checkpoints.glob(f".step-*{REPLACED}"):
+        home = path.with_name(path.name[1:].removesuffix(REPLACED))
+        if not home.exists():
+            path.rename(home)
     for path in checkpoints.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in checkpoints.parent.glob(".*.new"):
@@ -174,7 +187,7 @@ def _check_manifest(home: Path, manifest: dict[str, Any]) -> None:
     if not isinstance(manifest.get("format"), int) or not isinstance(manifest.get("files"), dict):
         raise ArtefactError(f"{path}: not a manifest")
     if manifest["format"] > FORMAT:
-        raise ArtefactError(f"{path}: format {manifest['format']} is newer than this lmtrain's; upgrade lmtrain")
+        raise NewerFormatError(f"{path}: format {manifest['format']} is newer than this lmtrain's; upgrade lmtrain")
     if set(manifest["files"]) != set(FILES):
         raise ArtefactError(f"{path}: names other files than {', '.join(FILES)}")
     for name, entry in manifest["files"].items():
@@ -232,9 +245,15 @@ def _tensors(path: Path, data: bytes | None) -> dict[str, Tensor]:
 
 
 def newest_whole(checkpoints: Path, problems: list[str]) -> Iterator[Checkpoint]:
-    """The whole checkpoints, newest first; what is wrong with the ones passed over goes to `problems`."""
+    """The whole checkpoints, newest first; what is wrong with the ones passed over goes to `problems`.
+
+    Raises:
+        NewerFormatError: one that a later lmtrain wrote.
+    """
     for step in steps(checkpoints):
         try:
             yield load(checkpoints, step)
+        except NewerFormatError:
+            raise
         except ArtefactError as error:
             problems.extend(error.faults)

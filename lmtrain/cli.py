@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import sys
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +21,8 @@ from lmtrain.errors import ConfigError, LmtrainError
 
 if TYPE_CHECKING:
     from lmtrain.training.tracking import Progress
+
+LARGEST_PROMPTS_BYTES = 64 << 20
 
 app = typer.Typer(
     name="lmtrain",
@@ -80,9 +85,12 @@ def train(
 
     result = run_training(settings, run_dir, resume=resume, progress=_progress())
     best = ", ".join(f"{tag.removeprefix('valid/')} {value:.4f}" for tag, value in result.figures.items())
-    if best:
-        print(f"best validation (step {result.best_step}): {best}")
-    print(f"{result.run}: {result.step} steps. Next: lmtrain generate {result.run}")
+    with suppress(OSError):  # trained is trained, whether or not it can be told
+        if best:
+            print(f"best validation (step {result.best_step}): {best}")
+        print(f"{result.run}: {result.step} steps. Next: lmtrain generate {result.run}", flush=True)
+        return
+    _silence_stdout()
 
 
 def load_with(config: str, overrides: list[str] | None, device: Device | None):  # type: ignore[no-untyped-def]
@@ -109,6 +117,9 @@ def generate(
     texts = [*(prompt or []), *(_read_prompts(prompts) if prompts is not None else [])]
     if prompts is not None and not texts:
         raise ConfigError(f"--prompts {prompts}: holds no prompt")
+    for text in texts:
+        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"prompt {text[:60]!r}: not text (a NUL, or bytes that are not UTF-8)")
     import lmtrain
 
     model = lmtrain.load(run, device or "auto", _tell)
@@ -117,19 +128,30 @@ def generate(
             _tell(f"note: prompt {text[:60]!r}: {unknown} of its tokens unknown to the model, read as <unk>")
     for result in model.generate(texts or [""], max_tokens):
         if as_json:
-            print(json.dumps(vars(result), ensure_ascii=False))
+            finite = math.isfinite(result.log_probability)
+            row = vars(result) if finite else vars(result) | {"log_probability": None}
+            print(json.dumps(row, ensure_ascii=False))
         else:
             print(result.text if raw or not sys.stdout.isatty() else escape(result.text))
 
 
 def _read_prompts(source: str) -> list[str]:
+    """The lines of a file or of standard input; a line ends at a newline and nowhere else, as in training text."""
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        return data.decode("utf-8-sig").splitlines()
+        if source == "-":
+            data = sys.stdin.buffer.read(LARGEST_PROMPTS_BYTES + 1)
+        else:
+            with open(source, "rb") as handle:
+                data = handle.read(LARGEST_PROMPTS_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"--prompts {source}: {(error.strerror or 'can not be read').lower()}") from None
+    if len(data) > LARGEST_PROMPTS_BYTES:
+        raise ConfigError(f"--prompts {source}: over {LARGEST_PROMPTS_BYTES >> 20} MiB; cut it into parts")
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts {source}: byte {error.start} is not UTF-8") from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 @app.command()
@@ -206,6 +228,11 @@ def main() -> None:
 
 
 def _run() -> int:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an encoding that lacks a character is no reason to stop
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -221,9 +248,22 @@ def _run() -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:  # whoever reads our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _silence_stdout()
         return 0
     except OSError as error:
         _tell(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _silence_stdout()
         return 5
+    except (MemoryError, RuntimeError) as error:
+        if "torch" in sys.modules or isinstance(error, MemoryError):
+            from lmtrain.runtime import out_of_memory
+
+            if (memory := out_of_memory(error, "the model or its batches are too large for this machine")) is not None:
+                _tell(str(memory))
+                return memory.exit_code
+        raise
+
+
+def _silence_stdout() -> None:
+    """Nothing more can be written there, not even what Python would flush at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

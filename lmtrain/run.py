@@ -11,8 +11,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +47,7 @@ class RunDirectory:
         Raises:
             StorageError: another process trains here.
         """
-        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,25 +65,38 @@ class RunDirectory:
         self.checkpoints.mkdir(exist_ok=True)
         checkpoint.write_atomically(self.path / "tokenizer.json", tokenizer.dumps().encode())
         self.write_environment(environment)
+        self.write_config(config)
+
+    def write_config(self, config: Config) -> None:
         checkpoint.write_atomically(self.path / "config.yaml", dump_config(config).encode())
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         text = json.dumps(environment, indent=1, ensure_ascii=False) + "\n"
-        checkpoint.write_atomically(self.path / "environment.json", text.encode())
+        checkpoint.write_atomically(self.path / "environment.json", text.encode(errors="backslashreplace"))
 
     def point(self, name: str, content: dict[str, Any]) -> None:
         """Write `best` or `last`.json."""
         checkpoint.write_atomically(self.path / f"{name}.json", (json.dumps(content) + "\n").encode())
 
     def pointed(self, name: str) -> int | None:
-        """The step that `best` or `last`.json names; None where there is no such file."""
-        path = self.path / f"{name}.json"
-        if not path.exists():
+        """The step that `best` or `last`.json names; None where there is no such file, or none that can be read."""
+        try:
+            step = checkpoint.read_json(self.path / f"{name}.json").get("step")
+        except ArtefactError:
             return None
-        step = checkpoint.read_json(path).get("step")
-        if type(step) is not int or step < 0:
-            raise ArtefactError(f"{path}: names no step")
-        return step
+        return step if type(step) is int and step >= 0 else None
+
+    def refuse_links(self) -> None:
+        """A run directory holds files and directories only.
+
+        Raises:
+            ArtefactError: a link (what it points to could be read or overwritten), a FIFO, a device.
+        """
+        for folder, names, files in os.walk(self.path):
+            for name in (*names, *files):
+                path = Path(folder, name)
+                if not stat.S_ISDIR(path.lstat().st_mode) and not stat.S_ISREG(path.lstat().st_mode):
+                    raise ArtefactError(f"{path}: not a regular file; a run directory holds nothing else")
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer; raises ArtefactError."""
@@ -108,14 +123,14 @@ def create_run(config: Config, run_dir: str | None) -> RunDirectory:
         path = Path(run_dir)
         path.mkdir(parents=True, exist_ok=True)
         return RunDirectory(path)
-    number = 1
+    runs = Path(config.runs_dir)
+    runs.mkdir(parents=True, exist_ok=True)
     while True:
-        path = _numbered(config, number)
-        try:
-            path.mkdir(parents=True)
+        number = max(_numbers(config), default=0) + 1
+        with suppress(FileExistsError):  # another process was quicker
+            path = _numbered(config, number)
+            path.mkdir()
             return RunDirectory(path)
-        except FileExistsError:
-            number += 1
 
 
 def refuse_full(run_dir: str) -> None:
@@ -138,12 +153,16 @@ def find_resumable(config: Config, run_dir: str | None) -> RunDirectory | None:
     if run_dir is not None:
         run = RunDirectory(Path(run_dir))
         return run if run.holds_run() else None
-    found, number = None, 1
-    while (path := _numbered(config, number)).exists():
-        run = RunDirectory(path)
-        found = run if run.holds_run() else found
-        number += 1
-    return found
+    found = (RunDirectory(_numbered(config, number)) for number in sorted(_numbers(config), reverse=True))
+    return next((run for run in found if run.holds_run()), None)
+
+
+def _numbers(config: Config) -> list[int]:
+    """The numbers of the directories `name`, `name-2`, `name-3` ... that there are; `name` itself is 1."""
+    names = [path.name for path in Path(config.runs_dir).glob("*")]
+    suffixes = (name.removeprefix(f"{config.name}-") for name in names if name.startswith(f"{config.name}-"))
+    numbers = [int(suffix) for suffix in suffixes if re.fullmatch("[1-9][0-9]{0,8}", suffix)]
+    return [*numbers, 1] if config.name in names else numbers
 
 
 def _numbered(config: Config, number: int) -> Path:
@@ -194,13 +213,14 @@ def weights(model: LanguageModel) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def load_weights(model: LanguageModel, tensors: dict[str, Tensor], name: str) -> None:
-    """Put saved weights into a model.
+def check_weights(config: Config, vocab_size: int, tensors: dict[str, Tensor], name: str) -> None:
+    """Hold saved weights against a configuration before any memory is taken for its model.
 
     Raises:
         ArtefactError: a tensor missing, unknown, of another shape or type, or not finite.
     """
-    own = weights(model)
+    with torch.device("meta"):  # shapes without memory
+        own = weights(build_model(config, vocab_size))
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise ArtefactError(f"{name}: {'missing' if odd[0] in own else 'unknown'} tensor {odd[0]!r}")
@@ -212,8 +232,19 @@ def load_weights(model: LanguageModel, tensors: dict[str, Tensor], name: str) ->
             )
         if not bool(torch.isfinite(saved).all()):
             raise ArtefactError(f"{name}: tensor {key!r} holds values that are not finite")
-        with torch.no_grad():
-            parameter.copy_(saved)
+
+
+@torch.no_grad()
+def load_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
+    """Put saved weights, checked before, into a model."""
+    for key, parameter in weights(model).items():
+        parameter.copy_(tensors[key])
+
+
+def check_tokenizer(tokenizer: Tokenizer, state: dict[str, Any], name: str) -> None:
+    """The weights belong to one vocabulary; raises ArtefactError where this is another."""
+    if state.get("tokenizer") != tokenizer.fingerprint():
+        raise ArtefactError(f"{name}: was trained with another tokenizer than the run's tokenizer.json")
 
 
 def _kind(tensor: Tensor) -> str:
@@ -236,6 +267,7 @@ def load_run(run: RunDirectory, device: torch.device, notify: Callable[[str], No
     Raises:
         ArtefactError: no checkpoint that is whole, or files that don't fit together.
     """
+    run.refuse_links()
     config, tokenizer = run.config(), run.tokenizer()
     wanted = [step for step in (run.pointed("best"), run.pointed("last")) if step is not None]
     candidates = list(dict.fromkeys([*wanted, *checkpoint.steps(run.checkpoints)]))
@@ -245,13 +277,15 @@ def load_run(run: RunDirectory, device: torch.device, notify: Callable[[str], No
     for step in candidates:
         name = str(checkpoint.home_of(run.checkpoints, step) / "model.safetensors")
         try:
-            saved = checkpoint.load(run.checkpoints, step, ("model.safetensors",))
-            model = build_model(config, tokenizer.vocab_size)
-            load_weights(model, saved.model, name)
+            saved = checkpoint.load(run.checkpoints, step, ("model.safetensors", "state.json"))
+            check_weights(config, tokenizer.vocab_size, saved.model, name)
+            check_tokenizer(tokenizer, saved.state, name)
         except ArtefactError as error:
             problems.extend(error.faults)
             continue
         for problem in problems:
             notify(f"passed over: {problem}")
+        model = build_model(config, tokenizer.vocab_size)
+        load_weights(model, saved.model)
         return Loaded(run, config, tokenizer, model.to(device).eval(), step)
     raise ArtefactError(*problems)

@@ -20,6 +20,7 @@ from lmtrain.cli import escape
 from lmtrain.training.trainer import train
 
 COMMAND = [sys.executable, "-m", "lmtrain"]
+IDS = ["tokenizer.kind=ids", "tokenizer.vocab_size=9", "logging.sample_prompts=[]"]
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def run(small):
 
 def listing(folder):
     """Every file with its content."""
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path): path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
 
 
 def test_train_then_generate_and_evaluate(corpus):
@@ -98,9 +99,18 @@ def test_check_reports_the_data_and_trains_nothing(corpus):
 def test_check_names_the_faults_of_all_files(corpus):
     (corpus / "train.txt").write_bytes(b"a\n\xff\n")
     (corpus / "valid.txt").write_bytes(b"a\0\n")
-    done = lmtrain("check", "config.yaml")
+    (corpus / "more.txt").write_bytes(b"\xff\n")
+    done = lmtrain("check", "config.yaml", "data.train=[train.txt, more.txt]")
     assert done.returncode == 3
-    assert [line.split(": ")[0] for line in done.stderr.splitlines()] == ["train.txt:2:1", "valid.txt:1:2"]
+    assert [line.split(": ")[0] for line in done.stderr.splitlines()] == [
+        "train.txt:2:1",
+        "more.txt:1:1",
+        "valid.txt:1:2",
+    ]
+    (corpus / "train.txt").write_text("1 x\n")
+    (corpus / "valid.txt").write_text("1 99\n")
+    done = lmtrain("check", "config.yaml", *IDS)
+    assert [line.split(": ")[0] for line in done.stderr.splitlines()] == ["train.txt:1:3", "valid.txt:1:3"]
 
 
 def test_version_and_help():
@@ -126,6 +136,8 @@ def test_version_and_help():
         (["generate"], "no trained run under runs/"),
         (["generate", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: no such file"),
         (["generate", "--prompts", "empty.txt"], "holds no prompt"),
+        (["generate", "--prompt", "a\udcff"], "not text"),
+        (["train", "config.yaml", "logging.sample_prompts=[x]", "tokenizer.kind=ids"], "logging.sample_prompts: 'x'"),
         pytest.param(
             ["train", "config.yaml", "training.device=cuda"],
             "finds no CUDA device",
@@ -151,10 +163,10 @@ def test_a_mistake_at_the_command_line_is_one_line_and_exit_2(corpus, shell, arg
         (b"", [], "train.txt: no token occurs 1 times or more"),
         (b"\n\n", ["tokenizer.kind=byte"], "train.txt: no text"),
         (b"fine\n\xff\n", [], "train.txt:2:1: byte 5 is not UTF-8"),
-        (b"1 2\n-3\n", ["tokenizer.kind=ids", "tokenizer.vocab_size=9"], "train.txt:2:1: id -3 is not in 0..8"),
-        (b"1 2 9\n", ["tokenizer.kind=ids", "tokenizer.vocab_size=9"], "train.txt:1:5: id 9 is not in 0..8"),
-        (b"1 0 2\n", ["tokenizer.kind=ids", "tokenizer.vocab_size=9"], "train.txt:1:3: id 0 is the pad id"),
-        (b"1 one\n", ["tokenizer.kind=ids", "tokenizer.vocab_size=9"], "train.txt:1:3: 'one' is not an id"),
+        (b"1 2\n-3\n", IDS, "train.txt:2:1: id -3 is not in 0..8"),
+        (b"1 2 9\n", IDS, "train.txt:1:5: id 9 is not in 0..8"),
+        (b"1 0 2\n", IDS, "train.txt:1:3: id 0 is the pad id"),
+        (b"1 one\n", IDS, "train.txt:1:3: 'one' is not an id"),
     ],
 )
 def test_a_fault_of_the_data_is_one_line_and_exit_3(corpus, shell, content, overrides, said):
@@ -188,7 +200,9 @@ HARMS = {
     "absolute path": (lambda run: manifest(run, files={"/etc/passwd": {"bytes": 1, "sha256": ""}}), "other files"),
     "link": (lambda run: link(run), "not a regular file"),
     "nan": (lambda run: poison(run), "not finite"),
-    "broken pointer": (lambda run: (run / "best.json").write_text("[]"), "best.json: damaged"),
+    "fifo": (lambda run: fifo(run), "config.yaml: not a regular file"),
+    "weights of another tokenizer": (lambda run: reorder(run), "trained with another tokenizer"),
+    "huge sizes": (lambda run: change_config(run, "hidden_size: 8", "hidden_size: 65536"), "tensor '"),
     "broken config": (lambda run: change_config(run, "cell: lstm", "cell: lsmt"), "model.cell: should be"),
 }
 PICKLE = b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0ctouch hacked\x85R."
@@ -201,6 +215,16 @@ def weights_of(run):
 def reword(run):
     stored = json.loads((run / "tokenizer.json").read_text())
     (run / "tokenizer.json").write_text(json.dumps(stored | {"tokens": stored["tokens"][:-1]}))
+
+
+def reorder(run):
+    stored = json.loads((run / "tokenizer.json").read_text())
+    (run / "tokenizer.json").write_text(json.dumps(stored | {"tokens": stored["tokens"][::-1]}))
+
+
+def fifo(run):
+    (run / "config.yaml").unlink()
+    os.mkfifo(run / "config.yaml")
 
 
 def change_config(run, old, new):
@@ -239,13 +263,44 @@ def test_a_damaged_or_hostile_run_is_refused_in_one_line_with_exit_4(run, corpus
     assert not (corpus / "hacked").exists()
 
 
+def test_a_damaged_pointer_is_passed_by(run, shell):
+    wanted = shell("generate", run).stdout
+    (run / "best.json").write_text("{")
+    (run / "last.json").write_text("[]")
+    assert shell("generate", run).stdout == wanted
+
+
+def test_nothing_is_written_through_a_link(run, corpus, shell):
+    precious = corpus / "precious"
+    precious.write_text("mine")
+    for name in (".lock", "metrics.jsonl", "config.yaml"):
+        (run / name).unlink()
+        (run / name).symlink_to(precious)
+        done = shell("train", "config.yaml", "--run-dir", run, "--resume", "training.max_epochs=3")
+        assert done.returncode in (2, 4), done.stderr
+        (run / name).unlink()
+        (run / name).write_text("")
+    assert precious.read_text() == "mine"
+
+
+def test_a_lost_terminal_does_not_end_training(corpus):
+    for stream in ("2>/dev/full", "2>&-", ">/dev/full", ">&-", "2>&1 | true"):
+        command = (
+            f"{sys.executable} -m lmtrain train config.yaml --run-dir {corpus}/run {stream}; exit ${{PIPESTATUS[0]}}"
+        )
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert done.returncode == 0, (stream, done.stderr)
+        assert json.loads((corpus / "run" / "last.json").read_text())["step"] == 12
+        shutil.rmtree(corpus / "run")
+
+
 def test_a_run_that_is_none_is_exit_4(corpus):
     done = lmtrain("generate", "nowhere")
     assert (done.returncode, done.stderr) == (4, "nowhere: no such run directory\n")
 
 
 def test_a_directory_that_can_not_be_written_is_exit_5(corpus):
-    (corpus / "runs").write_text("in the way")
+    (corpus / "runs").symlink_to("nowhere")
     done = lmtrain("train", "config.yaml")
     assert done.returncode == 5
     assert "Traceback" not in done.stderr

@@ -107,8 +107,13 @@ D = "data: {train: t.txt}\n"
         (D + "name: a\0b\n", "c.yaml:2:8: a control character (U+0000)"),
         (D + "name: a\x1bb\n", "c.yaml:2:8: a control character (U+001B)"),
         (D + "---\n" + D, "c.yaml:2:1: a second document"),
-        (D + "name: ../../x\n", "c.yaml:2:1: name: is a plain file name"),
-        (D + "name: a/b\n", "c.yaml:2:1: name: is a plain file name"),
+        (D + 'runs_dir: "a\\0b"\n', "c.yaml:2:11: a NUL or half a surrogate pair"),
+        (D + 'runs_dir: "\\ud800"\n', "c.yaml:2:11: a NUL or half a surrogate pair"),
+        (D + 'name: "\\UFFFFFFFF"\n', "c.yaml"),
+        (D + "batching: {max_length: 100000000000000000000}\n", "c.yaml:2:12: batching.max_length: should be less"),
+        (D + "tokenizer: {kind: bpe, vocab_size: 50}\n", "c.yaml:2:24: tokenizer.vocab_size: should be 261 or more"),
+        (D + "name: ../../x\n", "c.yaml:2:1: name: should be a plain file name"),
+        (D + "name: a/b\n", "c.yaml:2:1: name: should be a plain file name"),
         ("data: {train: nowhere.txt}\n", "c.yaml:1:8: data.train: nowhere.txt: no such file"),
         ("data: {train: t.txt, test: '*.nothing'}\n", "c.yaml:1:22: data.test: *.nothing: no such file"),
         ("data: {train: []}\n", "c.yaml:1:8: data.train: should have at least 1 item"),
@@ -134,6 +139,23 @@ def test_a_fault_is_one_line_at_its_place(text, fault):
 def test_faults_of_all_kinds_come_together():
     text = "data: {train: nowhere.txt}\nmodel: {cel: gru}\nbatching: {mode: stream}\n"
     assert len(faults(text, "seed=x", "nonsense", "model.dropout=1")) == 6
+
+
+def test_a_faulty_required_key_hides_no_other_fault():
+    found = faults("name: a/b\ndata: {valid: nowhere.txt}\ntokenizer: {kind: flie, path: x.json}\n")
+    assert [line.split(": ")[1] for line in found] == [
+        "name",
+        "tokenizer.kind",
+        "data.train",
+        "data.valid",
+        "tokenizer.path",
+    ]
+
+
+def test_very_many_faults_are_told_in_part_and_in_time():
+    found = faults(D + "".join(f"key{n}: 1\n" for n in range(20000)))
+    assert len(found) == 51
+    assert found[-1] == "c.yaml: 19950 more faults"
 
 
 def test_two_directions_in_a_stream_are_refused():

@@ -1,5 +1,6 @@
 """From files to the token store: what is stored, what is refused and where, in bounded memory."""
 
+import fcntl
 import gzip
 import os
 import resource
@@ -116,14 +117,33 @@ def test_two_builders_at_once_both_get_a_whole_store(tmp_path):
 def test_what_a_killed_builder_left_is_removed_and_a_living_one_s_is_not(tmp_path):
     (tmp_path / "text.txt").write_text("ab\n")
     for name in ("dead", "alive"):
-        (tmp_path / "cache" / f".building-{name}-1").mkdir(parents=True)
-        (tmp_path / "cache" / f".building-{name}-1" / "lock").touch()
-    import fcntl
-
-    with open(tmp_path / "cache" / ".building-alive-1" / "lock") as lock:
+        (tmp_path / "cache" / f".building-{name}").mkdir(parents=True)
+        (tmp_path / "cache" / f".building-{name}.lock").touch()
+    with open(tmp_path / "cache" / ".building-alive.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         open_store(Source((str(tmp_path / "text.txt"),)), ByteTokenizer(), tmp_path / "cache")
-        assert [path.name for path in (tmp_path / "cache").glob(".building-*")] == [".building-alive-1"]
+        left = sorted(path.name for path in (tmp_path / "cache").glob(".building-*"))
+        assert left == [".building-alive", ".building-alive.lock"]
+
+
+@pytest.mark.parametrize("name", ["tokens", "offsets", "hashes"])
+def test_a_store_with_a_flipped_bit_is_built_again(tmp_path, name):
+    (tmp_path / "text.txt").write_text("ab\ncd\n")
+    source = Source((str(tmp_path / "text.txt"),))
+    store = open_store(source, ByteTokenizer(), tmp_path / "cache")
+    wanted, path = sequences(store), store.directory / f"{name}.bin"
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+    assert sequences(open_store(source, ByteTokenizer(), tmp_path / "cache")) == wanted
+    assert path.read_bytes() != data
+
+
+def test_a_file_of_another_format_is_not_served_from_the_store(tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text('{"text": "b"}\n')
+    stores = [open_store(Source((str(tmp_path / n),)), ByteTokenizer(), tmp_path / "c") for n in ("a.txt", "a.jsonl")]
+    assert [store.counts.longest for store in stores] == [13, 1]
 
 
 def test_a_share_held_out_by_content(tmp_path):

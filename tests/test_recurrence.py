@@ -97,7 +97,7 @@ def test_one_layer_equals_torch_in_both_directions(cell, bidirectional):
         5, 7, 1, bidirectional=bidirectional
     )
     for stack, suffix in zip(ours.stacks, ["", "_reverse"], strict=False):
-        for name, parameter in stack.layers.named_parameters():
+        for name, parameter in stack.layers[0].named_parameters():
             getattr(theirs, name + suffix).data.copy_(parameter.data)
     packed = pack_padded_sequence(torch.randn(6, 4, 5), torch.tensor([6, 4, 3, 1]))
     (output, state), (wanted, wanted_state) = ours(packed), theirs(packed)
@@ -109,7 +109,7 @@ def test_one_layer_equals_torch_in_both_directions(cell, bidirectional):
 def test_start_values_are_orthogonal_with_an_open_forget_gate():
     stack = RecurrentStack("lstm", 5, 8, 2)
     for layer in range(2):
-        for gate in getattr(stack.layers, f"weight_hh_l{layer}").split(8):
+        for gate in stack.layers[layer].weight_hh_l0.split(8):
             torch.testing.assert_close(gate @ gate.t(), torch.eye(8), rtol=1e-5, atol=1e-5)
-        bias = getattr(stack.layers, f"bias_ih_l{layer}") + getattr(stack.layers, f"bias_hh_l{layer}")
+        bias = stack.layers[layer].bias_ih_l0 + stack.layers[layer].bias_hh_l0
         assert bias.view(4, 8).sum(1).tolist() == [0, 8, 0, 0]

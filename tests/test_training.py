@@ -16,7 +16,7 @@ import torch
 
 from lmtrain import checkpoint
 from lmtrain.config import load_config
-from lmtrain.errors import ConfigError, DataError, DivergedError, StorageError
+from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError, StorageError
 from lmtrain.run import RunDirectory, weights
 from lmtrain.training.tracking import Quiet
 from lmtrain.training.trainer import train
@@ -88,7 +88,7 @@ def test_killed_at_random_moments_a_run_ends_the_same(corpus, tmp_path, settings
     command = [sys.executable, "-m", "lmtrain", "train", "config.yaml", *overrides, "--run-dir", "cut", "--resume"]
     chance = random.Random(repr(settings))
     cut, kills, steps = tmp_path / "cut" / "checkpoints", 0, set()
-    while kills < 4:
+    while kills < 3:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         before = set(checkpoint.steps(cut))
         while process.poll() is None and set(checkpoint.steps(cut)) <= before:
@@ -187,6 +187,13 @@ def test_changed_training_text_is_refused_by_name(small, corpus, tmp_path):
         train(small(), tmp_path / "run", resume=True)
 
 
+def test_an_added_file_is_refused_too(small, corpus, tmp_path):
+    train(small("data.train=trai*.txt"), tmp_path / "run", stop_at_step=2)
+    (corpus / "train2.txt").write_text("a b\n")
+    with pytest.raises(DataError, match=r"train2\.txt: changed"):
+        train(small("data.train=trai*.txt", "data.cache_dir=other"), tmp_path / "run", resume=True)
+
+
 def test_two_trainers_do_not_share_a_run(small, tmp_path):
     train(small(), tmp_path / "run", stop_at_step=2)
     with RunDirectory(tmp_path / "run").locked(), pytest.raises(StorageError, match=f"process {os.getpid()} trains"):
@@ -225,6 +232,102 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(small, tmp_path, h
     assert any("resumed from step 6" in line for line in progress.lines)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["training"].update(step=77),
+        lambda state: state["training"].update(epoch=-1),
+        lambda state: state["training"].update(next_batch="x"),
+        lambda state: state["training"].update(window={"tallies": 3}),
+        lambda state: state["training"].update(precision="fp7"),
+        lambda state: state["lengths"].update({"metrics.jsonl": -1}),
+        lambda state: state.pop("data"),
+    ],
+)
+def test_a_state_that_is_none_is_an_artefact_error_before_anything_is_written(small, tmp_path, change):
+    run = tmp_path / "run"
+    train(small(), run, stop_at_step=3)
+    saved = checkpoint.load(run / "checkpoints", 3)
+    change(saved.state)
+    checkpoint.save(run / "checkpoints", saved)
+    rows = (run / "metrics.jsonl").read_text()
+    with pytest.raises(ArtefactError, match=r"state\.json is not a training state"):
+        train(small(), run, resume=True)
+    assert (run / "metrics.jsonl").read_text() == rows
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_started_over(small, tmp_path):
+    run = tmp_path / "run"
+    train(small(), run, stop_at_step=2)
+    weights_file = checkpoint.home_of(run / "checkpoints", 2) / "model.safetensors"
+    weights_file.write_bytes(b"")
+    rows = (run / "metrics.jsonl").read_text()
+    with pytest.raises(ArtefactError, match="no checkpoint that is whole"):
+        train(small(), run, resume=True)
+    assert (run / "metrics.jsonl").read_text() == rows
+
+
+def test_a_newer_format_is_no_damage_to_pass_over(small, tmp_path):
+    run = tmp_path / "run"
+    train(small(), run, stop_at_step=5)
+    manifest = checkpoint.home_of(run / "checkpoints", 5) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(ArtefactError, match="format 2 is newer"):
+        train(small(), run, resume=True)
+
+
+def test_a_checkpoint_that_is_being_replaced_comes_back(small, tmp_path):
+    """Killed between putting the old one aside and the new one in its place."""
+    run = tmp_path / "run"
+    wanted = digest(train(small(), tmp_path / "whole").run)
+    train(small(), run, stop_at_step=6)
+    home = checkpoint.home_of(run / "checkpoints", 6)
+    home.rename(home.with_name(f".{home.name}{checkpoint.REPLACED}"))
+    progress = Lines()
+    assert digest(train(small(), run, resume=True, progress=progress).run) == wanted
+    assert "resumed from step 6" in progress.lines
+
+
+def test_a_foreign_directory_among_the_checkpoints_is_left_alone(small, tmp_path):
+    train(small(), tmp_path / "run", stop_at_step=2)
+    foreign = tmp_path / "run" / "checkpoints" / "step-1"
+    foreign.mkdir()
+    assert train(small(), tmp_path / "run", resume=True).step == 12
+    assert foreign.exists()
+
+
+def test_resume_takes_the_highest_number_whatever_the_gaps(small, tmp_path):
+    config = small("training.max_steps=1", "checkpoint.every_steps=null")
+    for _ in range(3):
+        train(config)
+    shutil.rmtree("runs/config-2")
+    assert train(config, resume=True).run.name == "config-3"
+    assert train(config).run.name == "config-4"
+
+
+def test_the_run_s_config_says_how_it_was_last_trained(small, tmp_path):
+    train(small("training.max_steps=2"), tmp_path / "run")
+    train(small("training.max_steps=4", "generation.max_tokens=3"), tmp_path / "run", resume=True)
+    config = RunDirectory(tmp_path / "run").config()
+    assert (config.training.max_steps, config.generation.max_tokens) == (4, 3)
+
+
+def test_a_signal_that_was_ignored_stays_ignored(corpus):
+    command = f"trap '' HUP; exec {sys.executable} -m lmtrain train config.yaml training.max_epochs=30 --run-dir cut"
+    process = subprocess.Popen(["bash", "-c", command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not checkpoint.steps(corpus / "cut" / "checkpoints"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+
+
+def test_weights_that_are_not_finite_are_never_saved(small, tmp_path):
+    settings = ["optimizer.lr=1e40", "schedule.warmup_steps=0", "validation.every_steps=1"]
+    with pytest.raises(DivergedError):
+        train(small(*settings), tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
+
+
 def test_metric_rows_of_steps_that_come_again_are_cut_off(small, tmp_path):
     wanted = digest(train(small(), tmp_path / "whole").run)
     train(small(), tmp_path / "run", stop_at_step=5)
@@ -255,7 +358,10 @@ def test_resume_on_cuda(small, tmp_path, precision):
     config = small("training.device=cuda", f"training.precision={precision}")
     wanted = digest(train(config, tmp_path / "whole").run)
     train(config, tmp_path / "cut", stop_at_step=5)
-    assert digest(train(config, tmp_path / "cut", resume=True).run) == wanted
+    overrides = ["training.device=cuda", f"training.precision={precision}"]
+    command = [sys.executable, "-m", "lmtrain", "train", "config.yaml", *overrides, "--run-dir", "cut", "--resume"]
+    assert subprocess.run(command, check=False).returncode == 0  # a process of its own: cuDNN keeps state in one
+    assert digest(tmp_path / "cut") == wanted
 
 
 def test_tied_weights_are_saved_once(small, tmp_path):

@@ -19,6 +19,8 @@ from lmtrain.config.located_yaml import Path as KeyPath
 from lmtrain.config.schema import Config, Section
 from lmtrain.errors import ConfigError
 
+MOST_FAULTS = 50
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Config:
     """Read a configuration file and put `KEY=VALUE` overrides over it.
@@ -42,15 +44,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files:
     if tree.get("name") is None:
         tree["name"] = Path(path).stem
     config, found = _validate(located)
-    faults += found
+    faults += found.values()
     if config is None:  # once more without the faulty keys, to find what else is wrong
+        tree.setdefault("name", "x")
+        if isinstance(data := tree.setdefault("data", {}), dict):
+            data.setdefault("train", [os.devnull])
         config, _ = _validate(located)
     if config is not None:
-        faults += (f"{located.place(key)}: {_dotted(key)}: {what}" for key, what in _contradictions(config))
-        if check_files:
-            faults += (f"{located.place(key)}: {_dotted(key)}: {what}" for key, what in _missing_files(config))
+        doubtful = {path[:1] for path in found}  # sections where a contradiction may be a fault's shadow
+        others = [*_contradictions(config), *(_missing_files(config) if check_files else [])]
+        faults += [
+            f"{located.place(key)}: {_dotted(key)}: {what}"
+            for key, what in others
+            if key[:1] not in doubtful or "no such file" in what
+        ]
     if faults:
-        raise ConfigError(*faults)
+        more = [f"{path}: {len(faults) - MOST_FAULTS} more faults"] if len(faults) > MOST_FAULTS else []
+        raise ConfigError(*faults[:MOST_FAULTS], *more)
     assert config is not None
     return config
 
@@ -105,20 +115,23 @@ def _override(located: Located, override: str) -> Iterator[str]:
     located.places[path] = "command line"
 
 
-def _validate(located: Located) -> tuple[Config | None, list[str]]:
-    """The config, or its faults; faulty keys are taken out of the tree on the way."""
+def _validate(located: Located) -> tuple[Config | None, dict[KeyPath, str]]:
+    """The config, or its faults by key; faulty keys are taken out of the tree on the way."""
     try:
-        return Config.model_validate(located.value), []
+        return Config.model_validate(located.value), {}
     except ValidationError as error:
-        faults: dict[KeyPath, str] = {}
+        details: dict[KeyPath, Any] = {}
         for detail in error.errors():
-            path = _known_path(located, detail["loc"])
-            faults.setdefault(path, f"{located.place(path)}: {_dotted(path)}: {_what(path, detail)}")
-        for path in faults:
+            details.setdefault(_known_path(located, detail["loc"]), detail)
+        for path in details:
             _remove(located.value, path)
         order = {place: number for number, place in enumerate(located.places.values())}
-        lines = sorted(faults.items(), key=lambda item: order[located.place(item[0])])
-        return None, [line for _, line in lines]
+        ordered = sorted(details, key=lambda path: order[located.place(path)])
+        return None, {
+            # a hint at the nearest key takes time, and nobody reads the hundredth
+            path: f"{located.place(path)}: {_dotted(path)}: {_what(path, details[path]) if n < MOST_FAULTS else ''}"
+            for n, path in enumerate(ordered)
+        }
 
 
 def _known_path(located: Located, loc: KeyPath) -> KeyPath:
@@ -148,8 +161,9 @@ def _what(path: KeyPath, detail: Any) -> str:
             return "missing; it has no default"
         case "model_type":
             return "a section: keys and values belong below it"
+        case "string_pattern_mismatch":
+            return "should be a plain file name, without a slash or a leading dot"
     message = re.sub(r"^(Input|List|String|Value) should", "should", detail["msg"])
-    message = message.replace("should match pattern", "is a plain file name, not like")
     given = json.dumps(detail["input"], ensure_ascii=False, default=str)  # as YAML writes it: true, null
     near = ""
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
@@ -209,6 +223,8 @@ def _contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
             )
     elif config.data.format == "ids":
         yield ("data", "format"), "ids goes with tokenizer.kind: ids"
+    if config.tokenizer.kind in ("bpe", "unigram") and config.tokenizer.vocab_size < 261:
+        yield ("tokenizer", "vocab_size"), "should be 261 or more: 256 bytes and what stands beside them"
     if config.model.output == "adaptive" and config.model.tie_weights:
         yield ("model", "output"), "adaptive has output weights of its own; set model.tie_weights: false"
     weights = config.training.loss_weights

@@ -7,7 +7,9 @@ document. Scalars follow YAML 1.2: `yes` is a word, `1e-3` a number.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +65,8 @@ def parse(text: str, name: str) -> Located:
         before = text[: error.position]
         place = f"{name}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
         raise ConfigError(f"{place}: a control character (U+{ord(text[error.position]):04X}); remove it") from None
+    except (ValueError, OverflowError) as error:  # an escape beyond Unicode
+        raise ConfigError(*faults, f"{name}: {str(error)[:100]}") from None
     if faults:
         raise ConfigError(*faults)
     return located
@@ -75,6 +79,8 @@ def read(path: str) -> str:
         ConfigError: no such file, not a file, not UTF-8, over 1 MiB.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise ConfigError(f"{path}: not a regular file")
         with open(path, "rb") as handle:
             data = handle.read(LARGEST_BYTES + 1)
     except OSError as error:
@@ -158,6 +164,9 @@ class _Builder:
 
     def _value(self, event: Any) -> Any:
         text: str = event.value
+        if "\0" in text or (not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)):
+            self._fault(event, "a NUL or half a surrogate pair in a text")
+            return ""
         if event.style is not None:  # quoted or block text
             return text
         if text in _WORDS:

@@ -9,6 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 PathList = Annotated[list[str], Field(min_length=1), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
+MOST = 1 << 31  # of anything that is counted
+
+
 class Section(BaseModel):
     """Unknown keys are refused, numbers are strict (no bool as int, no text as number, no NaN)."""
 
@@ -39,7 +42,7 @@ class TokenizerConfig(Section):
     """What a token is: a character, a byte, a word, a subword piece, an id as written, or what a file says."""
     vocab_size: int = Field(30000, ge=1, le=1 << 24)
     """Upper bound of the vocabulary, special tokens counted; for kind ids the exact number of ids."""
-    min_frequency: int = Field(2, ge=1)
+    min_frequency: int = Field(2, ge=1, le=MOST)
     """Kinds char and word: rarer tokens become `<unk>`, so that `<unk>` is learnt."""
     path: str | None = None
     """Kind file: a tokenizer.json of the Hugging Face `tokenizers` library."""
@@ -50,15 +53,15 @@ class TokenizerConfig(Section):
 class BatchingConfig(Section):
     mode: Literal["sentences", "stream"] = "sentences"
     """A line is a sequence (sentences), or all is one long text (stream: not built yet)."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=MOST)
     """Rows a step."""
-    max_tokens: int | None = Field(None, ge=2)
+    max_tokens: int | None = Field(None, ge=2, le=MOST)
     """Instead of batch_size: the most padded tokens a batch may hold."""
-    max_length: int = Field(512, ge=1)
-    """Longest row in tokens; longer sequences are split, never dropped."""
-    bucket_batches: int = Field(100, ge=1)
+    max_length: int = Field(512, ge=1, le=MOST)
+    """Longest row in tokens, `<bos>` and `<eos>` aside; longer sequences are split, never dropped."""
+    bucket_batches: int = Field(100, ge=1, le=MOST)
     """Rows are sorted by length within this many shuffled batches: more means less padding, less chance."""
-    bptt: int = Field(70, ge=1)
+    bptt: int = Field(70, ge=1, le=MOST)
     """Stream: tokens per truncated back-propagation."""
 
 
@@ -99,7 +102,7 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(100, ge=0, le=MOST)
     """Steps in which the learning rate rises linearly from 0."""
     final_fraction: float = Field(0.05, ge=0, le=1)
     """Share of the peak learning rate at the end; constant ignores it."""
@@ -115,17 +118,17 @@ class LossWeightsConfig(Section):
 
 
 class TrainingConfig(Section):
-    max_epochs: int = Field(10, ge=1)
+    max_epochs: int = Field(10, ge=1, le=MOST)
     """Passes over the training set."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, le=MOST)
     """Stop after this many optimizer steps, if the epochs last longer."""
     max_minutes: float | None = Field(None, gt=0)
     """A time budget; the schedule then runs on the share of it that is used up."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=MOST)
     """Batches whose gradients are summed into one optimizer step."""
     loss_weights: LossWeightsConfig = LossWeightsConfig()
     """What each objective counts in the loss; the last two with two directions only."""
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(None, ge=1, le=MOST)
     """Validations without a better loss before training stops."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
@@ -136,21 +139,21 @@ class TrainingConfig(Section):
 
 
 class ValidationConfig(Section):
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(None, ge=1, le=MOST)
     """Optimizer steps between validations; null validates once an epoch."""
 
 
 class CheckpointConfig(Section):
-    every_steps: int | None = Field(500, ge=1)
+    every_steps: int | None = Field(500, ge=1, le=MOST)
     """Optimizer steps between saves."""
     every_minutes: float | None = Field(10, gt=0)
     """Minutes between saves, whichever comes first."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=1, le=MOST)
     """Newest checkpoints kept, beside the best one."""
 
 
 class LoggingConfig(Section):
-    every_steps: int = Field(20, ge=1)
+    every_steps: int = Field(20, ge=1, le=MOST)
     """Optimizer steps between rows in metrics.jsonl and TensorBoard."""
     sample_prompts: list[str] = [""]
     """At each validation the model goes on with these greedily."""
@@ -159,7 +162,7 @@ class LoggingConfig(Section):
 
 
 class GenerationConfig(Section):
-    max_tokens: int = Field(200, ge=1)
+    max_tokens: int = Field(200, ge=1, le=MOST)
     """Longest text generated, where no end token comes before."""
 
 

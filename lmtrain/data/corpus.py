@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lmtrain.data.reading import Block, content_hash, expand, read_texts
+from lmtrain.data.reading import Block, content_hash, expand, read_texts, resolve_format
 from lmtrain.data.tokenizer import Ids, Tokenizer
 from lmtrain.errors import DataError
 
@@ -70,7 +72,8 @@ class Source:
 
     def key(self, *more: str) -> str:
         """A name for this content and what was made of it."""
-        facts = [FORMAT, self.format, self.jsonl_field, self.part, self.valid_fraction, *more]
+        formats = [resolve_format(path, self.format) for path in self.files]
+        facts = [FORMAT, formats, self.jsonl_field, self.part, self.valid_fraction, *more]
         return hashlib.sha256(json.dumps([facts, list(self.hashes().values())]).encode()).hexdigest()[:32]
 
 
@@ -86,10 +89,18 @@ class StoreCounts:
     blank: int = 0
     longest: int = 0  # tokens, `<bos>` and `<eos>` not counted
     dtype: str = "uint16"
+    checksums: tuple[int, ...] = ()  # CRC-32 of tokens, offsets, hashes
+
+
+UNREADABLE = (OSError, ValueError, TypeError, KeyError)  # what a store that is not whole raises
 
 
 class TokenStore:
-    """A whole store, memory-mapped. `tokens` (T,), `offsets` (sequences + 1,), `hashes` (sequences,)."""
+    """A whole store, memory-mapped. `tokens` (T,), `offsets` (sequences + 1,), `hashes` (sequences,).
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError: not there, or not as it was written.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -97,6 +108,9 @@ class TokenStore:
         self.tokens: NDArray[np.unsignedinteger] = self._map("tokens", self.counts.dtype, self.counts.tokens)
         self.offsets: NDArray[np.uint64] = self._map("offsets", "uint64", self.counts.sequences + 1)
         self.hashes: NDArray[np.uint64] = self._map("hashes", "uint64", self.counts.sequences)
+        found = [_checksum(array) for array in (self.tokens, self.offsets, self.hashes)]
+        if found != list(self.counts.checksums):
+            raise ValueError("not the bytes that were written")
 
     def _map(self, name: str, dtype: str, size: int) -> NDArray[np.unsignedinteger]:
         return np.memmap(self.directory / f"{name}.bin", np.dtype(dtype).newbyteorder("<"), "r", shape=(size,))
@@ -119,7 +133,7 @@ def open_store(
     """
     cache = Path(cache_dir)
     home = cache / source.key(tokenizer.fingerprint())
-    with suppress(OSError, ValueError, TypeError, KeyError):  # a store that can't be read is built again
+    with suppress(*UNREADABLE):  # then it is built again
         return TokenStore(home)
     cache.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(cache)
@@ -127,45 +141,52 @@ def open_store(
     with _building(cache, home) as directory:
         counts = _write(source, tokenizer, directory)
         if not counts.sequences:
-            raise DataError(f"{', '.join(source.files)}: no text: nothing but {counts.blank} blank lines")
+            empty = f"no text: nothing but {counts.blank} blank lines"
+            if source.part != "all":
+                empty = f"data.valid_fraction {source.valid_fraction:g} leaves the {source.part} part without a text"
+            raise DataError(f"{', '.join(source.files)}: {empty}")
+        if source.key(tokenizer.fingerprint()) != home.name:
+            raise DataError(f"{', '.join(source.files)}: changed while it was read; start again when it is at rest")
     return TokenStore(home)
 
 
 @contextmanager
 def _building(cache: Path, home: Path) -> Iterator[Path]:
     """A directory to build in, renamed to `home` at the end; of two builders the first to end wins."""
-    directory = cache / f".building-{home.name}-{os.getpid()}"
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
-    lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR)
+    directory = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+    lock = Path(f"{directory}.lock")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield directory
-        (directory / "lock").unlink()
-        try:
-            directory.rename(home)
-        except OSError:
+        with open(lock, "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield directory
             try:
-                TokenStore(home)
-            except (
-                OSError,
-                ValueError,
-                TypeError,
-                KeyError,
-            ):  # what stands there is broken: put ours in its place
-                shutil.rmtree(home)
                 directory.rename(home)
+            except OSError:
+                try:
+                    TokenStore(home)
+                except UNREADABLE:  # what stands there is broken: put ours in its place
+                    shutil.rmtree(home)
+                    directory.rename(home)
     finally:
-        os.close(lock)
         shutil.rmtree(directory, ignore_errors=True)
+        lock.unlink(missing_ok=True)
 
 
 def _remove_abandoned(cache: Path) -> None:
     """Remove what killed builders left: the directories whose lock nobody holds."""
-    for lock in cache.glob(".building-*/lock"):
+    for lock in cache.glob(".building-*.lock"):
         with suppress(OSError), open(lock) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink()
+
+
+def _checksum(array: NDArray[np.unsignedinteger]) -> int:
+    """CRC-32 of an array's bytes, a part at a time."""
+    checksum, step = 0, 1 << 20
+    for start in range(0, len(array), step):
+        checksum = zlib.crc32(np.ascontiguousarray(array[start : start + step]).data, checksum)
+    return checksum
 
 
 def _write(source: Source, tokenizer: Tokenizer, directory: Path) -> StoreCounts:
@@ -180,7 +201,7 @@ def _write(source: Source, tokenizer: Tokenizer, directory: Path) -> StoreCounts
             totals["blank"] += block.blank
             if not texts:
                 continue
-            flat, lengths = _encode(tokenizer, block, texts)
+            flat, lengths = encode_block(tokenizer, block)
             framed, ends = _frame(flat, lengths, tokenizer)
             framed.astype(np.dtype(dtype).newbyteorder("<")).tofile(files["tokens"])
             (ends + totals["tokens"]).astype("<u8").tofile(files["offsets"])
@@ -194,14 +215,20 @@ def _write(source: Source, tokenizer: Tokenizer, directory: Path) -> StoreCounts
         for handle in files.values():
             handle.flush()
             os.fsync(handle.fileno())
-    counts = StoreCounts(**totals, dtype=dtype)
+    written = [
+        np.memmap(directory / f"{name}.bin", kind, "r")
+        for name, kind in zip(names, (dtype, "<u8", "<u8"), strict=True)
+        if totals["sequences"]
+    ]
+    counts = StoreCounts(**totals, dtype=dtype, checksums=tuple(map(_checksum, written)))
     (directory / "store.json").write_text(json.dumps(asdict(counts)))
     return counts
 
 
-def _encode(tokenizer: Tokenizer, block: Block, texts: list[str]) -> tuple[Ids, Ids]:
+def encode_block(tokenizer: Tokenizer, block: Block) -> tuple[Ids, Ids]:
+    """The flat ids and lengths of a block's texts, blank ones left out; raises DataError with the place."""
     try:
-        return tokenizer.encode_texts(texts)
+        return tokenizer.encode_texts([text for text in block.texts if text.strip()])
     except DataError:
         for number, text in enumerate(block.texts, block.first_line):  # once more, for the place
             column = 0

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lmtrain import checkpoint
 from lmtrain.config import Config
 from lmtrain.data import tokenizer as tokenizers
 from lmtrain.data.batching import EpochSampler, Rows
 from lmtrain.data.corpus import Source, TokenStore, open_store
-from lmtrain.data.tokenizer import Tokenizer, train_tokenizer
-from lmtrain.errors import ArtefactError, DataError
+from lmtrain.data.tokenizer import Tokenizer, normalise, train_tokenizer
+from lmtrain.errors import ArtefactError, ConfigError, DataError
 
 Notify = Callable[[str], None]
 
@@ -31,41 +31,48 @@ class Corpora(NamedTuple):
         return Rows(self.train, max_length), valid
 
 
-def sources(config: Config) -> dict[str, Source]:
-    """The sources of a configuration, by name: train, and valid and test where there are any."""
+def source_of(config: Config, name: str) -> Source | None:
+    """The source of `train`, `valid` or `test`; None where the configuration has none.
+
+    Raises:
+        DataError: a path or glob that names nothing.
+    """
     data = config.data
-    form = "ids" if config.tokenizer.kind == "ids" else data.format
-    settings = {"format": form, "jsonl_field": data.jsonl_field}
-    found = {"train": Source.of(data.train, **settings)}
-    if data.valid is not None:
-        found["valid"] = Source.of(data.valid, **settings)
-    elif data.valid_fraction is not None:
-        split = {**settings, "valid_fraction": data.valid_fraction}
-        found["train"] = Source.of(data.train, part="train", **split)
-        found["valid"] = Source.of(data.train, part="valid", **split)
-    if data.test is not None:
-        found["test"] = Source.of(data.test, **settings)
-    return found
+    settings: dict[str, Any] = {
+        "format": "ids" if config.tokenizer.kind == "ids" else data.format,
+        "jsonl_field": data.jsonl_field,
+    }
+    paths = {"train": data.train, "valid": data.valid, "test": data.test}[name]
+    if data.valid_fraction is not None and name in ("train", "valid"):
+        paths, settings = data.train, {**settings, "part": name, "valid_fraction": data.valid_fraction}
+    return None if paths is None else Source.of(paths, **settings)
 
 
 def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None) -> Corpora:
     """Learn the tokenizer from the training text (unless given) and bring the stores up to date.
 
     Raises:
+        ConfigError: a sample prompt that the tokenizer does not take.
         DataError: a fault of the text, with its place.
         ArtefactError: the tokenizer file of kind file can't be used.
     """
-    found = sources(config)
+    source, valid_source = source_of(config, "train"), source_of(config, "valid")
+    assert source is not None
     cache = Path(config.data.cache_dir)
     if tokenizer is None:
-        tokenizer = _tokenizer(config, found["train"], cache, notify)
-    train = open_store(found["train"], tokenizer, cache, notify)
-    if "valid" not in found:
-        return Corpora(tokenizer, train, None, found["train"].hashes())
-    valid = open_store(found["valid"], tokenizer, cache, notify)
+        tokenizer = _tokenizer(config, source, cache, notify)
+    for prompt in config.logging.sample_prompts:
+        try:
+            tokenizer.encode(normalise(prompt))
+        except DataError as error:
+            raise ConfigError(f"logging.sample_prompts: {prompt!r}: {error}") from None
+    train = open_store(source, tokenizer, cache, notify)
+    if valid_source is None:
+        return Corpora(tokenizer, train, None, source.hashes())
+    valid = open_store(valid_source, tokenizer, cache, notify)
     for line in _remarks(train, valid, config.batching.max_length):
         notify(line)
-    return Corpora(tokenizer, train, valid, found["train"].hashes() | found["valid"].hashes())
+    return Corpora(tokenizer, train, valid, source.hashes() | valid_source.hashes())
 
 
 def epoch_sampler(config: Config, rows: Rows) -> EpochSampler:

@@ -27,6 +27,7 @@ from lmtrain.errors import ArtefactError, DataError
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 FIRST = len(SPECIAL_TOKENS)  # the id of a vocabulary's first own token
 FORMAT = 1
+LARGEST_VOCABULARY = 1 << 24
 
 Ids = NDArray[np.int64]
 
@@ -40,6 +41,7 @@ class Tokenizer(ABC):
     """One way to cut text into ids. `encode_texts` and `decode` are each other's inverse on known text."""
 
     kind: ClassVar[str]
+    separator: ClassVar[str] = ""  # what stands between two tokens in text
     vocab_size: int
     pad_id, bos_id, eos_id = 0, 1, 2
     unk_id: int | None = 3
@@ -73,11 +75,10 @@ class Tokenizer(ABC):
 class _Vocabulary(Tokenizer):
     """A list of tokens, the id of each being its place behind the special ones."""
 
-    separator = ""
-
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens = list(tokens)
         self.vocab_size = FIRST + len(self.tokens)
+        "".join(self.tokens).encode()  # lone surrogates are no text
         self.ids = {token: FIRST + place for place, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             raise ArtefactError("the vocabulary names a token twice")
@@ -153,6 +154,7 @@ class SubwordTokenizer(Tokenizer):
     def __init__(self, content: str, kind: str = "file", name: str = "tokenizer.json") -> None:
         from tokenizers import Tokenizer as Library
 
+        self.name = name
         self.kind = kind  # type: ignore[misc]  # bpe, unigram and file differ in their origin alone
         try:
             self.library = Library.from_str(content)
@@ -169,10 +171,15 @@ class SubwordTokenizer(Tokenizer):
         self.vocab_size = FIRST + len(ids)
         unknown = getattr(self.library.model, "unk_token", None)
         unknown_id = self.library.token_to_id(unknown) if isinstance(unknown, str) else None
+        if unknown_id is None:  # unigram names it by its id
+            unknown_id = json.loads(self.library.to_str())["model"].get("unk_id")
         self.unk_id = None if unknown_id is None else FIRST + unknown_id
 
     def encode_texts(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        encoded = [part.ids for part in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            encoded = [part.ids for part in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as error:  # noqa: BLE001  # the library has no exceptions of its own
+            raise ArtefactError(f"{self.name}: can't encode this text: {_first_line(error)}") from None
         lengths = np.array([len(ids) for ids in encoded], np.int64)
         flat = np.fromiter(chain.from_iterable(encoded), np.int64, int(lengths.sum()))
         return flat + FIRST, lengths
@@ -193,6 +200,7 @@ class IdsTokenizer(Tokenizer):
     """
 
     kind = "ids"
+    separator = " "
     unk_id = None
 
     def __init__(self, ids: int, pad_id: int) -> None:
@@ -312,7 +320,10 @@ def loads(content: str, name: str = "tokenizer.json") -> Tokenizer:
             case "word":
                 return WordTokenizer([str(token) for token in stored["tokens"]])
             case "ids":
-                return IdsTokenizer(int(stored["ids"]), int(stored["pad_id"]))
+                ids, pad_id = int(stored["ids"]), int(stored["pad_id"])
+                if not 0 <= pad_id < ids <= LARGEST_VOCABULARY:
+                    raise ArtefactError(f"{name}: {ids} ids with pad id {pad_id}")
+                return IdsTokenizer(ids, pad_id)
             case "bpe" | "unigram" | "file":
                 return SubwordTokenizer(json.dumps(stored["tokenizer"]), stored["kind"], name)
             case kind:

@@ -50,6 +50,8 @@ def generate(
         written = _Greedy(model, tokenizer, len(encoded)).run(encoded, max_tokens, device)
         for text, prompt, (ids, finished, log_probability) in zip(texts, encoded, written, strict=True):
             completion = _completion(tokenizer, prompt, ids)
+            if text[-1:].isspace() and tokenizer.separator == " ":
+                completion = completion.removeprefix(" ")
             results.append(Generation(text, completion, text + completion, finished, log_probability))
     return results
 

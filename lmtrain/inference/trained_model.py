@@ -9,8 +9,8 @@ from pathlib import Path
 from lmtrain.config import Config
 from lmtrain.data.batching import Rows, sorted_batches
 from lmtrain.data.corpus import Source, open_store
-from lmtrain.data.preparation import sources
-from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.preparation import source_of
+from lmtrain.data.tokenizer import Tokenizer, normalise
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference import generation, scoring
 from lmtrain.inference.generation import Generation
@@ -39,7 +39,9 @@ class TrainedModel:
 
     def unknown_tokens(self, text: str) -> int:
         """How many of a text's tokens the vocabulary does not know."""
-        return self.tokenizer.encode(text).count(-1 if self.tokenizer.unk_id is None else self.tokenizer.unk_id)
+        return self.tokenizer.encode(normalise(text)).count(
+            -1 if self.tokenizer.unk_id is None else self.tokenizer.unk_id
+        )
 
     def evaluate(self, paths: Sequence[str] | None = None, batch_size: int | None = None) -> Evaluation:
         """Perplexity on the files named, else on the run's test set, else on its validation set.
@@ -60,16 +62,15 @@ class TrainedModel:
         if paths:
             form = "ids" if self.tokenizer.kind == "ids" else self.config.data.format
             return Source.of(paths, format=form, jsonl_field=self.config.data.jsonl_field)
-        data = self.config.data
-        if data.test is None and data.valid is None and data.valid_fraction is None:
-            raise ConfigError("the run names neither a test nor a validation set; name a file to evaluate")
         try:
-            own = sources(self.config)
+            own = source_of(self.config, "test") or source_of(self.config, "valid")
         except DataError as error:
             raise DataError(
                 f"{error} (the run's own file, seen from this directory; name a file to evaluate)"
             ) from None
-        return own.get("test") or own["valid"]
+        if own is None:
+            raise ConfigError("the run names neither a test nor a validation set; name a file to evaluate")
+        return own
 
 
 def load(

@@ -52,9 +52,11 @@ class RecurrentStack(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        self.cell, self.backend = cell, backend
-        between = dropout if num_layers > 1 else 0.0  # PyTorch warns of dropout that has no place
-        self.layers = TORCH_LAYERS[cell](input_size, hidden_size, num_layers, dropout=between)
+        self.cell, self.backend, self.dropout, self.hidden_size = cell, backend, dropout, hidden_size
+        # a module for each layer: cuDNN's own dropout between layers keeps a random state that can't be saved
+        self.layers = nn.ModuleList(
+            TORCH_LAYERS[cell](hidden_size if layer else input_size, hidden_size) for layer in range(num_layers)
+        )
         self.reset_parameters()
 
     @torch.no_grad()
@@ -64,44 +66,45 @@ class RecurrentStack(nn.Module):
         Orthogonal start: Saxe et al. 2014, https://arxiv.org/abs/1312.6120; forget bias: Jozefowicz et al. 2015,
         https://proceedings.mlr.press/v37/jozefowicz15.html.
         """
-        self.layers.reset_parameters()
-        hidden_size = self.layers.hidden_size
-        for name, parameter in self.layers.named_parameters():
-            if name.startswith("weight_hh"):
-                for gate in parameter.split(hidden_size):
+        for name, parameter in self.named_parameters():
+            kind = name.split(".")[-1]
+            if kind.startswith("weight_hh") and not parameter.is_meta:
+                for gate in parameter.split(self.hidden_size):
                     nn.init.orthogonal_(gate)
-            elif name.startswith("bias"):
+            elif kind.startswith("bias"):
                 parameter.zero_()
-                if self.cell == "lstm" and name.startswith("bias_ih"):
-                    parameter[hidden_size : 2 * hidden_size] = 1.0
+                if self.cell == "lstm" and kind.startswith("bias_ih"):
+                    parameter[self.hidden_size : 2 * self.hidden_size] = 1.0
 
     def zero_state(self, batch_size: int, like: Tensor) -> State:
         """Zeros on the input's device and in its dtype: h, and c for the LSTM, (num_layers, B, H)."""
-        shape = (self.layers.num_layers, batch_size, self.layers.hidden_size)
+        shape = (len(self.layers), batch_size, self.hidden_size)
         return tuple(like.new_zeros(shape) for _ in range(2 if self.cell == "lstm" else 1))
 
     def forward(self, inputs: Tensor, rows: PackedRows, state: State | None = None) -> tuple[Tensor, State]:
         """Packed inputs (N, I), laid out by `rows` -> packed output (N, H) and the state at each row's end."""
         if state is None:
             state = self.zero_state(rows.batch_sizes[0], inputs)
-        if self.backend == "torch" or (self.backend == "auto" and inputs.device.type != "cpu"):
-            packed = PackedSequence(inputs, torch.tensor(rows.batch_sizes))
-            output, last = self.layers(packed, state if self.cell == "lstm" else state[0])
-            return output.data, last if self.cell == "lstm" else (last,)
-        return self._packed(inputs, rows, state)
-
-    def _packed(self, inputs: Tensor, rows: PackedRows, state: State) -> tuple[Tensor, State]:
+        stock = self.backend == "torch" or (self.backend == "auto" and inputs.device.type != "cpu")
+        run = self._torch if stock else self._packed
         lasts = []
-        for layer in range(self.layers.num_layers):
-            if layer:
-                inputs = dropout(inputs, self.layers.dropout, self.training)
-            weights = [
-                getattr(self.layers, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            ]
-            first = [part[layer] for part in state]
-            inputs, *last = KERNELS[self.cell].apply(inputs, *first, *weights, rows)  # type: ignore[no-untyped-call]
+        for number, layer in enumerate(self.layers):
+            if number:
+                inputs = dropout(inputs, self.dropout, self.training)
+            inputs, *last = run(layer, inputs, rows, [part[number] for part in state])
             lasts.append(last)
         return inputs, tuple(torch.stack(parts) for parts in zip(*lasts, strict=True))
+
+    def _packed(self, layer: nn.Module, inputs: Tensor, rows: PackedRows, state: list[Tensor]) -> tuple[Tensor, ...]:
+        weights = (layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0)
+        result: tuple[Tensor, ...] = KERNELS[self.cell].apply(inputs, *state, *weights, rows)  # type: ignore[no-untyped-call]
+        return result
+
+    def _torch(self, layer: nn.Module, inputs: Tensor, rows: PackedRows, state: list[Tensor]) -> tuple[Tensor, ...]:
+        first = [part.unsqueeze(0) for part in state]
+        packed = PackedSequence(inputs, torch.tensor(rows.batch_sizes))
+        output, last = layer(packed, tuple(first) if self.cell == "lstm" else first[0])
+        return output.data, *(part.squeeze(0) for part in (last if self.cell == "lstm" else (last,)))
 
 
 class RecurrentLayers(nn.Module):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
+import torch
 
 from lmtrain.config import Config
 from lmtrain.data.batching import Rows
-from lmtrain.data.corpus import TokenStore, open_store
-from lmtrain.data.preparation import epoch_sampler, prepare, sources
+from lmtrain.data.corpus import Source, TokenStore, encode_block, open_store
+from lmtrain.data.preparation import epoch_sampler, prepare, source_of
+from lmtrain.data.tokenizer import IdsTokenizer
 from lmtrain.errors import DataError
 from lmtrain.run import build_model
+from lmtrain.runtime import choose_device
 
 
 def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
@@ -20,14 +24,9 @@ def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
     Raises:
         DataError: the faults of all the files, the first of each.
     """
-    found = sources(config)
-    faults: list[str] = []
-    for source in found.values():
-        try:
-            for _ in source.blocks():
-                pass
-        except DataError as error:
-            faults.extend(fault for fault in error.faults if fault not in faults)
+    choose_device(config.training.device)
+    found = {name: source for name in ("train", "valid", "test") if (source := source_of(config, name)) is not None}
+    faults = dict.fromkeys(fault for source in found.values() for fault in _faults(config, source))
     if faults:
         raise DataError(*faults)
     corpora = prepare(config, notify)
@@ -39,10 +38,24 @@ def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
         if store is not None:
             yield f"{name}: {_store(store)}"
     yield _batches(config, Rows(corpora.train, config.batching.max_length))
-    model = build_model(config, corpora.tokenizer.vocab_size)
+    with torch.device("meta"):  # shapes without memory
+        model = build_model(config, corpora.tokenizer.vocab_size)
     weights = sum(parameter.numel() for parameter in model.parameters())
     trained_mb = 16 * weights / 1e6  # weights, gradients, two moments
     yield f"model: {weights:,} weights, {4 * weights / 1e6:,.1f} MB; with gradients and optimizer {trained_mb:,.1f} MB"
+
+
+def _faults(config: Config, source: Source) -> Iterator[str]:
+    """The first fault of each file."""
+    settings = config.tokenizer
+    ids = IdsTokenizer(settings.vocab_size, settings.pad_id) if settings.kind == "ids" else None
+    for path in source.files:
+        try:
+            for block in replace(source, files=(path,)).blocks():
+                if ids is not None:
+                    encode_block(ids, block)
+        except DataError as error:
+            yield from error.faults
 
 
 def _store(store: TokenStore) -> str:

@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from torch.optim import Optimizer
 
 from lmtrain import checkpoint
 from lmtrain.config import Config
-from lmtrain.errors import ArtefactError, ConfigError, DataError
+from lmtrain.data.preparation import Corpora
+from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.run import RunDirectory, load_weights, weights
+from lmtrain.run import RunDirectory, check_tokenizer, check_weights, load_weights, weights
 from lmtrain.runtime import environment, random_state, set_random_state
 from lmtrain.training.figures import Window
 from lmtrain.training.optimization import optimizer_tensors, set_optimizer_tensors
@@ -44,8 +46,13 @@ class TrainingState:
     window: Window = field(default_factory=Window)
 
     @classmethod
-    def from_json(cls, state: dict[str, Any]) -> TrainingState:
-        return cls(**{**state, "window": Window(**state["window"])})
+    def from_json(cls, state: Any) -> TrainingState:
+        """Out of a checkpoint's state.json; raises ValueError where it is not a state."""
+        found = TypeAdapter(cls).validate_python(state)
+        whole = (found.step, found.epoch, found.next_batch, found.best_step or 0)
+        if min(whole) < 0 or found.precision not in ("fp32", "bf16"):
+            raise ValueError
+        return found
 
 
 class Restored(NamedTuple):
@@ -65,27 +72,30 @@ class Saves:
         model: LanguageModel,
         optimizer: Optimizer,
         device: torch.device,
-        data_hashes: dict[str, str],
-        keep: int,
+        corpora: Corpora,
+        config: Config,
     ) -> None:
         self.run, self.model, self.optimizer, self.device = run, model, optimizer, device
-        self.data_hashes, self.keep = data_hashes, keep
+        self.corpora, self.config = corpora, config
 
     def save(self, state: TrainingState, lengths: dict[str, int], begun_in: dict[str, Any]) -> None:
         """Save the run as it stands, then remove what is older than the newest `keep` and not the best."""
         content = {
             "training": asdict(state),
             "lengths": lengths,
-            "data": self.data_hashes,
+            "data": self.corpora.hashes,
+            "tokenizer": self.corpora.tokenizer.fingerprint(),
             "environment": begun_in,
         }
+        if not all(bool(torch.isfinite(weight).all()) for weight in weights(self.model).values()):
+            raise DivergedError(f"step {state.step}: a weight is not finite; try a lower optimizer.lr")
         own = optimizer_tensors(self.optimizer, self.model)
         training = {f"optimizer/{name}": value for name, value in own.items()} | random_state(self.device)
         checkpoints = self.run.checkpoints
         checkpoint.save(checkpoints, checkpoint.Checkpoint(state.step, weights(self.model), training, content))
         self._point(state)
-        saved = checkpoint.steps(checkpoints)
-        for old in set(saved) - {*saved[: self.keep], state.step, state.best_step}:
+        saved = [step for step in checkpoint.steps(checkpoints) if step <= state.step]  # newer ones: passed over
+        for old in set(saved) - {*saved[: self.config.checkpoint.keep], state.best_step}:
             checkpoint.remove(checkpoints, old)
 
     def _point(self, state: TrainingState) -> None:
@@ -103,26 +113,36 @@ class Saves:
         checkpoint.remove_leftovers(self.run.checkpoints)
         problems: list[str] = []
         saved = next(checkpoint.newest_whole(self.run.checkpoints, problems), None)
+        if saved is None:
+            if problems:
+                raise ArtefactError(*problems, f"{self.run.path}: no checkpoint that is whole; train a new run")
+            return None
         for problem in problems:
             notify(f"passed over: {problem}")
-        if saved is None:
-            return None
         name = str(checkpoint.home_of(self.run.checkpoints, saved.step))
+        check_tokenizer(self.corpora.tokenizer, saved.state, name)
+        check_weights(self.config, self.corpora.tokenizer.vocab_size, saved.model, f"{name}/model.safetensors")
         try:
-            state = TrainingState.from_json(saved.state["training"])
-            restored = Restored(state, dict(saved.state["lengths"]), dict(saved.state["environment"]))
-            hashes = dict(saved.state["data"])
+            restored = TypeAdapter(Restored).validate_python(
+                (TrainingState.from_json(saved.state["training"]), saved.state["lengths"], saved.state["environment"])
+            )
+            before = dict(saved.state["data"])
+            if restored.state.step != saved.step or min(restored.lengths.values(), default=0) < 0:
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise ArtefactError(f"{name}: state.json is not a training state") from None
-        for path, before in hashes.items():
-            if self.data_hashes.get(path) != before:
+        for path in sorted(before.keys() | self.corpora.hashes.keys()):
+            if self.corpora.hashes.get(path) != before.get(path):
                 raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
-        load_weights(self.model, saved.model, f"{name}/model.safetensors")
+        load_weights(self.model, saved.model)
         prefix = "optimizer/"
         own = {key.removeprefix(prefix): value for key, value in saved.training.items() if key.startswith(prefix)}
-        set_optimizer_tensors(self.optimizer, self.model, own)
-        set_random_state(saved.training, self.device)
-        self._point(state)  # killed between a save and its pointers, a run catches up here
+        try:
+            set_optimizer_tensors(self.optimizer, self.model, own)
+            set_random_state(saved.training, self.device)
+        except (KeyError, RuntimeError, TypeError):
+            raise ArtefactError(f"{name}: training.safetensors is not of this run") from None
+        self._point(restored.state)  # killed between a save and its pointers, a run catches up here
         self._compare(restored.environment, notify)
         notify(f"resumed from step {saved.step}")
         return restored

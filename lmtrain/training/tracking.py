@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,6 +123,12 @@ class Quiet:
     def close(self) -> None: ...
 
 
+def say(line: str) -> None:
+    """A line on standard error; training does not end because nobody listens any more."""
+    with suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
 class Bar:
     """A tqdm bar, for a terminal."""
 
@@ -129,7 +136,8 @@ class Bar:
         self.bar: tqdm[Any] = tqdm(unit="step", file=sys.stderr, dynamic_ncols=True, leave=True)
 
     def note(self, line: str) -> None:
-        self.bar.write(line, file=sys.stderr)
+        with self.bar.external_write_mode(file=sys.stderr):
+            say(line)
 
     def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None:
         if self.bar.n == 0 and step > 1:  # resumed
@@ -137,10 +145,12 @@ class Bar:
         self.bar.total = max(step, round(step / progress)) if progress > 0 else None
         if figures:
             self.bar.set_postfix_str(_figures(figures), refresh=False)
-        self.bar.update(step - self.bar.n)
+        with suppress(OSError, ValueError):  # the terminal is gone
+            self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
-        self.bar.close()
+        with suppress(OSError, ValueError):
+            self.bar.close()
 
 
 class Lines:
@@ -153,7 +163,7 @@ class Lines:
         self.first_progress: float | None = None
 
     def note(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
     def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None:
         now_s = time.monotonic()

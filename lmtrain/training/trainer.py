@@ -77,9 +77,9 @@ def train(
         refuse_full(named)
     if resume and run is None:
         progress.note("nothing to resume yet: starting afresh")
-    saved_config = None if run is None else run.config()
-    if saved_config is not None:
-        check_unchanged(saved_config, config)
+    if run is not None:
+        run.refuse_links()
+        check_unchanged(run.config(), config)
     device = choose_device(config.training.device)
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
@@ -90,17 +90,27 @@ def train(
     with run.locked():
         if new:
             run.write_start(config, corpora.tokenizer, environment(device))
-        trainer = Trainer(config, run, corpora, device, progress, start_s)
+        else:
+            run.write_config(config)  # with what may change in a resume
+        trainer = None
         try:
+            trainer = Trainer(config, run, corpora, device, progress, start_s)
             with noted_signals() as stopped_by:
                 return trainer.run_to_end(stopped_by, stop_at_step)
         except (RuntimeError, MemoryError) as error:
-            lower = f"lower batching.batch_size (now {config.batching.batch_size}) or model.hidden_size"
-            if (memory := out_of_memory(error, f"{lower}; the last checkpoint is whole")) is not None:
+            batching = config.batching
+            size = (
+                f"max_tokens (now {batching.max_tokens})"
+                if batching.max_tokens
+                else f"batch_size (now {batching.batch_size})"
+            )
+            if (memory := out_of_memory(error, f"lower batching.{size} or model.hidden_size")) is not None:
                 raise memory from None
             raise
         finally:
-            trainer.close()
+            if trainer is not None:
+                trainer.close()
+            progress.close()
 
 
 class Trainer:
@@ -132,7 +142,7 @@ class Trainer:
         )
         weight_of = config.training.loss_weights.model_dump()
         self.loss_weights = {objective: weight_of[objective] for objective in self.model.objectives}
-        self.saves = Saves(run, self.model, self.optimizer, device, corpora.hashes, config.checkpoint.keep)
+        self.saves = Saves(run, self.model, self.optimizer, device, corpora, config)
         restored = self.saves.restore(progress.note)
         self.state, lengths, self.begun_in = restored or self._begin()
         self.tracker = Tracker(run.path, lengths, progress.note)
@@ -280,6 +290,11 @@ class Trainer:
                 result = evaluate(self.model, batches)
             values = validation_figures(result, self.loss_weights)
             loss = values["valid/loss"]
+            if not math.isfinite(loss):
+                raise DivergedError(
+                    f"step {state.step}: the validation loss is not finite (learning rate {self.last_rate:g}); "
+                    "try a lower optimizer.lr; the weights saved last are sound"
+                )
             improved = state.best_loss is None or loss < state.best_loss
             if improved:
                 state.best_loss, state.best_step, state.best_figures = loss, state.step, values
@@ -317,7 +332,7 @@ class Trainer:
         if self.state.validated_step != self.state.step:
             self._validate()
         flat = flatten(self.config.model_dump())
-        figures = self.state.best_figures or {"train/loss": self.figures.get("train/loss", math.nan)}
+        figures = self.state.best_figures or {key: v for key, v in self.figures.items() if key == "train/loss"}
         self.tracker.hyperparameters(flat, {f"hparam/{tag.replace('/', '_')}": v for tag, v in figures.items()})
         self.state.finished = True
         self._save()
@@ -328,4 +343,3 @@ class Trainer:
 
     def close(self) -> None:
         self.tracker.close()
-        self.progress.close()
