@@ -20,6 +20,7 @@ from typer.exceptions import TyperException
 from lmtrain.errors import ConfigError, LmtrainError
 
 if TYPE_CHECKING:
+    from lmtrain.config import Config
     from lmtrain.training.tracking import Progress
 
 LARGEST_PROMPTS_BYTES = 64 << 20
@@ -80,7 +81,7 @@ def train(
     device: DeviceOption = None,
 ) -> None:
     """Train the model that a config describes."""
-    settings = load_with(config, overrides, device)
+    settings = _load(config, overrides, device)
     from lmtrain.training.trainer import train as run_training
 
     result = run_training(settings, run_dir, resume=resume, progress=_progress())
@@ -93,7 +94,7 @@ def train(
     _silence_stdout()
 
 
-def load_with(config: str, overrides: list[str] | None, device: Device | None):  # type: ignore[no-untyped-def]
+def _load(config: str, overrides: list[str] | None, device: Device | None) -> Config:
     """The config with its overrides; `--device` is one more."""
     from lmtrain.config import load_config
 
@@ -192,7 +193,7 @@ def evaluate(
 @app.command()
 def check(config: ConfigArgument, overrides: OverridesArgument = None, device: DeviceOption = None) -> None:
     """Report every config and data fault at once, and what the data holds; trains nothing."""
-    settings = load_with(config, overrides, device)
+    settings = _load(config, overrides, device)
     from lmtrain.training.report import describe
 
     for line in describe(settings, _tell):

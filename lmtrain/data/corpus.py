@@ -154,6 +154,7 @@ def open_store(
 def _building(cache: Path, home: Path) -> Iterator[Path]:
     """A directory to build in, renamed to `home` at the end; of two builders the first to end wins."""
     directory = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+    directory.chmod(0o755)  # mkdtemp's are for one user alone
     lock = Path(f"{directory}.lock")
     try:
         with open(lock, "w") as handle:

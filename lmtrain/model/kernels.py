@@ -219,25 +219,18 @@ class GRULayer(_Layer):
             from_hidden = bias_hh.repeat(len(inputs), 1)  # (N, 3H): W_h h + b_h, of which n is kept apart
             hidden, h_steps = _start(h_0, rows)
             recurrent = weight_hh.t().to(dtype)
-            parts = [
-                part.split(sizes)
-                for part in (
-                    from_hidden,
-                    gates[:, : 2 * size_h],
-                    from_hidden[:, : 2 * size_h],
-                    *gates.split(size_h, 1),
-                    from_hidden[:, 2 * size_h :],
-                )
-            ]
+            own_rz, own_n = from_hidden.split([2 * size_h, size_h], 1)
+            buffers = (from_hidden, gates[:, : 2 * size_h], own_rz, *gates.split(size_h, 1), own_n)
+            parts = [buffer.split(sizes) for buffer in buffers]
             earlier = h_0
-            for own, rz, own_rz, r, z, n, own_n, h in zip(*parts, h_steps, strict=True):
+            for own, gate_rz, add_rz, r, z, n, add_n, h in zip(*parts, h_steps, strict=True):
                 earlier = _running(earlier, own)
                 _add_product(own, earlier, recurrent, dtype)
-                rz.add_(own_rz).sigmoid_()
-                n.addcmul_(r, own_n).tanh_()
+                gate_rz.add_(add_rz).sigmoid_()
+                n.addcmul_(r, add_n).tanh_()
                 earlier = torch.lerp(n, earlier, z, out=h)
         count = len(h_0)
-        ctx.save_for_backward(inputs, weight_ih, weight_hh, gates, from_hidden[:, 2 * size_h :], hidden)
+        ctx.save_for_backward(inputs, weight_ih, weight_hh, gates, own_n, hidden)
         ctx.rows, ctx.dtype, ctx.count = rows, dtype, count
         return hidden[count:], hidden[count + rows.last]
 
