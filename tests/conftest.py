@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +39,17 @@ def shared(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"the corpus {name} is not beside this checkout (../shared/data/{name})")
     return folder
+
+
+def load_script(name: str) -> Any:
+    """A file of scripts/ as a module; the folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def sentences(count: int, seed: int) -> str:

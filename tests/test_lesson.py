@@ -1,34 +1,20 @@
 """The lesson corpus: the same bytes at every run, and probabilities that are what they claim to be."""
 
-import importlib.util
 import json
 import math
 import random
-import sys
 import unicodedata
 from collections import Counter
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT, load_script
+
 DATA = ROOT / "data" / "lesson"
 
 
-def load_script() -> ModuleType:
-    """scripts/make_lesson.py as a module (the directory is no package)."""
-    spec = importlib.util.spec_from_file_location("make_lesson", ROOT / "scripts" / "make_lesson.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-make_lesson: Any = load_script()
+make_lesson: Any = load_script("make_lesson")
 automaton: Any = make_lesson.lesson()
 
 

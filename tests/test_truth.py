@@ -1,8 +1,6 @@
 """The quickstart against the lesson's truth, and the naive network that peeks. Slow: minutes."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 from lmtrain.config import load_config
 from lmtrain.inference.trained_model import load
 from lmtrain.training.trainer import train
-from tests.conftest import ROOT, shared
+from tests.conftest import ROOT, load_script, shared
 
 pytestmark = pytest.mark.slow
 TRUTH = json.loads((ROOT / "data/lesson/truth.json").read_text())
@@ -27,11 +25,7 @@ def both_cores():
 @pytest.fixture(scope="module")
 def naive():
     """scripts/naive_network.py as a module."""
-    spec = importlib.util.spec_from_file_location("naive_network", ROOT / "scripts" / "naive_network.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("naive_network")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,7 @@ def quickstart(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         folder = tmp_path_factory.mktemp("quickstart")
-        overrides = [f"runs_dir={folder}", f"data.cache_dir={folder}", "training.max_minutes=null"]
+        overrides = [f"runs_dir={folder}", f"data.cache_dir={folder}"]
         yield load(train(load_config("configs/quickstart.yaml", overrides)).run)
 
 
