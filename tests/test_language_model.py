@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lmtrain.data.batching import make_batch
 from lmtrain.model.language_model import LanguageModel, count_events, lay_out
 
+CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 VOCABULARY = 11
 BOS, EOS = 1, 2
 
@@ -34,11 +35,11 @@ def logits_by_place(model, batch):
         "fill": [(row[k], time[k] + 1) for k in inner],
     }
     with torch.no_grad():
-        events = model.events(batch.tokens, batch.lengths)
+        events = model.events(batch.tokens.to(model.embedding.weight.device), batch.lengths)
         return {
             (objective, *place): logits
             for objective, part in events.items()
-            for place, logits in zip(where[objective], model.output(part.states), strict=True)
+            for place, logits in zip(where[objective], model.output(part.states).cpu(), strict=True)
         }, {
             (objective, *place): int(target)
             for objective, part in events.items()
@@ -48,9 +49,12 @@ def logits_by_place(model, batch):
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-@pytest.mark.parametrize("backend", ["packed", "torch"])
+@pytest.mark.parametrize("backend", ["packed", "torch", pytest.param("cuda", marks=CUDA)])
 def test_a_changed_token_changes_no_logit_that_must_not_depend_on_it(cell, num_layers, backend):
-    model = model_of(cell, num_layers, backend=backend)
+    if backend == "cuda":
+        model = model_of(cell, num_layers).cuda()
+    else:
+        model = model_of(cell, num_layers, backend=backend)
     rows = [[3, 4, 5, 6, 7, 8], [9, 10, 3], [5]]
     before, targets = logits_by_place(model, framed(*rows))
     lengths = [len(row) for row in rows]
