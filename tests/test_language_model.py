@@ -51,10 +51,8 @@ def logits_by_place(model, batch):
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("backend", ["packed", "torch", pytest.param("cuda", marks=CUDA)])
 def test_a_changed_token_changes_no_logit_that_must_not_depend_on_it(cell, num_layers, backend):
-    if backend == "cuda":
-        model = model_of(cell, num_layers).cuda()
-    else:
-        model = model_of(cell, num_layers, backend=backend)
+    on_cuda = backend == "cuda"
+    model = model_of(cell, num_layers).cuda() if on_cuda else model_of(cell, num_layers, backend=backend)
     rows = [[3, 4, 5, 6, 7, 8], [9, 10, 3], [5]]
     before, targets = logits_by_place(model, framed(*rows))
     lengths = [len(row) for row in rows]
