@@ -29,6 +29,7 @@ from lmtrain.data.tokenizer import Ids, Tokenizer
 from lmtrain.errors import DataError
 
 FORMAT = 1
+ARRAYS = ("tokens", "offsets", "hashes")
 Part = Literal["all", "train", "valid"]
 
 
@@ -108,7 +109,7 @@ class TokenStore:
         self.tokens: NDArray[np.unsignedinteger] = self._map("tokens", self.counts.dtype, self.counts.tokens)
         self.offsets: NDArray[np.uint64] = self._map("offsets", "uint64", self.counts.sequences + 1)
         self.hashes: NDArray[np.uint64] = self._map("hashes", "uint64", self.counts.sequences)
-        found = [_checksum(array) for array in (self.tokens, self.offsets, self.hashes)]
+        found = [_checksum(directory / f"{name}.bin") for name in ARRAYS]
         if found != list(self.counts.checksums):
             raise ValueError("not the bytes that were written")
 
@@ -182,11 +183,12 @@ def _remove_abandoned(cache: Path) -> None:
             lock.unlink()
 
 
-def _checksum(array: NDArray[np.unsignedinteger]) -> int:
-    """CRC-32 of an array's bytes, a part at a time."""
-    checksum, step = 0, 1 << 20
-    for start in range(0, len(array), step):
-        checksum = zlib.crc32(np.ascontiguousarray(array[start : start + step]).data, checksum)
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file, read and not mapped: mapped pages would count as this process's memory."""
+    checksum = 0
+    with open(path, "rb") as handle:
+        while part := handle.read(1 << 20):
+            checksum = zlib.crc32(part, checksum)
     return checksum
 
 
@@ -194,8 +196,7 @@ def _write(source: Source, tokenizer: Tokenizer, directory: Path) -> StoreCounts
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     totals = dict.fromkeys(("sequences", "tokens", "unknown_tokens", "characters", "bytes", "blank", "longest"), 0)
     with ExitStack() as stack:
-        names = ("tokens", "offsets", "hashes")
-        files = {name: stack.enter_context(open(directory / f"{name}.bin", "wb")) for name in names}
+        files = {name: stack.enter_context(open(directory / f"{name}.bin", "wb")) for name in ARRAYS}
         np.zeros(1, "<u8").tofile(files["offsets"])
         for block in source.blocks():
             texts = [text for text in block.texts if text.strip()]
@@ -216,12 +217,8 @@ def _write(source: Source, tokenizer: Tokenizer, directory: Path) -> StoreCounts
         for handle in files.values():
             handle.flush()
             os.fsync(handle.fileno())
-    written = [
-        np.memmap(directory / f"{name}.bin", kind, "r")
-        for name, kind in zip(names, (dtype, "<u8", "<u8"), strict=True)
-        if totals["sequences"]
-    ]
-    counts = StoreCounts(**totals, dtype=dtype, checksums=tuple(map(_checksum, written)))
+    checksums = tuple(_checksum(directory / f"{name}.bin") for name in ARRAYS)
+    counts = StoreCounts(**totals, dtype=dtype, checksums=checksums)
     (directory / "store.json").write_text(json.dumps(asdict(counts)))
     return counts
 
