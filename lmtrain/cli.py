@@ -85,10 +85,12 @@ def train(
     from lmtrain.training.trainer import train as run_training
 
     result = run_training(settings, run_dir, resume=resume, progress=_progress())
-    best = ", ".join(f"{tag.removeprefix('valid/')} {value:.4f}" for tag, value in result.figures.items())
+    words = ", ".join(f"{tag.partition('/')[2]} {value:.4f}" for tag, value in result.figures.items())
     with suppress(OSError):  # trained is trained, whether or not it can be told
-        if best:
-            print(f"best validation (step {result.best_step}): {best}")
+        if words:
+            print(
+                f"{'training' if result.best_step is None else f'best validation (step {result.best_step})'}: {words}"
+            )
         print(f"{result.run}: {result.step} steps. Next: lmtrain generate {result.run}", flush=True)
         return
     _silence_stdout()
@@ -192,7 +194,7 @@ def evaluate(
 
 @app.command()
 def check(config: ConfigArgument, overrides: OverridesArgument = None, device: DeviceOption = None) -> None:
-    """Report every config and data fault at once, and what the data holds; trains nothing."""
+    """Report the faults of the config and of every data file at once, and what the data holds; trains nothing."""
     settings = _load(config, overrides, device)
     from lmtrain.training.report import describe
 

@@ -113,6 +113,7 @@ def main() -> None:
     tokenizer = train_tokenizer("word", lines, vocab_size=30000, min_frequency=2)
     framed = [[tokenizer.bos_id, *tokenizer.encode(line), tokenizer.eos_id] for line in lines]
     prompts = random_prompts(200)
+    print("training the naive network, two passes over the lesson ...", file=sys.stderr)
     naive, perplexity = train_naive(framed, tokenizer.vocab_size, epochs=2)
     written = [write(naive, tokenizer, prompt) for prompt in prompts]
     print(f"true training perplexity      {truth['train']['perplexity']:.3f}")

@@ -66,7 +66,7 @@ def test_korean_reviews_train_from_the_character_template(tmp_path, monkeypatch)
     folder = shared("korean_reviews")
     monkeypatch.chdir(tmp_path)
     data = [f"data.train={folder}/train.txt", f"data.valid={folder}/valid.txt", "data.valid_fraction=null"]
-    overrides = [*data, "training.max_steps=60", "model.hidden_size=128", "logging.sample_prompts=['이 영화']"]
+    overrides = [*data, "training.max_steps=300", "model.hidden_size=128", "logging.sample_prompts=['이 영화']"]
     model = load(train(load_config(ROOT / "configs/characters.yaml", overrides)).run)
     (written,) = model.generate(["이 영화"], max_tokens=40)
     assert any("가" <= character <= "힣" for character in written.completion)

@@ -126,6 +126,9 @@ def _remarks(train: TokenStore, valid: TokenStore, max_length: int) -> list[str]
         lines.append(f"note: {shared:,} of {count:,} validation sequences also stand in the training set")
     for name, store in (("training", train), ("validation", valid)):
         long = Rows(store, max_length).split_sequences
+        unknown = store.counts.unknown_tokens / max(1, store.counts.tokens)
+        if unknown > 0.1:
+            lines.append(f"note: {unknown:.0%} of the {name} tokens are unknown to the vocabulary")
         if long:
             lines.append(f"note: {long:,} {name} sequences are longer than {max_length} tokens and are split")
     return lines

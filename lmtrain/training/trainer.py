@@ -44,7 +44,7 @@ class TrainingResult:
 
     run: Path
     step: int
-    figures: dict[str, float]  # of the best validation, by tag; empty without a validation set
+    figures: dict[str, float]  # by tag: of the best validation; without a validation set the last of training
     best_step: int | None
 
 
@@ -156,6 +156,11 @@ class Trainer:
             f"{len(self.rows):,} sequences, {len(self.batches):,} batches an epoch, {device.type}, "
             f"{self.state.precision}"
         )
+        if self._steps() < 2 * config.schedule.warmup_steps:
+            progress.note(
+                f"note: {self._steps()} steps in all, {config.schedule.warmup_steps} of warm-up; "
+                "lower schedule.warmup_steps, or train longer"
+            )
 
     def _begin(self) -> Restored:
         precision, why = choose_precision(self.config.training.precision, self.device, self.config.model.hidden_size)
@@ -188,7 +193,7 @@ class Trainer:
                 raise StoppedError(
                     stopped_by[0],
                     f"stopped at step {state.step} by {signal.Signals(stopped_by[0]).name}; the state is saved: "
-                    f"lmtrain train CONFIG --run-dir {self.run.path} --resume goes on",
+                    f"lmtrain train {self.run.path}/config.yaml --run-dir {self.run.path} --resume goes on",
                 )
             if stop:
                 return self._result()
@@ -210,12 +215,16 @@ class Trainer:
     def _progress(self) -> float:
         """Share of the training that is done: of its steps, or of its time budget if more of that is used up."""
         training = self.config.training
-        a_epoch = -(-len(self.batches) // training.accumulate)
-        steps = min(training.max_epochs * a_epoch, training.max_steps or math.inf)
-        share = self.state.step / steps
+        share = self.state.step / self._steps()
         if training.max_minutes is not None:
             share = max(share, self._elapsed_s() / (60 * training.max_minutes))
         return min(1.0, share)
+
+    def _steps(self) -> float:
+        """Optimizer steps until the configured end, patience and time budget aside."""
+        training = self.config.training
+        a_epoch = -(-len(self.batches) // training.accumulate)
+        return min(training.max_epochs * a_epoch, training.max_steps or math.inf)
 
     def _step(self) -> None:
         """One optimizer step. Nats are summed over all its batches and divided once by the number of events."""
@@ -339,7 +348,10 @@ class Trainer:
         return self._result()
 
     def _result(self) -> TrainingResult:
-        return TrainingResult(self.run.path, self.state.step, self.state.best_figures, self.state.best_step)
+        last: dict[str, float] = {
+            tag: self.figures[tag] for tag in ("train/loss", "train/perplexity") if tag in self.figures
+        }
+        return TrainingResult(self.run.path, self.state.step, self.state.best_figures or last, self.state.best_step)
 
     def close(self) -> None:
         self.tracker.close()
