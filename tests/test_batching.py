@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtrain.data.batching import EpochSampler, Rows, make_batch, sorted_batches
+from lmtrain.config.schema import BatchingConfig
+from lmtrain.data.batching import EpochSampler, Feed, Rows, make_batch, sorted_batches
+from tests.conftest import shared
 
 LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=80).map(np.array)
 
@@ -107,3 +109,45 @@ def test_resuming_an_epoch_takes_no_replay():
 def test_rows_need_at_least_one_token():
     with pytest.raises(ValueError, match="need at least one array"):
         make_batch([], pad_id=0)
+
+
+@given(LENGTHS, st.integers(1, 4))
+def test_the_feed_gives_the_samplers_batches_from_any_place(lengths, size):
+    rows, sampler = Rows(stored(lengths), 512), sampler_of(lengths)
+    wanted = [
+        (epoch, first + len(order[first : first + size]), len(order), order[first : first + size])
+        for epoch in range(3)
+        for order in [sampler.epoch(epoch)]
+        for first in range(0, len(order), size)
+    ]
+    a_epoch = len(wanted) // 3
+    for begin in range(2 * a_epoch):
+        epoch, first = wanted[begin][0], (begin % a_epoch) * size
+        feed = Feed(rows, sampler, 0, size, epoch, first)
+        for epoch, end, epoch_batches, indices in wanted[begin : begin + a_epoch]:
+            peeked, group = feed.peek(), feed.take()
+            assert peeked is group
+            assert (group.epoch, group.end, group.epoch_batches) == (epoch, end, epoch_batches)
+            assert group.ends_epoch == (end == epoch_batches)
+            for batch, each in zip(group.batches, indices, strict=True):
+                assert batch.tokens.equal(rows.batch(each, 0).tokens)
+        assert feed.waited_s > 0
+        feed.close()
+
+
+@pytest.mark.parametrize("split", [str.split, list], ids=["words", "characters"])
+@pytest.mark.parametrize("name", ["hdfs_sessions", "korean_reviews", "names", "tinyshakespeare", "wikitext2"])
+def test_default_buckets_waste_at_most_three_percent_on_padding(name, split):
+    lines = (shared(name) / "train.txt").read_text(encoding="utf-8").splitlines()
+    settings = BatchingConfig()
+    ends = np.cumsum([0] + [len(split(line)) + 2 for line in lines if line.strip()])
+    rows = Rows(Stored(np.zeros(0, np.uint32), ends.astype(np.uint64)), settings.max_length)
+    batches = EpochSampler(
+        rows.lengths,
+        batch_size=settings.batch_size,
+        max_tokens=settings.max_tokens,
+        bucket_batches=settings.bucket_batches,
+        seed=1,
+    ).epoch(0)
+    padded = sum(int(rows.lengths[batch].max()) * len(batch) for batch in batches)
+    assert padded <= rows.lengths.sum() / 0.97

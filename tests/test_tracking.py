@@ -15,7 +15,15 @@ from lmtrain.training.trainer import train
 
 TRAIN = {
     f"train/{name}"
-    for name in ["loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second", "padding_fraction"]
+    for name in [
+        "loss",
+        "perplexity",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "data_wait_fraction",
+        "padding_fraction",
+    ]
 }
 VALID = {f"valid/{name}" for name in ["loss", "perplexity", "backward_perplexity", "fill_accuracy"]}
 

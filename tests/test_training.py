@@ -21,6 +21,7 @@ from lmtrain.run import RunDirectory, weights
 from lmtrain.training.tracking import Quiet
 from lmtrain.training.trainer import train
 
+WALL_CLOCK = ("_per_second", "_s", "data_wait_fraction")  # the metrics that no two runs share
 SETTINGS = {
     "two directions": [],
     "one direction": ["model.bidirectional=false"],
@@ -44,7 +45,7 @@ def digest(run: Path) -> str:
             whole.update(name.encode() + tensor.numpy().tobytes())
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        whole.update(json.dumps({key: v for key, v in row.items() if not key.endswith(("_per_second", "_s"))}).encode())
+        whole.update(json.dumps({key: v for key, v in row.items() if not key.endswith(WALL_CLOCK)}).encode())
     return whole.hexdigest()
 
 

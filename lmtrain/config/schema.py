@@ -59,7 +59,7 @@ class BatchingConfig(Section):
     """Instead of batch_size: the most padded tokens a batch may hold."""
     max_length: int = Field(512, ge=1, le=MOST)
     """Longest row in tokens, `<bos>` and `<eos>` aside; longer sequences are split, never dropped."""
-    bucket_batches: int = Field(100, ge=1, le=MOST)
+    bucket_batches: int = Field(150, ge=1, le=MOST)
     """Rows are sorted by length within this many shuffled batches: more means less padding, less chance."""
     bptt: int = Field(70, ge=1, le=MOST)
     """Stream: tokens per truncated back-propagation."""
@@ -83,7 +83,7 @@ class ModelConfig(Section):
     output: Literal["full", "adaptive"] = "full"
     """One logit a token, or adaptive softmax for a large vocabulary (then with `tie_weights: false`)."""
     backend: Literal["auto", "packed", "torch"] = "auto"
-    """What runs the recurrence: lmtrain's packed kernels or torch.nn (cuDNN); auto: packed on CPU, else torch."""
+    """What runs the recurrence: lmtrain's packed kernels or torch.nn's (oneDNN, cuDNN); auto: the faster one here."""
 
 
 class OptimizerConfig(Section):

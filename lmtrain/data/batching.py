@@ -5,7 +5,9 @@ Shapes: B rows, L longest row. A row is a stretch of a stored sequence `<bos> t1
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -114,6 +116,64 @@ class EpochSampler:
             for first, end in cut_batches(self.lengths[bucket], self.batch_size, self.max_tokens):
                 batches.append(bucket[first:end])
         return [batches[place] for place in random.permutation(len(batches))]
+
+
+class Group(NamedTuple):
+    """The batches of one optimizer step, and where they stand in their epoch."""
+
+    batches: list[Batch]
+    epoch: int
+    end: int  # number of batches of the epoch up to here, these counted
+    epoch_batches: int  # batches in the epoch
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether these are the epoch's last."""
+        return self.end == self.epoch_batches
+
+
+class Feed:
+    """The groups of batches that training takes, epoch after epoch, each made while the step before it runs.
+
+    Args:
+        size: batches in a group; the last one of an epoch may have fewer.
+        epoch, next_batch: where to begin.
+    """
+
+    def __init__(
+        self, rows: Rows, sampler: EpochSampler, pad_id: int, size: int, epoch: int = 0, next_batch: int = 0
+    ) -> None:
+        self.waited_s = 0.0  # altogether
+        self._groups = self._walk(rows, sampler, pad_id, size, epoch, next_batch)
+        self._thread = ThreadPoolExecutor(1, "lmtrain-batches")
+        self._coming = self._thread.submit(next, self._groups)
+
+    @staticmethod
+    def _walk(
+        rows: Rows, sampler: EpochSampler, pad_id: int, size: int, epoch: int, next_batch: int
+    ) -> Iterator[Group]:
+        while True:
+            order = sampler.epoch(epoch)
+            for first in range(next_batch, len(order), size):
+                batches = [rows.batch(indices, pad_id) for indices in order[first : first + size]]
+                yield Group(batches, epoch, first + len(batches), len(order))
+            epoch, next_batch = epoch + 1, 0
+
+    def peek(self) -> Group:
+        """The next group, which stays the next."""
+        return self._coming.result()
+
+    def take(self) -> Group:
+        """The next group; the one after it is begun."""
+        start_s = time.perf_counter()
+        group = self._coming.result()
+        self.waited_s += time.perf_counter() - start_s
+        self._coming = self._thread.submit(next, self._groups)
+        return group
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 def sorted_batches(rows: Rows, max_tokens: int, pad_id: int, batch_size: int | None = None) -> Iterator[Batch]:

@@ -70,6 +70,8 @@ class _Greedy:
         self.written: list[list[int]] = [[] for _ in range(count)]
         self.finished = [False] * count
         self.log_probability = [0.0] * count
+        # these never follow anything
+        self.never = torch.tensor([tokenizer.pad_id, tokenizer.bos_id], device=model.embedding.weight.device)
 
     def run(
         self, prompts: list[list[int]], max_tokens: int, device: torch.device
@@ -88,8 +90,9 @@ class _Greedy:
     def _take(self, logits: Tensor, running: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """Note each row's best token (B,) and drop the rows that end with it."""
         log_probabilities = logits.log_softmax(-1)  # (B, V)
-        log_probabilities[:, [self.tokenizer.pad_id, self.tokenizer.bos_id]] = -torch.inf  # never follow anything
-        best, tokens = log_probabilities.max(-1)
+        log_probabilities.index_fill_(1, self.never, -torch.inf)
+        tokens = _argmax(log_probabilities)
+        best = log_probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)
         ended = (tokens == self.tokenizer.eos_id).cpu()
         rows = zip(running.tolist(), tokens.tolist(), best.tolist(), ended.tolist(), strict=True)
         for row, token, log_probability, end in rows:
@@ -103,3 +106,8 @@ class _Greedy:
         on = (~ended).nonzero().squeeze(1)
         on_device = on.to(tokens.device)
         return tokens[on_device], running[on], tuple(part.index_select(1, on_device) for part in state)
+
+
+def _argmax(values: Tensor) -> Tensor:
+    """The first of each row's greatest values, (B,) int64; NumPy's search is vectorised on CPU, PyTorch's is not."""
+    return values.argmax(-1) if values.device.type != "cpu" else torch.from_numpy(values.numpy().argmax(-1))

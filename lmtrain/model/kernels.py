@@ -13,11 +13,16 @@ gradients agree with `torch.nn` to rounding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lmtrain.model.products import StepWeight, product_dtype, write_product
+
+SPAN_VALUES = 1 << 16  # of one gate
 
 
 class PackedRows(NamedTuple):
@@ -29,6 +34,11 @@ class PackedRows(NamedTuple):
     time: Tensor  # (N,) the step of each packed row
     row: Tensor  # (N,) the batch row of each packed row
     last: Tensor  # (B,) the packed row of each row's last token
+
+    @property
+    def equal(self) -> bool:
+        """Whether all rows are of one length."""
+        return self.batch_sizes[-1] == self.batch_sizes[0]
 
     def reversed(self) -> Tensor:
         """The packed row that holds the same place of the row read from its end, (N,)."""
@@ -59,25 +69,15 @@ def _before(rows: PackedRows) -> Tensor:
     return starts[rows.time] + rows.row
 
 
-def _product_dtype(inputs: Tensor) -> torch.dtype:
-    """bf16 under autocast, else the inputs' own: only matrix products are rounded, states and sums never."""
-    device = inputs.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right, rounded to `dtype` going in and in left's own dtype coming out."""
-    if left.dtype == dtype:
-        return left @ right
-    return (left.to(dtype) @ right.to(dtype)).to(left.dtype)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
-    """total += left @ right, `right` being in `dtype` already."""
-    if left.dtype == dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left.to(dtype) @ right)
+def _spans(rows: PackedRows, size_h: int) -> list[tuple[int, int]]:
+    """Consecutive steps, (first, end), whose packed rows of H values stay in the cache while they are worked on."""
+    spans, first, count = [], 0, 0
+    for step, size in enumerate(rows.batch_sizes):
+        count += size
+        if count * size_h >= SPAN_VALUES or step == len(rows.batch_sizes) - 1:
+            spans.append((first, step + 1))
+            first, count = step + 1, 0
+    return spans
 
 
 def _start(initial: Tensor, rows: PackedRows) -> tuple[Tensor, Sequence[Tensor]]:
@@ -88,31 +88,32 @@ def _start(initial: Tensor, rows: PackedRows) -> tuple[Tensor, Sequence[Tensor]]
     return buffer, buffer[count:].split(rows.batch_sizes)
 
 
-def _running(earlier: Tensor, part: Tensor) -> Tensor:
-    """The rows of an earlier step that still run at a step: as many as the step's `part` has."""
-    return earlier if len(earlier) == len(part) else earlier[: len(part)]
+def _rounded(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    """What products read in place of a buffer: the buffer itself, or one of the dtype of products, to be written."""
+    return buffer if buffer.dtype == dtype else torch.empty_like(buffer, dtype=dtype)
+
+
+def _fewer(sizes: list[int]) -> list[int]:
+    """At each step the number of rows that still run, or 0 where these are as many as before."""
+    return [0, *(size if size < before else 0 for before, size in itertools.pairwise(sizes))]
+
+
+def _gradients_of_states(to_output: Tensor, to_h: Tensor, rows: PackedRows) -> tuple[Tensor, list[Tensor]]:
+    """What is asked of the initial state (B, H), still zero, and of the state of each step, from outside the layer."""
+    to_states = to_output.contiguous().index_add(0, rows.last, to_h)  # (N, H)
+    return torch.zeros_like(to_h), list(to_states.split(rows.batch_sizes))
 
 
 class _Layer(torch.autograd.Function):
-    """What the three cells share: saving, and the products over all N rows that end the backward pass."""
+    """What the three cells share: the products over all N rows that end the backward pass."""
 
     @staticmethod
-    def finish(
-        ctx: Any,
-        inputs: Tensor,
-        input_gates: Tensor,
-        hidden_gates: Tensor,
-        before: Tensor,
-        weights: list[Tensor],
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of (inputs, w_ih, w_hh, b_ih, b_hh) from those of the gates, (N, G*H) each."""
-        weight_ih = weights[0]
-        to_inputs = _product(input_gates, weight_ih, ctx.dtype) if ctx.needs_input_grad[0] else None
-        to_ih = _product(input_gates.t(), inputs, ctx.dtype)
-        to_hh = _product(hidden_gates.t(), before, ctx.dtype)
-        to_bias_ih = input_gates.sum(0)
-        to_bias_hh = to_bias_ih if hidden_gates is input_gates else hidden_gates.sum(0)
-        return to_inputs, to_ih, to_hh, to_bias_ih, to_bias_hh
+    def of_inputs(ctx: Any, inputs: Tensor, weight_ih: Tensor, gates: Tensor, rounded: Tensor) -> list[Tensor | None]:
+        """Gradients of (inputs, w_ih, b_ih) from those of the gates, (N, G*H), and these as products read them."""
+        to_inputs = None
+        if ctx.needs_input_grad[0]:
+            to_inputs = write_product(gates.new_empty(len(gates), weight_ih.shape[1]), rounded, weight_ih.to(ctx.dtype))
+        return [to_inputs, write_product(torch.empty_like(weight_ih), rounded.t(), inputs), gates.sum(0)]
 
 
 class LSTMLayer(_Layer):
@@ -134,62 +135,77 @@ class LSTMLayer(_Layer):
         bias_hh: Tensor,
         rows: PackedRows,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype, size_h, sizes = _product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes
+        dtype, size_h, sizes, count = product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes, len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
-            gates = _product(inputs, weight_ih.t(), dtype).add_(bias_ih + bias_hh)  # (N, 4H)
+            inputs = inputs.to(dtype)
+            gates = write_product(h_0.new_empty(len(inputs), 4 * size_h), inputs, weight_ih.t().to(dtype))
+            gates.add_(bias_ih + bias_hh)
             # tanh(x) = 2 s(2x) - 1: with g's part doubled, one sigmoid over a step's whole block does for all gates
-            cell_gate = gates[:, 2 * size_h : 3 * size_h]
-            cell_gate.mul_(2)
-            recurrent = weight_hh.t().to(dtype, copy=True)
-            recurrent[:, 2 * size_h : 3 * size_h].mul_(2)
+            doubled = slice(2 * size_h, 3 * size_h)
+            gates[:, doubled].mul_(2)
+            to_double = weight_hh.clone()
+            to_double[doubled].mul_(2)
+            recurrent = StepWeight(to_double.t(), dtype, count)
             (hidden, h_steps), (cell, c_steps) = _start(h_0, rows), _start(c_0, rows)  # (B + N, H)
-            parts = [part.split(sizes) for part in (gates, *gates.split(size_h, 1))]
-            h_before, c_before = h_0, c_0
-            for gate, i, f, half_g, o, h, c in zip(*parts, h_steps, c_steps, strict=True):
-                _add_product(gate, _running(h_before, gate), recurrent, dtype)
+            tanh_c = torch.empty_like(hidden[count:])
+            read = _rounded(hidden, dtype)
+            if read is not hidden:
+                read[:count] = h_0
+            parts = [part.split(sizes) for part in (gates, *gates.split(size_h, 1), tanh_c, read[count:])]
+            h_before, c_before = read[:count], c_0
+            steps = zip(*parts, h_steps, c_steps, _fewer(sizes), strict=True)
+            for gate, i, f, half_g, o, tanh, h_read, h, c, fewer in steps:
+                recurrent.add_to(gate, h_before[:fewer] if fewer else h_before)
                 gate.sigmoid_()
-                torch.mul(f, _running(c_before, gate), out=c).addcmul_(i, half_g, value=2).sub_(i)
-                torch.tanh(c, out=h).mul_(o)
-                h_before, c_before = h, c
-            cell_gate.mul_(2).sub_(1)
-        count = len(h_0)
-        ctx.save_for_backward(inputs, weight_ih, weight_hh, gates, hidden, cell)
-        ctx.rows, ctx.dtype, ctx.count = rows, dtype, count
+                torch.mul(f, c_before[:fewer] if fewer else c_before, out=c).addcmul_(i, half_g, value=2).sub_(i)
+                torch.mul(torch.tanh(c, out=tanh), o, out=h)
+                if read is not hidden:
+                    h_read.copy_(h)
+                h_before, c_before = h_read, c
+        ctx.save_for_backward(inputs, weight_ih, weight_hh, gates, read, cell, tanh_c)
+        ctx.rows, ctx.dtype = rows, dtype
         return hidden[count:], hidden[count + rows.last], cell[count + rows.last]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, to_output: Tensor, to_h: Tensor, to_c: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight_ih, weight_hh, gates, hidden, cell = ctx.saved_tensors
-        count, size_h = ctx.count, weight_hh.shape[1]
-        i, f, g, o = gates.view(-1, 4, size_h).unbind(1)  # (N, H) each
-        tanh_c = cell[count:].tanh()
-        # d gate = slope * (d c for i, f, g; d h for o); d c grows by cell_slope * d h
-        slope = torch.empty_like(gates).view(-1, 4, size_h)
-        torch.mul(g * i, 1 - i, out=slope[:, 0])
-        before = _before(ctx.rows)
-        torch.mul(cell[before] * f, 1 - f, out=slope[:, 1])
-        torch.mul(i, 1 - g * g, out=slope[:, 2])
-        torch.mul(tanh_c * o, 1 - o, out=slope[:, 3])
-        cell_slope = o * (1 - tanh_c * tanh_c)
-        d_hidden, d_cell = to_h.clone(), to_c.clone()  # (B, H): what each row's later steps ask of this one
-        d_gates = slope.view(-1, 4 * size_h)
-        recurrent, sizes = weight_hh.to(ctx.dtype), ctx.rows.batch_sizes
-        # a product with a broadcast takes longer than one for each gate
-        parts = [part.split(sizes) for part in (to_output, cell_slope, *slope.unbind(1), f, d_gates)]
-        for to_out, c_slope, slope_i, slope_f, slope_g, slope_o, forget, d_gate in reversed(
-            list(zip(*parts, strict=True))
-        ):
-            d_h, d_c = _running(d_hidden, to_out).add_(to_out), _running(d_cell, to_out)
-            d_c.addcmul_(d_h, c_slope)
-            slope_i.mul_(d_c)
-            slope_f.mul_(d_c)
-            slope_g.mul_(d_c)
-            slope_o.mul_(d_h)
-            d_c.mul_(forget)
-            _step_back(d_h, d_gate, recurrent, ctx.dtype)
-        to_inputs, *to_weights = _Layer.finish(ctx, inputs, d_gates, d_gates, hidden[before], [weight_ih, weight_hh])
-        return to_inputs, d_hidden, d_cell, *to_weights, None
+        inputs, weight_ih, weight_hh, gates, hidden, cell, tanh_c = ctx.saved_tensors
+        rows, size_h, sizes = ctx.rows, weight_hh.shape[1], ctx.rows.batch_sizes
+        recurrent = StepWeight(weight_hh, ctx.dtype, len(to_h))
+        before = _before(rows)
+        to_h_0, to_states = _gradients_of_states(to_output, to_h, rows)
+        to_cell = to_c.clone()  # (B, H): what each row's later steps ask of its cell
+        d_gates = torch.empty_like(gates)
+        read = _rounded(d_gates, ctx.dtype)
+        d_parts = [part.split(sizes) for part in (*d_gates.split(size_h, 1), d_gates, read)]
+        half_g = gates[:, 2 * size_h : 3 * size_h]
+        for first, end in reversed(_spans(rows, size_h)):
+            span = slice(rows.offsets[first], rows.offsets[end - 1] + sizes[end - 1])
+            i, f, g, o = gates[span].split(size_h, 1)  # (n, H) each
+            g = half_g[span].mul(2).sub_(1)
+            # d gate = slope * (d c for i, f, g; d h for o); d c grows by cell_slope * d h
+            slope_i, slope_f, slope_g, slope_o = d_gates[span].split(size_h, 1)
+            torch.ops.aten.sigmoid_backward(g, i, grad_input=slope_i)
+            torch.ops.aten.sigmoid_backward(cell.index_select(0, before[span]), f, grad_input=slope_f)
+            torch.ops.aten.tanh_backward(i, g, grad_input=slope_g)
+            torch.ops.aten.sigmoid_backward(tanh_c[span], o, grad_input=slope_o)
+            cell_slopes = torch.ops.aten.tanh_backward(o, tanh_c[span]).split(sizes[first:end])
+            forgets = f.split(sizes[first:end])
+            for step in reversed(range(first, end)):
+                to_i, to_f, to_g, to_o, d_gate, d_read = (part[step] for part in d_parts)
+                d_h, d_c, earlier = to_states[step], to_cell[: sizes[step]], to_states[step - 1] if step else to_h_0
+                d_c.addcmul_(d_h, cell_slopes[step - first])
+                to_i.mul_(d_c)
+                to_f.mul_(d_c)
+                to_g.mul_(d_c)
+                to_o.mul_(d_h)
+                d_c.mul_(forgets[step - first])
+                if read is not d_gates:
+                    d_read.copy_(d_gate)
+                recurrent.add_to(earlier[: sizes[step]], d_read)
+        to_inputs, to_ih, to_bias = _Layer.of_inputs(ctx, inputs, weight_ih, d_gates, read)
+        to_hh = write_product(torch.empty_like(weight_hh), read.t(), hidden.index_select(0, before))
+        return to_inputs, to_h_0, to_cell, to_ih, to_hh, to_bias, to_bias, None
 
 
 class GRULayer(_Layer):
@@ -213,56 +229,74 @@ class GRULayer(_Layer):
         bias_hh: Tensor,
         rows: PackedRows,
     ) -> tuple[Tensor, Tensor]:
-        dtype, size_h, sizes = _product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes
+        dtype, size_h, sizes, count = product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes, len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
-            gates = _product(inputs, weight_ih.t(), dtype).add_(bias_ih)  # (N, 3H)
+            inputs = inputs.to(dtype)
+            gates = write_product(h_0.new_empty(len(inputs), 3 * size_h), inputs, weight_ih.t().to(dtype)).add_(bias_ih)
             from_hidden = bias_hh.repeat(len(inputs), 1)  # (N, 3H): W_h h + b_h, of which n is kept apart
+            recurrent = StepWeight(weight_hh.t(), dtype, count)
             hidden, h_steps = _start(h_0, rows)
-            recurrent = weight_hh.t().to(dtype)
+            read = _rounded(hidden, dtype)
+            if read is not hidden:
+                read[:count] = h_0
             own_rz, own_n = from_hidden.split([2 * size_h, size_h], 1)
-            buffers = (from_hidden, gates[:, : 2 * size_h], own_rz, *gates.split(size_h, 1), own_n)
+            buffers = (from_hidden, gates[:, : 2 * size_h], own_rz, *gates.split(size_h, 1), own_n, read[count:])
             parts = [buffer.split(sizes) for buffer in buffers]
-            earlier = h_0
-            for own, gate_rz, add_rz, r, z, n, add_n, h in zip(*parts, h_steps, strict=True):
-                earlier = _running(earlier, own)
-                _add_product(own, earlier, recurrent, dtype)
+            earlier, earlier_read = h_0, read[:count]
+            steps = zip(*parts, h_steps, _fewer(sizes), strict=True)
+            for own, gate_rz, add_rz, r, z, n, add_n, h_read, h, fewer in steps:
+                recurrent.add_to(own, earlier_read[:fewer] if fewer else earlier_read)
                 gate_rz.add_(add_rz).sigmoid_()
                 n.addcmul_(r, add_n).tanh_()
-                earlier = torch.lerp(n, earlier, z, out=h)
-        count = len(h_0)
-        ctx.save_for_backward(inputs, weight_ih, weight_hh, gates, own_n, hidden)
-        ctx.rows, ctx.dtype, ctx.count = rows, dtype, count
+                earlier = torch.lerp(n, earlier[:fewer] if fewer else earlier, z, out=h)
+                if read is not hidden:
+                    h_read.copy_(h)
+                earlier_read = h_read
+        ctx.save_for_backward(inputs, weight_ih, weight_hh, gates, own_n, hidden, read)
+        ctx.rows, ctx.dtype = rows, dtype
         return hidden[count:], hidden[count + rows.last]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, to_output: Tensor, to_h: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight_ih, weight_hh, gates, new_from_hidden, hidden = ctx.saved_tensors
-        size_h = weight_hh.shape[1]
-        r, z, n = gates.view(-1, 3, size_h).unbind(1)  # (N, H) each
-        before = hidden[_before(ctx.rows)]
-        # every gate's gradient is slope * d h, the gate n's being another on the input's side than on the state's
-        input_slope = (1 - z) * (1 - n * n)
-        slope = torch.empty_like(gates).view(-1, 3, size_h)
-        torch.mul(input_slope * new_from_hidden, r * (1 - r), out=slope[:, 0])
-        torch.mul(before - n, z * (1 - z), out=slope[:, 1])
-        torch.mul(input_slope, r, out=slope[:, 2])
-        d_hidden = to_h.clone()  # (B, H)
-        d_gates = slope.view(-1, 3 * size_h)
-        recurrent, sizes = weight_hh.to(ctx.dtype), ctx.rows.batch_sizes
-        parts = [part.split(sizes) for part in (to_output, *slope.unbind(1), input_slope, z, d_gates)]
-        for to_out, slope_r, slope_z, slope_n, in_slope, update, d_gate in reversed(list(zip(*parts, strict=True))):
-            d_h = _running(d_hidden, to_out).add_(to_out)
-            slope_r.mul_(d_h)
-            slope_z.mul_(d_h)
-            slope_n.mul_(d_h)
-            in_slope.mul_(d_h)
-            kept = d_h * update
-            _step_back(d_h, d_gate, recurrent, ctx.dtype)
-            d_h.add_(kept)
-        d_input_gates = torch.cat([d_gates[:, : 2 * size_h], input_slope], 1)
-        to_inputs, *to_weights = _Layer.finish(ctx, inputs, d_input_gates, d_gates, before, [weight_ih, weight_hh])
-        return to_inputs, d_hidden, *to_weights, None
+        inputs, weight_ih, weight_hh, gates, new_from_hidden, hidden, hidden_read = ctx.saved_tensors
+        rows, size_h, sizes = ctx.rows, weight_hh.shape[1], ctx.rows.batch_sizes
+        recurrent = StepWeight(weight_hh, ctx.dtype, len(to_h))
+        before = _before(rows)
+        to_h_0, to_states = _gradients_of_states(to_output, to_h, rows)
+        d_gates = torch.empty_like(gates)  # on the state's side: n's is another on the input's side
+        read = _rounded(d_gates, ctx.dtype)
+        to_new = torch.empty_like(to_output, memory_format=torch.contiguous_format)  # (N, H) of n, on the input's side
+        d_parts = [part.split(sizes) for part in (*d_gates.split(size_h, 1), to_new, d_gates, read)]
+        for first, end in reversed(_spans(rows, size_h)):
+            span = slice(rows.offsets[first], rows.offsets[end - 1] + sizes[end - 1])
+            r, z, n = gates[span].split(size_h, 1)  # (rows, H) each
+            # every gate's gradient is slope * d h
+            slope_r, slope_z, slope_n = d_gates[span].split(size_h, 1)
+            input_slope = torch.ops.aten.tanh_backward(1 - z, n, grad_input=to_new[span])
+            torch.ops.aten.sigmoid_backward(input_slope * new_from_hidden[span], r, grad_input=slope_r)
+            earlier = hidden.index_select(0, before[span])
+            torch.ops.aten.sigmoid_backward(earlier.sub_(n), z, grad_input=slope_z)
+            torch.mul(input_slope, r, out=slope_n)
+            updates = z.split(sizes[first:end])
+            for step in reversed(range(first, end)):
+                to_r, to_z, to_n, to_input, d_gate, d_read = (part[step] for part in d_parts)
+                d_h = to_states[step]
+                to_r.mul_(d_h)
+                to_z.mul_(d_h)
+                to_n.mul_(d_h)
+                to_input.mul_(d_h)
+                if read is not d_gates:
+                    d_read.copy_(d_gate)
+                to_earlier = (to_states[step - 1] if step else to_h_0)[: sizes[step]]
+                recurrent.add_to(to_earlier.addcmul_(d_h, updates[step - first]), d_read)
+        to_hh = write_product(torch.empty_like(weight_hh), read.t(), hidden_read.index_select(0, before))
+        to_bias_hh = d_gates.sum(0)
+        d_gates[:, 2 * size_h :] = to_new
+        if read is not d_gates:
+            read[:, 2 * size_h :] = to_new
+        to_inputs, to_ih, to_bias_ih = _Layer.of_inputs(ctx, inputs, weight_ih, d_gates, read)
+        return to_inputs, to_h_0, to_ih, to_hh, to_bias_ih, to_bias_hh, None
 
 
 class RNNLayer(_Layer):
@@ -282,40 +316,43 @@ class RNNLayer(_Layer):
         bias_hh: Tensor,
         rows: PackedRows,
     ) -> tuple[Tensor, Tensor]:
-        dtype = _product_dtype(inputs)
+        dtype, count = product_dtype(inputs), len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
+            inputs = inputs.to(dtype)
             hidden, h_steps = _start(h_0, rows)
-            count = len(h_0)
-            hidden[count:] = _product(inputs, weight_ih.t(), dtype).add_(bias_ih + bias_hh)
-            recurrent = weight_hh.t().to(dtype)
-            earlier = h_0
-            for h in h_steps:
-                _add_product(h, _running(earlier, h), recurrent, dtype)
-                earlier = h.tanh_()
-        ctx.save_for_backward(inputs, weight_ih, weight_hh, hidden)
-        ctx.rows, ctx.dtype, ctx.count = rows, dtype, count
+            write_product(hidden[count:], inputs, weight_ih.t().to(dtype)).add_(bias_ih + bias_hh)
+            recurrent = StepWeight(weight_hh.t(), dtype, count)
+            read = _rounded(hidden, dtype)
+            if read is not hidden:
+                read[:count] = h_0
+            earlier = read[:count]
+            sizes = rows.batch_sizes
+            for h, h_read, fewer in zip(h_steps, read[count:].split(sizes), _fewer(sizes), strict=True):
+                recurrent.add_to(h, earlier[:fewer] if fewer else earlier)
+                h.tanh_()
+                if read is not hidden:
+                    h_read.copy_(h)
+                earlier = h_read
+        ctx.save_for_backward(inputs, weight_ih, weight_hh, hidden, read)
+        ctx.rows, ctx.dtype = rows, dtype
         return hidden[count:], hidden[count + rows.last]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, to_output: Tensor, to_h: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight_ih, weight_hh, hidden = ctx.saved_tensors
-        d_gates = 1 - hidden[ctx.count :].square()  # (N, H)
-        d_hidden = to_h.clone()
-        recurrent, sizes = weight_hh.to(ctx.dtype), ctx.rows.batch_sizes
-        for to_out, d_gate in reversed(list(zip(to_output.split(sizes), d_gates.split(sizes), strict=True))):
-            d_h = _running(d_hidden, to_out).add_(to_out)
-            d_gate.mul_(d_h)
-            _step_back(d_h, d_gate, recurrent, ctx.dtype)
-        to_inputs, *to_weights = _Layer.finish(
-            ctx, inputs, d_gates, d_gates, hidden[_before(ctx.rows)], [weight_ih, weight_hh]
-        )
-        return to_inputs, d_hidden, *to_weights, None
-
-
-def _step_back(d_hidden: Tensor, d_gates: Tensor, recurrent: Tensor, dtype: torch.dtype) -> None:
-    """d_hidden = d_gates @ recurrent, in place: the gradient that a step hands to the one before it."""
-    if d_gates.dtype == dtype:
-        torch.mm(d_gates, recurrent, out=d_hidden)
-    else:
-        d_hidden.copy_(d_gates.to(dtype) @ recurrent)
+        inputs, weight_ih, weight_hh, hidden, hidden_read = ctx.saved_tensors
+        rows = ctx.rows
+        recurrent = StepWeight(weight_hh, ctx.dtype, len(to_h))
+        to_h_0, to_states = _gradients_of_states(to_output, to_h, rows)
+        d_gates = 1 - hidden[len(to_h) :].square()  # (N, H)
+        read = _rounded(d_gates, ctx.dtype)
+        steps = zip(d_gates.split(rows.batch_sizes), read.split(rows.batch_sizes), strict=True)
+        for step, (d_gate, d_read) in reversed(list(enumerate(steps))):
+            d_gate.mul_(to_states[step])
+            if read is not d_gates:
+                d_read.copy_(d_gate)
+            earlier = to_states[step - 1] if step else to_h_0
+            recurrent.add_to(earlier[: len(d_gate)], d_read)
+        to_inputs, to_ih, to_bias = _Layer.of_inputs(ctx, inputs, weight_ih, d_gates, read)
+        to_hh = write_product(torch.empty_like(weight_hh), read.t(), hidden_read.index_select(0, _before(rows)))
+        return to_inputs, to_h_0, to_ih, to_hh, to_bias, to_bias, None

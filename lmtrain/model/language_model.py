@@ -10,15 +10,17 @@ ever seen what it is asked to predict.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from lmtrain.model.embedding import Lookups
 from lmtrain.model.kernels import PackedRows, pack_rows
 from lmtrain.model.output import AdaptiveOutput, FullOutput
-from lmtrain.model.recurrence import Backend, Cell, RecurrentLayers, State
+from lmtrain.model.recurrence import Backend, Cell, RecurrentLayers, RecurrentStack, State
 
 Objective = Literal["forward", "backward", "fill"]
 
@@ -33,8 +35,15 @@ class Events(NamedTuple):
 class Loss(NamedTuple):
     """Nats summed over an objective's events, and how many these are."""
 
-    nats: Tensor  # () float32
+    nats: Tensor  # () float32, outside the graph
     tokens: int
+
+
+class Losses(NamedTuple):
+    """What a batch costs."""
+
+    total: Tensor  # () the objectives' nats, weighted: what is differentiated
+    parts: dict[Objective, Loss]
 
 
 class Places(NamedTuple):
@@ -131,9 +140,13 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Read on to the right: tokens (L, B), rows of equal length -> logits (L, B, V) of each next token, state."""
-        embedded = self.embedding(tokens)  # (L, B, E)
-        rows = pack_rows(torch.full((tokens.shape[1],), tokens.shape[0]))
-        states, state = self.recurrence.stacks[0](embedded.flatten(0, 1), rows, state)
+        embedded, forward = self.embedding(tokens), self.recurrence.stacks[0]  # (L, B, E)
+        assert isinstance(forward, RecurrentStack)
+        if len(tokens) == 1:
+            states, state = forward.step(embedded[0], state)
+        else:
+            rows = pack_rows(torch.full((tokens.shape[1],), tokens.shape[0]))
+            states, state = forward(embedded.flatten(0, 1), rows, state)
         logits = self._logits(self.projections["of_forward"](states))
         return logits.unflatten(0, tokens.shape), state
 
@@ -156,14 +169,17 @@ class LanguageModel(nn.Module):
             tokens: (L, B) int64, rows longest first, each from its `<bos>` to its `<eos>`.
             lengths: (B,) int64 on CPU, non-increasing, >= 2.
         """
+        return self._events(tokens, lengths, Lookups(self.embedding.weight, self.embedding.sparse))
+
+    def _events(self, tokens: Tensor, lengths: Tensor, lookups: Lookups) -> dict[Objective, Events]:
         places = lay_out(lengths)
         device = tokens.device
         time, row = places.rows.time.to(device), places.rows.row.to(device)
-        states = {"forward": self._read(0, tokens[time, row], places.rows)}  # (N, H)
+        states = {"forward": self._read(0, lookups(tokens[time, row]), places.rows)}  # (N, H)
         targets = {"forward": tokens[time + 1, row]}
         if self.bidirectional:
             back = places.read_back.to(device)
-            states["backward"] = self._read(1, tokens[back, row], places.rows)
+            states["backward"] = self._read(1, lookups(tokens[back, row]), places.rows)
             targets["backward"] = tokens[back - 1, row]
             before, behind = places.fill_forward.to(device), places.fill_backward.to(device)
             sides = states["forward"].index_select(0, before), states["backward"].index_select(0, behind)
@@ -171,21 +187,29 @@ class LanguageModel(nn.Module):
             targets["fill"] = targets["forward"][before]
         return {name: Events(self.projections[f"of_{name}"](states[name]), targets[name]) for name in self.objectives}
 
-    def _read(self, direction: int, packed_tokens: Tensor, rows: PackedRows) -> Tensor:
-        embedded = self._drop(self.embedding(packed_tokens))  # (N, E)
-        states, _ = self.recurrence.stacks[direction](embedded, rows)
+    def _read(self, direction: int, embedded: Tensor, rows: PackedRows) -> Tensor:
+        states, _ = self.recurrence.stacks[direction](self._drop(embedded), rows)  # (N, E) -> (N, H)
         return self._drop(states)
 
     def _drop(self, values: Tensor) -> Tensor:
         return dropout(values, self.dropout, self.training)
 
-    def loss(self, tokens: Tensor, lengths: Tensor) -> dict[Objective, Loss]:
-        """Summed nats and number of events of each objective; arguments as `events`. Padding is never scored."""
-        events = self.events(tokens, lengths)
+    def loss(self, tokens: Tensor, lengths: Tensor, weights: Mapping[Objective, float] | None = None) -> Losses:
+        """Nats of each objective, and their weighted sum; arguments as `events`. Padding is never scored.
+
+        Args:
+            weights: of a nat of each objective in the total; 1 where left out.
+        """
+        lookups = Lookups(self.embedding.weight, self.embedding.sparse)
+        events = self._events(tokens, lengths, lookups)
         states, targets = (torch.cat(parts) for parts in zip(*events.values(), strict=True))
-        nats = self.output.nats(states, targets)  # one output product for all objectives
         sizes = [len(part.targets) for part in events.values()]
-        return {
-            objective: Loss(part.sum(), size)
-            for objective, part, size in zip(events, nats.split(sizes), sizes, strict=True)
-        }
+        each = torch.tensor([1.0 if weights is None else weights[name] for name in events])
+        of_events = each.repeat_interleave(torch.tensor(sizes)).to(states.device)
+        if isinstance(self.output, FullOutput):
+            tied = lookups.tied() if self.output.weight is self.embedding.weight else None
+            total, nats = self.output.loss(states, targets, of_events, tied)  # one product for all objectives
+        else:
+            total, nats = self.output.loss(states, targets, of_events)
+        parts = zip(events, nats.split(sizes), sizes, strict=True)
+        return Losses(total, {name: Loss(part.sum(), size) for name, part, size in parts})

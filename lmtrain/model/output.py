@@ -1,21 +1,47 @@
-"""The output layer: from a state to the probabilities of the vocabulary's tokens.
+"""The output layer: from a state to the probabilities of the vocabulary's tokens, and the loss over it.
 
-Shapes: N events, P output size, V vocabulary.
+Shapes: N events, P output size, V vocabulary, C columns of a chunk of the vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmtrain.model.products import add_product, product_dtype, write_product
+
+CHUNK = 4096  # columns of a chunk on CPU: large enough for fast products, small enough for the caches
+BUFFER_BYTES = 256 << 20  # at most, for the exponentials of a block of rows
+SAFE = 1e30  # sums of exponentials between 1 / SAFE and SAFE are taken as they are
+
+
+class OutputLoss(NamedTuple):
+    """What an output layer says of N events."""
+
+    total: Tensor  # () the weighted sum of the nats: what is differentiated
+    nats: Tensor  # (N,) of each target, float32; outside the graph
+
 
 class FullOutput(nn.Linear):
     """One logit for each of the V tokens; the weight (V, P) may be the embedding's."""
 
+    def loss(self, states: Tensor, targets: Tensor, weights: Tensor, weight: Tensor | None = None) -> OutputLoss:
+        """Negative log-likelihood of each target, and their weighted sum, whose gradient is worked out on the way.
+
+        Args:
+            states, targets, weights: (N, P), (N,) int64, (N,).
+            weight: in place of the layer's own, (V, P).
+        """
+        return _softmax_loss(states, self.weight if weight is None else weight, self.bias, targets, weights)
+
     def nats(self, states: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target (N,) given its state (N, P), in nats, float32."""
-        return F.cross_entropy(self(states).float(), targets, reduction="none")
+        with torch.no_grad():
+            return self.loss(states, targets, torch.ones_like(targets, dtype=states.dtype)).nats
 
     def log_probabilities(self, states: Tensor) -> Tensor:
         """Natural log-probabilities (N, V) of every token, float32."""
@@ -25,8 +51,9 @@ class FullOutput(nn.Linear):
 class AdaptiveOutput(nn.Module):
     """Adaptive softmax: frequent tokens in a short list, rare ones in clusters with smaller weights.
 
-    Grave et al. 2017, https://arxiv.org/abs/1609.04309, as `torch.nn.AdaptiveLogSoftmaxWithLoss`; it takes ids
-    sorted by falling frequency, as lmtrain's char and word vocabularies are.
+    Grave et al. 2017, https://arxiv.org/abs/1609.04309; the weights are those of
+    `torch.nn.AdaptiveLogSoftmaxWithLoss`, which takes ids sorted by falling frequency, as lmtrain's char and word
+    vocabularies are.
     """
 
     def __init__(self, output_size: int, vocab_size: int) -> None:
@@ -37,17 +64,168 @@ class AdaptiveOutput(nn.Module):
         )  # the last cluster's states have output_size / div_value**2 values
         self.clusters = nn.AdaptiveLogSoftmaxWithLoss(output_size, vocab_size, cutoffs, div_value, head_bias=True)
 
+    def loss(self, states: Tensor, targets: Tensor, weights: Tensor) -> OutputLoss:
+        """As `FullOutput.loss`: the nats of a target in the short list or of its cluster, and of it in its cluster."""
+        clusters = self.clusters
+        cutoffs, short = clusters.cutoffs[:-1], clusters.shortlist_size
+        cluster = torch.bucketize(targets, torch.tensor(cutoffs, device=targets.device), right=True)  # (N,) 0: short
+        in_head = torch.where(cluster > 0, short + cluster - 1, targets)
+        total, nats = _softmax_loss(states, clusters.head.weight, clusters.head.bias, in_head, weights)
+        tails = zip(cutoffs, cast(list[tuple[nn.Module, nn.Linear]], clusters.tail), strict=True)
+        for number, (cutoff, (projection, tail)) in enumerate(tails):
+            inside = (cluster == number + 1).nonzero().squeeze(1)
+            if len(inside):
+                projected, wanted = projection(states.index_select(0, inside)), targets[inside] - cutoff
+                more, inner = _softmax_loss(projected, tail.weight, None, wanted, weights[inside])
+                total, nats = total + more, nats.index_add(0, inside, inner)
+        return OutputLoss(total, nats)
+
     def nats(self, states: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target (N,) given its state (N, P), in nats, float32."""
-        with torch.autocast(states.device.type, enabled=False):
-            result: Tensor = self.clusters(self._cast(states), targets).output
-        return -result
+        with torch.no_grad():
+            return self.loss(states, targets, torch.ones_like(targets, dtype=states.dtype)).nats
 
     def log_probabilities(self, states: Tensor) -> Tensor:
         """Natural log-probabilities (N, V) of every token, float32."""
         with torch.autocast(states.device.type, enabled=False):
-            result: Tensor = self.clusters.log_prob(self._cast(states))
+            result: Tensor = self.clusters.log_prob(states.to(self.clusters.head.weight.dtype))
         return result
 
-    def _cast(self, states: Tensor) -> Tensor:
-        return states.to(self.clusters.head.weight.dtype)  # out of autocast
+
+def _softmax_loss(states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor) -> OutputLoss:
+    return OutputLoss(*_SoftmaxLoss.apply(states, weight, bias, targets, weights))  # type: ignore[no-untyped-call]
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    """`apply(states, weight, bias, targets, weights) -> total (), nats (N,)`, without an fp32 copy of the logits.
+
+    A block of rows at a time, and of it a chunk of the vocabulary at a time: logits, and in their place exponentials
+    e, in the dtype of products. Once the sum s of a row's exponentials is known, the gradient
+
+        d total / d logit = weight * (e - s [target]) / s
+
+    asks for no other pass over the vocabulary than the two products that lead to the gradients of states and
+    weights: s comes off the target's exponential, the factor weight / s goes to the small side of each product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        dtype = product_dtype(states)
+        differentiate = any(ctx.needs_input_grad[:3])
+        with torch.autocast(states.device.type, enabled=False):
+            states = states.to(torch.promote_types(states.dtype, torch.float32))  # sums and gradients are not rounded
+            nats = torch.empty_like(states[:, 0])
+            gradients = [torch.empty_like(part) for part in (states, weight, weight[:, 0])] if differentiate else []
+            rows = max(1, BUFFER_BYTES // (dtype.itemsize * len(weight)))
+            chunks = _Chunks(weight.to(dtype), None if bias is None else bias.to(dtype))
+            for start in range(0, max(1, len(states)), rows):
+                block = slice(start, start + rows)
+                inputs, wanted = states[block], targets[block]
+                exponentials, total, nats[block] = chunks.exponentials(inputs, wanted)
+                if not differentiate:
+                    continue
+                chunks.take_from_targets(exponentials, wanted, total)
+                factor = weights[block].to(total.dtype) / total  # (rows,)
+                gradients[0][block] = chunks.times_weight(exponentials, inputs).mul_(factor.unsqueeze(1))
+                chunks.weight_gradient(exponentials, inputs, factor, gradients[1], gradients[2], add=start > 0)
+        ctx.save_for_backward(*gradients)
+        ctx.has_bias = bias is not None
+        ctx.mark_non_differentiable(nats)
+        return (nats * weights).sum(), nats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, to_total: Tensor, to_nats: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        if to_total.device.type != "cpu" or float(to_total) != 1:
+            gradients = [gradient * to_total for gradient in gradients]
+        to_states, to_weight, to_bias = gradients
+        return to_states, to_weight, to_bias if ctx.has_bias else None, None, None
+
+
+class _Chunks:
+    """A vocabulary's weights in chunks of columns, and what the loss does with each; dtype is that of products."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        size = CHUNK if weight.device.type == "cpu" else len(weight)
+        self.weights = weight.split(size)  # (C, P) each
+        self.biases = [None] * len(self.weights) if bias is None else bias.split(size)
+        self.starts = range(0, len(weight), size)
+        self.dtype, self.vocab_size = weight.dtype, len(weight)
+
+    def exponentials(self, inputs: Tensor, targets: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """exp(logits) of each chunk (rows, C), shifted where they would leave the range of floats; their sum (rows,)
+        over all chunks, and each target's nats (rows,)."""
+        found, total, of_target = self._exponentials(inputs, targets, None)
+        if not bool(((total > 1 / SAFE) & (total < SAFE)).all()):
+            rounded = inputs.to(self.dtype)
+            tops = [self._logits(rounded, chunk).amax(1) for chunk in range(len(self.weights))]
+            shift = torch.stack(tops).amax(0)  # (rows,)
+            found, total, of_target = self._exponentials(inputs, targets, shift)
+        return found, total, total.log() - of_target
+
+    def _exponentials(
+        self, inputs: Tensor, targets: Tensor, shift: Tensor | None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        rounded, found = inputs.to(self.dtype), []
+        total, of_target = torch.zeros_like(inputs[:, 0]), torch.zeros_like(inputs[:, 0])
+        for chunk, (start, weight) in enumerate(zip(self.starts, self.weights, strict=True)):
+            logits = self._logits(rounded, chunk)  # (rows, C)
+            if shift is not None:
+                logits.sub_(shift.unsqueeze(1))
+            place = targets - start
+            inside = (place >= 0) & (place < len(weight))
+            at = logits.gather(1, place.clamp(0, len(weight) - 1).unsqueeze(1)).squeeze(1)
+            of_target = torch.where(inside, at.to(of_target.dtype), of_target)
+            total += _sum(logits.exp_(), total.dtype)
+            found.append(logits)
+        return found, total, of_target
+
+    def _logits(self, rounded: Tensor, chunk: int) -> Tensor:
+        bias, weight = self.biases[chunk], self.weights[chunk].t()
+        return rounded @ weight if bias is None else torch.addmm(bias, rounded, weight)
+
+    def take_from_targets(self, exponentials: Sequence[Tensor], targets: Tensor, amount: Tensor) -> None:
+        """Subtract from each row's target's exponential, in place."""
+        rows = torch.arange(len(targets), device=targets.device)
+        for start, part in zip(self.starts, exponentials, strict=True):
+            inside = ((targets >= start) & (targets < start + part.shape[1])).nonzero().squeeze(1)
+            place = (rows[inside], targets[inside] - start)
+            part[place] = (part[place].to(amount.dtype) - amount[inside]).to(part.dtype)
+
+    def times_weight(self, exponentials: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The sum over chunks of exponentials @ weight, (rows, P) in the dtype of `like`."""
+        total = torch.zeros_like(like)
+        for part, weight in zip(exponentials, self.weights, strict=True):
+            add_product(total, part, weight)
+        return total
+
+    def weight_gradient(
+        self,
+        exponentials: Sequence[Tensor],
+        inputs: Tensor,
+        factor: Tensor,
+        to_weight: Tensor,
+        to_bias: Tensor,
+        add: bool,
+    ) -> None:
+        """exponentials.T @ (factor * inputs), and the same without inputs, written or added to (V, P) and (V,)."""
+        factored = (inputs * factor.unsqueeze(1)).to(self.dtype)
+        for start, part in zip(self.starts, exponentials, strict=True):
+            block = slice(start, start + part.shape[1])
+            place = add_product if add else write_product
+            place(to_weight[block], part.t(), factored)
+            place(to_bias[block].unsqueeze(1), part.t(), factor.to(self.dtype).unsqueeze(1))
+
+
+def _sum(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of each row's C columns, summed up in `dtype`."""
+    if part.dtype == dtype:
+        return part.sum(1)
+    # PyTorch would first copy all of a bf16 tensor to fp32; 64 columns at a time it keeps the sum in fp32, and what
+    # is rounded are so many parts of it that little of the rounding is left
+    whole = part.shape[1] // 64 * 64
+    parts: Tensor = part[:, :whole].unflatten(1, (-1, 64)).sum(2)  # (rows, C / 64)
+    return parts.sum(1, dtype=dtype) + part[:, whole:].sum(1, dtype=dtype)

@@ -10,6 +10,7 @@ the two are the same, number for number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from lmtrain.model.kernels import GRULayer, LSTMLayer, PackedRows, RNNLayer, pack_rows
+from lmtrain.model.products import product_dtype
 
 Cell = Literal["lstm", "gru", "rnn"]
 Backend = Literal["auto", "packed", "torch"]
@@ -31,14 +33,19 @@ TORCH_LAYERS: dict[str, type[nn.LSTM] | type[nn.GRU] | type[nn.RNN]] = {
     "rnn": nn.RNN,
 }
 KERNELS = {"lstm": LSTMLayer, "gru": GRULayer, "rnn": RNNLayer}
+STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {  # PyTorch's own, as behind `nn.LSTMCell`: no call of a kernel
+    "lstm": torch.lstm_cell,
+    "gru": lambda inputs, state, *weights: (torch.gru_cell(inputs, state[0], *weights),),
+    "rnn": lambda inputs, state, *weights: (torch.rnn_tanh_cell(inputs, state[0], *weights),),
+}
 
 
 class RecurrentStack(nn.Module):
     """`num_layers` recurrent layers in one direction; the weights live in PyTorch's own module, under its names.
 
     Args:
-        backend: `packed`, lmtrain's kernels; `torch`, PyTorch's (cuDNN on CUDA); `auto`, packed on CPU and torch
-            elsewhere.
+        backend: `packed`, lmtrain's kernels; `torch`, PyTorch's (cuDNN on CUDA, oneDNN's fused LSTM for rows of
+            equal length on CPU); `auto`, the faster one for the device, cell, precision and lengths at hand.
         dropout: share of each layer's output that is zeroed before the next layer, in training.
     """
 
@@ -85,7 +92,7 @@ class RecurrentStack(nn.Module):
         """Packed inputs (N, I), laid out by `rows` -> packed output (N, H) and the state at each row's end."""
         if state is None:
             state = self.zero_state(rows.batch_sizes[0], inputs)
-        stock = self.backend == "torch" or (self.backend == "auto" and inputs.device.type != "cpu")
+        stock = self.backend == "torch" or (self.backend == "auto" and self._torch_is_faster(inputs, rows))
         run = self._torch if stock else self._packed
         lasts = []
         for number, layer in enumerate(self.layers):
@@ -95,16 +102,35 @@ class RecurrentStack(nn.Module):
             lasts.append(last)
         return inputs, tuple(torch.stack(parts) for parts in zip(*lasts, strict=True))
 
+    def step(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """One token of each row: inputs (B, I) -> output (B, H) and the state after it. Nothing is dropped."""
+        if state is None:
+            state = self.zero_state(len(inputs), inputs)
+        lasts = []
+        for number, layer in enumerate(self.layers):
+            last = STEPS[self.cell](inputs, [part[number] for part in state], *_weights(layer))
+            lasts.append(last)
+            inputs = last[0]
+        return inputs, tuple(torch.stack(parts) for parts in zip(*lasts, strict=True))
+
     def _packed(self, layer: nn.Module, inputs: Tensor, rows: PackedRows, state: list[Tensor]) -> tuple[Tensor, ...]:
-        weights = (layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0)
-        result: tuple[Tensor, ...] = KERNELS[self.cell].apply(inputs, *state, *weights, rows)  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, ...] = KERNELS[self.cell].apply(inputs, *state, *_weights(layer), rows)  # type: ignore[no-untyped-call]
         return result
+
+    def _torch_is_faster(self, inputs: Tensor, rows: PackedRows) -> bool:
+        fused = self.cell == "lstm" and rows.equal and product_dtype(inputs) == torch.float32
+        return inputs.device.type != "cpu" or fused
 
     def _torch(self, layer: nn.Module, inputs: Tensor, rows: PackedRows, state: list[Tensor]) -> tuple[Tensor, ...]:
         first = [part.unsqueeze(0) for part in state]
-        packed = PackedSequence(inputs, torch.tensor(rows.batch_sizes))
-        output, last = layer(packed, tuple(first) if self.cell == "lstm" else first[0])
-        return output.data, *(part.squeeze(0) for part in (last if self.cell == "lstm" else (last,)))
+        initial = tuple(first) if self.cell == "lstm" else first[0]
+        if rows.equal:
+            padded, last = layer(inputs.unflatten(0, (-1, rows.batch_sizes[0])), initial)
+            output = padded.flatten(0, 1)
+        else:
+            packed, last = layer(PackedSequence(inputs, torch.tensor(rows.batch_sizes)), initial)
+            output = packed.data
+        return output, *(part.squeeze(0) for part in (last if self.cell == "lstm" else (last,)))
 
 
 class RecurrentLayers(nn.Module):
@@ -179,6 +205,10 @@ class RecurrentLayers(nn.Module):
         backward_output, backward_last = self.stacks[1](packed[back], rows, states[1])
         interleaved = tuple(torch.stack(pair, 1).flatten(0, 1) for pair in zip(last, backward_last, strict=True))
         return torch.cat([output, backward_output[back]], 1), interleaved
+
+
+def _weights(layer: nn.Module) -> tuple[Tensor, ...]:
+    return layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0  # type: ignore[return-value]
 
 
 def _lengths(batch_sizes: Tensor) -> Tensor:

@@ -41,8 +41,14 @@ class Window:
             self.places += batch.tokens.numel()
             self.padding += batch.tokens.numel() - int(batch.lengths.sum())
 
-    def figures(self, weights: LossWeights, rate: float, norm: float, elapsed_s: float) -> dict[str, float]:
-        """A row of training metrics; learning rate and gradient norm are those of the last step."""
+    def figures(
+        self, weights: LossWeights, rate: float, norm: float, elapsed_s: float, waited_s: float
+    ) -> dict[str, float]:
+        """A row of training metrics; learning rate and gradient norm are those of the last step.
+
+        Args:
+            elapsed_s, waited_s: seconds the steps took, and how many of these they waited for batches.
+        """
         tallies = {objective: Tally(nats, int(tokens)) for objective, (nats, tokens) in self.tallies.items()}
         return {
             "train/loss": weighted_loss(tallies, weights),
@@ -50,6 +56,7 @@ class Window:
             "train/learning_rate": rate,
             "train/grad_norm": norm,
             "train/tokens_per_second": tallies["forward"].tokens / max(1e-9, elapsed_s),
+            "train/data_wait_fraction": waited_s / max(1e-9, elapsed_s),
             "train/padding_fraction": self.padding / self.places,
         }
 

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+
+from lmtrain.model.language_model import LanguageModel
 
 
 def build_optimizer(
-    model: nn.Module, *, name: Literal["adamw", "sgd"], lr: float, betas: Sequence[float], weight_decay: float
+    model: LanguageModel, *, name: Literal["adamw", "sgd"], lr: float, betas: Sequence[float], weight_decay: float
 ) -> Optimizer:
     """AdamW or SGD over the model's weights; matrices decay, biases do not.
 
+    Where a step leaves the embeddings of tokens that are not in the batch as they are (SGD without decay, embedding
+    not tied to the output layer), the embedding is set to give its gradient as the rows of the batch's tokens alone.
+
     AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
     """
-    parameters = list(model.parameters())
-    groups = [
+    embedding, parameters = model.embedding.weight, list(model.parameters())
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
+    if name == "adamw":  # it moves every weight at every step, whether the batch has its token or not
+        return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
+    tied = any(weight is embedding for weight in model.output.parameters())
+    if weight_decay == 0 and not tied:
+        model.embedding.sparse = True
+        groups[0]["params"] = [p for p in groups[0]["params"] if p is not embedding]
+        groups.append({"params": [embedding], "weight_decay": 0.0, "fused": False, "foreach": False})
+    return torch.optim.SGD(groups, lr=lr, fused=True)
 
 
 def learning_rate(
@@ -60,11 +70,22 @@ def clip_gradient(parameters: Iterable[Tensor], largest: float | None) -> float:
 
     Pascanu et al. 2013, https://proceedings.mlr.press/v28/pascanu13.html.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest)
-    return float(norm)
+    gradients = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            gradient = parameter.grad = gradient.coalesce()
+        if gradient is not None:
+            gradients.append((gradient.values() if gradient.is_sparse else gradient).view(-1))
+    # on CPU a dot product takes half the time of linalg.vector_norm
+    norm = float(torch.stack([torch.dot(gradient, gradient) for gradient in gradients]).sum(dtype=torch.float64).sqrt())
+    if largest is not None and norm > largest:
+        for gradient in gradients:
+            gradient.mul_(largest / norm)
+    return norm
 
 
-def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer, model: LanguageModel) -> dict[str, Tensor]:
     """The optimizer's state as tensors, named by weight: `exp_avg/embedding.weight`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
@@ -75,7 +96,7 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
     }
 
 
-def set_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def set_optimizer_tensors(optimizer: Optimizer, model: LanguageModel, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():

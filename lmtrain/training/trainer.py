@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lmtrain.config import Config, load_config
-from lmtrain.data.batching import Ints, sorted_batches
+from lmtrain.data.batching import Feed, sorted_batches
 from lmtrain.data.preparation import Corpora, epoch_sampler, prepare
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.inference.generation import generate
@@ -27,6 +27,7 @@ from lmtrain.runtime import (
     choose_device,
     choose_precision,
     environment,
+    keep_freed_memory,
     noted_signals,
     out_of_memory,
 )
@@ -81,6 +82,7 @@ def train(
         run.refuse_links()
         check_unchanged(run.config(), config)
     device = choose_device(config.training.device)
+    keep_freed_memory()
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
     tokenizer = None if run is None else run.tokenizer()
@@ -128,7 +130,6 @@ class Trainer:
         self.config, self.run, self.corpora = config, run, corpora
         self.device, self.progress, self.start_s = device, progress, start_s
         self.rows, self.valid_rows = corpora.rows(config.batching.max_length)
-        self.sampler = epoch_sampler(config, self.rows)
         torch.manual_seed(config.seed)
         self.model = build_model(config, corpora.tokenizer.vocab_size)
         self.model.to(device)
@@ -147,13 +148,15 @@ class Trainer:
         self.state, lengths, self.begun_in = restored or self._begin()
         self.tracker = Tracker(run.path, lengths, progress.note)
         self.pad_id = corpora.tokenizer.pad_id
-        self.batches: list[Ints] = self.sampler.epoch(self.state.epoch)
+        sampler, accumulate = epoch_sampler(config, self.rows), config.training.accumulate
+        self.feed = Feed(self.rows, sampler, self.pad_id, accumulate, self.state.epoch, self.state.next_batch)
+        self.epoch_batches = self.feed.peek().epoch_batches
         self.window_start_s = self.saved_s = time.monotonic()
         self.figures: dict[str, float] = {}
         count = sum(parameter.numel() for parameter in self.model.parameters())
         progress.note(
             f"run {run.path}: {count:,} weights, vocabulary {corpora.tokenizer.vocab_size:,}, "
-            f"{len(self.rows):,} sequences, {len(self.batches):,} batches an epoch, {device.type}, "
+            f"{len(self.rows):,} sequences, {self.epoch_batches:,} batches an epoch, {device.type}, "
             f"{self.state.precision}"
         )
         if self._steps() < 2 * config.schedule.warmup_steps:
@@ -223,14 +226,15 @@ class Trainer:
     def _steps(self) -> float:
         """Optimizer steps until the configured end, patience and time budget aside."""
         training = self.config.training
-        a_epoch = -(-len(self.batches) // training.accumulate)
+        a_epoch = -(-self.epoch_batches // training.accumulate)
         return min(training.max_epochs * a_epoch, training.max_steps or math.inf)
 
     def _step(self) -> None:
         """One optimizer step. Nats are summed over all its batches and divided once by the number of events."""
         state, optimizer, schedule = self.state, self.config.optimizer, self.config.schedule
-        group = self.batches[state.next_batch : state.next_batch + self.config.training.accumulate]
-        batches = [self.rows.batch(indices, self.pad_id) for indices in group]
+        group = self.feed.take()
+        assert (group.epoch, group.end) == (state.epoch, state.next_batch + len(group.batches))
+        batches = group.batches
         counted = [count_events(batch.lengths) for batch in batches]
         events = {objective: sum(part[objective] for part in counted) for objective in self.loss_weights}
         rate = learning_rate(
@@ -244,15 +248,13 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         nats = dict.fromkeys(self.loss_weights, 0.0)
+        weights = {name: weight / max(1, events[name]) for name, weight in self.loss_weights.items()}
         for batch in batches:
             with autocast(state.precision, self.device):
-                losses = self.model.loss(batch.tokens.to(self.device), batch.lengths)
-            total = torch.stack(
-                [self.loss_weights[name] / max(1, events[name]) * part.nats for name, part in losses.items()]
-            ).sum()
-            total.backward()
-            for objective, part in losses.items():
-                nats[objective] += float(part.nats.detach())
+                losses = self.model.loss(batch.tokens.to(self.device), batch.lengths, weights)
+            losses.total.backward()
+            for objective, part in losses.parts.items():
+                nats[objective] += float(part.nats)
         norm = clip_gradient(self.model.parameters(), optimizer.clip_grad_norm)
         if not math.isfinite(norm) or not all(map(math.isfinite, nats.values())):
             raise DivergedError(
@@ -264,11 +266,11 @@ class Trainer:
         self.last_norm, self.last_rate = norm, rate
         state.window.add(batches, nats, events)
         state.step += 1
-        state.next_batch += len(group)
-        if state.next_batch >= len(self.batches):
+        state.next_batch = group.end
+        if group.ends_epoch:
             state.epoch, state.next_batch = state.epoch + 1, 0
             if not self._ended():
-                self.batches = self.sampler.epoch(state.epoch)
+                self.epoch_batches = self.feed.peek().epoch_batches
 
     # ---- what is reported
 
@@ -276,12 +278,14 @@ class Trainer:
         """A row of training metrics over the steps since the last one."""
         now_s = time.monotonic()
         elapsed_s = now_s - self.window_start_s
-        self.figures = self.state.window.figures(self.loss_weights, self.last_rate, self.last_norm, elapsed_s)
+        self.figures = self.state.window.figures(
+            self.loss_weights, self.last_rate, self.last_norm, elapsed_s, self.feed.waited_s
+        )
         self.tracker.log(self.state.step, self._epoch(), self.figures)
-        self.state.window, self.window_start_s = Window(), now_s
+        self.state.window, self.window_start_s, self.feed.waited_s = Window(), now_s, 0.0
 
     def _epoch(self) -> float:
-        return self.state.epoch + self.state.next_batch / len(self.batches)
+        return self.state.epoch + self.state.next_batch / self.epoch_batches
 
     def _validation_due(self) -> bool:
         every = self.config.validation.every_steps
@@ -354,4 +358,5 @@ class Trainer:
         return TrainingResult(self.run.path, self.state.step, self.state.best_figures or last, self.state.best_step)
 
     def close(self) -> None:
+        self.feed.close()
         self.tracker.close()
