@@ -1,0 +1,516 @@
+"""lmtrain against stock PyTorch: how many times as many tokens a second, row by row, on the machine this runs on.
+
+    python scripts/benchmark.py [--row NAME]... [--quick] [--json] [--device cpu|cuda]
+
+Stock PyTorch is written the plain way: `nn.LSTM` or `nn.GRU` (packed where rows are ragged), `nn.Linear`,
+`nn.CrossEntropyLoss`, `torch.optim`, fp32 (with TF32 on CUDA). lmtrain runs what `lmtrain train` runs with its
+default `precision: auto`. Both do whole training steps: loss, gradients, clipping, update; no dropout. Each side has
+a process of its own; they take turns, A B A B, and a row's ratio is the median of its pairs. `--json` prints an object
+a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from lmtrain.data.batching import Batch, EpochSampler, Rows, make_batch
+from lmtrain.data.tokenizer import IdsTokenizer
+from lmtrain.inference.generation import generate
+from lmtrain.model.language_model import LanguageModel, count_events, lay_out
+from lmtrain.model.output import FullOutput
+from lmtrain.runtime import autocast, choose_precision, keep_freed_memory
+from lmtrain.training.optimization import build_optimizer, clip_gradient
+
+BOS, EOS = 1, 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one side of a row does again and again."""
+
+    run: Callable[[], object]
+    tokens: int  # that one run trains on or writes
+    operations: float = 0.0  # floating-point operations of its matrix products
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the batches it is trained on."""
+
+    cell: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    batches: Callable[[int], list[Batch]]
+    tied: bool = False
+    bidirectional: bool = False
+    optimizer: str = "adam"
+
+    @property
+    def equal(self) -> bool:
+        lengths = self.batches(self.vocab_size)[0].lengths
+        return int(lengths[0]) == int(lengths[-1])
+
+
+def zipf(random: np.random.Generator, vocab_size: int, count: int) -> np.ndarray:
+    """Ids from 3 on, as unevenly spread as words are."""
+    chances = 1 / np.arange(10, vocab_size + 7)
+    return 3 + random.choice(vocab_size - 3, count, p=chances / chances.sum())
+
+
+def sentences(vocab_size: int, rows: int = 32) -> list[Batch]:
+    """Rows as long as sentences: normal(22, 9)."""
+    random = np.random.default_rng(1)
+    lengths = np.clip(random.normal(22, 9, (4, rows)).round(), 2, 60).astype(int)
+    return [make_batch([[BOS, *zipf(random, vocab_size, n), EOS] for n in each], 0) for each in lengths]
+
+
+def columns(rows: int, length: int) -> Callable[[int], list[Batch]]:
+    """Rows of one length, as a long text is cut for truncated back-propagation."""
+
+    def batches(vocab_size: int) -> list[Batch]:
+        random = np.random.default_rng(1)
+        return [make_batch(zipf(random, vocab_size, rows * (length + 1)).reshape(rows, -1), 0) for _ in range(4)]
+
+    return batches
+
+
+# ---- stock PyTorch
+
+
+class StockModel(nn.Module):
+    """What one writes after reading PyTorch's tutorials; two directions as lmtrain defines them."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        size = shape.hidden_size
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocab_size, size)
+        layers = {"lstm": nn.LSTM, "gru": nn.GRU}[shape.cell]
+        self.stacks = nn.ModuleList(layers(size, size, shape.num_layers) for _ in range(1 + shape.bidirectional))
+        self.output = nn.Linear(size, shape.vocab_size)
+        if shape.tied:
+            self.output.weight = self.embedding.weight
+        if shape.bidirectional:
+            self.join = nn.Sequential(nn.Linear(2 * size, size), nn.Tanh(), nn.Linear(size, size, bias=False))
+        self.criterion = nn.CrossEntropyLoss()
+
+    def loss(self, batch: Batch) -> Tensor:
+        if self.shape.equal:
+            states, _ = self.stacks[0](self.embedding(batch.tokens[:-1]))
+            return self.criterion(self.output(states.flatten(0, 1)), batch.tokens[1:].flatten())
+        packed = pack_padded_sequence(self.embedding(batch.tokens[:-1]), batch.lengths - 1)
+        forward = self.stacks[0](packed)[0].data
+        targets = pack_padded_sequence(batch.tokens[1:], batch.lengths - 1).data
+        loss = self.criterion(self.output(forward), targets)
+        if self.shape.bidirectional:
+            places = lay_out(batch.lengths)
+            row = places.rows.row.to(batch.tokens.device)
+            back = places.read_back.to(batch.tokens.device)
+            embedded = PackedSequence(self.embedding(batch.tokens[back, row]), packed.batch_sizes)
+            backward = self.stacks[1](embedded)[0].data
+            loss = loss + self.criterion(self.output(backward), batch.tokens[back - 1, row])
+            before = places.fill_forward.to(batch.tokens.device)
+            sides = torch.cat([forward[before], backward[places.fill_backward.to(batch.tokens.device)]], 1)
+            loss = loss + self.criterion(self.output(self.join(sides)), targets[before])
+        return loss
+
+
+def stock_training(shape: Shape, device: torch.device, precision: str) -> Work:
+    model = StockModel(shape).to(device)
+    kind: Any = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[shape.optimizer]
+    optimizer = kind(model.parameters(), lr=1e-3)
+    batches = [Batch(batch.tokens.to(device), *batch[1:]) for batch in shape.batches(shape.vocab_size)]
+    turn = cycle(batches)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model.loss(next(turn)).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return Work(step, mean_tokens(batches))
+
+
+def mean_tokens(batches: list[Batch]) -> int:
+    return round(statistics.mean(int(batch.lengths.sum()) - len(batch.lengths) for batch in batches))
+
+
+def stock_output(rows: int, size: int, vocab_size: int, device: torch.device) -> Work:
+    layer, criterion = nn.Linear(size, vocab_size).to(device), nn.CrossEntropyLoss()
+    states = torch.randn(rows, size, device=device, requires_grad=True)
+    targets = torch.from_numpy(zipf(np.random.default_rng(1), vocab_size, rows)).to(device)
+
+    def step() -> None:
+        layer.zero_grad()
+        states.grad = None
+        criterion(layer(states), targets).backward()
+
+    return Work(step, rows)
+
+
+WRITTEN, PROMPT = 48, 8  # tokens of a continuation and, on average, of a prompt
+
+
+def prompts(count: int, vocab_size: int) -> list[list[int]]:
+    random = np.random.default_rng(1)
+    return [zipf(random, vocab_size, int(n)).tolist() for n in random.integers(2, 2 * PROMPT - 1, count)]
+
+
+def stock_generation(shape: Shape, count: int, device: torch.device) -> Work:
+    model = StockModel(shape).to(device).eval()
+    given = prompts(count, shape.vocab_size)
+
+    @torch.no_grad()
+    def write() -> None:
+        for prompt in given:
+            tokens, state = torch.tensor([BOS, *prompt], device=device).unsqueeze(1), None
+            for _ in range(WRITTEN):
+                states, state = model.stacks[0](model.embedding(tokens), state)
+                tokens = model.output(states[-1]).argmax(-1).unsqueeze(0)
+                if int(tokens) == EOS:
+                    break
+
+    return Work(write, WRITTEN * count)
+
+
+# ---- lmtrain
+
+
+def make_model(shape: Shape, device: torch.device) -> LanguageModel:
+    torch.manual_seed(1)
+    model = LanguageModel(
+        shape.vocab_size,
+        embedding_size=shape.hidden_size,
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_layers,
+        cell=shape.cell,  # type: ignore[arg-type]
+        bidirectional=shape.bidirectional,
+        tie_weights=shape.tied,
+    )
+    return model.to(device)
+
+
+def training_step(shape: Shape, model: LanguageModel, precision: str, device: torch.device) -> Callable[[Batch], None]:
+    name: Any = {"adam": "adamw", "sgd": "sgd"}[shape.optimizer]
+    optimizer = build_optimizer(model, name=name, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+
+    def step(batch: Batch) -> None:
+        events = count_events(batch.lengths)
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(precision, device):
+            losses = model.loss(batch.tokens, batch.lengths, {name: 1 / events[name] for name in model.objectives})
+        losses.total.backward()
+        clip_gradient(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def training(shape: Shape, device: torch.device, precision: str) -> Work:
+    precision, _ = choose_precision(precision, device, shape.hidden_size)
+    keep_freed_memory()
+    model = make_model(shape, device)
+    step = training_step(shape, model, precision, device)
+    batches = [Batch(batch.tokens.to(device), *batch[1:]) for batch in shape.batches(shape.vocab_size)]
+    tokens, turn = mean_tokens(batches), cycle(batches)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embedding")]
+    weights = sum(p.numel() for p in matrices) + (shape.tied and model.output.weight.numel())
+    return Work(lambda: step(next(turn)), tokens, 6.0 * weights * tokens, precision)
+
+
+def output_layer(rows: int, size: int, vocab_size: int, device: torch.device) -> Work:
+    precision, _ = choose_precision("auto", device, size)
+    keep_freed_memory()
+    layer = FullOutput(size, vocab_size).to(device)
+    states = torch.randn(rows, size, device=device, requires_grad=True)
+    targets = torch.from_numpy(zipf(np.random.default_rng(1), vocab_size, rows)).to(device)
+    weights = torch.full((rows,), 1 / rows, device=device)
+
+    def step() -> None:
+        layer.zero_grad()
+        states.grad = None
+        with autocast(precision, device):
+            loss = layer.loss(states, targets, weights).total
+        loss.backward()
+
+    return Work(step, rows, 6.0 * rows * size * vocab_size, precision)
+
+
+def generation(shape: Shape, count: int, device: torch.device) -> Work:
+    model = make_model(shape, device).eval()
+    tokenizer = IdsTokenizer(shape.vocab_size - 2, pad_id=0)
+    given = [" ".join(map(str, prompt)) for prompt in prompts(count, shape.vocab_size - 2)]
+    written = sum(len(each.completion.split()) for each in generate(model, tokenizer, given, max_tokens=WRITTEN))
+    assert written > 0.9 * WRITTEN * count
+    return Work(lambda: generate(model, tokenizer, given, max_tokens=WRITTEN), written)
+
+
+def corpus_training(tokens: int, device: torch.device) -> Work:
+    """A small model on a corpus of this many tokens in a memory-mapped file: batches drawn as in training."""
+    keep_freed_memory()
+    random, folder = np.random.default_rng(1), tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "tokens.bin"
+    flat = np.memmap(path, np.uint16, "w+", shape=(tokens,))
+    for start in range(0, tokens, 1 << 24):
+        flat[start : start + (1 << 24)] = random.integers(3, 10_000, min(1 << 24, tokens - start))
+    lengths = np.clip(random.normal(22, 9, tokens // 24).round(), 2, 60).astype(np.int64)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    offsets = offsets[offsets <= tokens].astype(np.uint64)
+    rows = Rows(argparse.Namespace(tokens=flat, offsets=offsets), 512)
+    sampler = EpochSampler(rows.lengths, batch_size=32, max_tokens=None, bucket_batches=100, seed=1)
+    order = iter(sampler.epoch(0))
+    shape = Shape("lstm", 128, 1, 10_000, sentences)
+    step = training_step(shape, make_model(shape, device), "fp32", device)
+
+    def run() -> None:
+        assert folder.name  # it lives as long as this
+        for _ in range(10):
+            batch = rows.batch(next(order), 0)
+            step(Batch(batch.tokens.to(device), *batch[1:]))
+
+    return Work(run, round(10 * 32 * (rows.lengths.mean() - 1)))
+
+
+# ---- the rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """A ratio: tokens a second of the first side over those of the second."""
+
+    name: str
+    what: str
+    at_least: float
+    ours: Callable[[torch.device], Work]
+    other: Callable[[torch.device], Work] | None  # None: the ratio is the share of the machine's product rate
+    stock: bool = True  # the second side is stock PyTorch
+
+
+def against_stock(name: str, what: str, at_least: float, shape: Shape, precision: str = "auto") -> Row:
+    return Row(
+        name,
+        what,
+        at_least,
+        lambda device: training(shape, device, precision),
+        lambda device: stock_training(shape, device, precision),
+    )
+
+
+def all_rows() -> list[Row]:
+    lstm, gru = Shape("lstm", 512, 2, 10_000, sentences), Shape("gru", 512, 2, 10_000, sentences)
+    both = Shape("lstm", 512, 2, 10_000, sentences, bidirectional=True)
+    equal = {
+        (cell, size): Shape(cell, size, 2, 10_000, columns(20, 35), tied=True, optimizer="sgd")
+        for cell in ("lstm", "gru")
+        for size in (650, 200)
+    }
+    characters = Shape("lstm", 512, 1, 65, columns(32, 64))
+    sizes = (1280, 256, 33_278)
+    few = Shape("lstm", 256, 1, 10_000, columns(32, 32))
+    many = Shape("lstm", 256, 1, 10_000, columns(1024, 32))
+    return [
+        against_stock("sentences-lstm", "sentences, LSTM 2x512, 32 rows, 10k vocabulary", 4.0, lstm),
+        against_stock("sentences-gru", "sentences, GRU 2x512", 4.0, gru),
+        against_stock("sentences-both", "sentences, LSTM 2x512, two directions, three losses", 4.0, both),
+        against_stock("equal-lstm-650", "20 rows of 35, LSTM 2x650 tied, 10k vocabulary", 2.8, equal["lstm", 650]),
+        against_stock("equal-gru-650", "20 rows of 35, GRU 2x650 tied", 3.0, equal["gru", 650]),
+        against_stock("equal-lstm-200", "20 rows of 35, LSTM 2x200 tied", 3.0, equal["lstm", 200]),
+        against_stock("equal-gru-200", "20 rows of 35, GRU 2x200 tied", 3.0, equal["gru", 200]),
+        against_stock("characters", "32 rows of 64, LSTM 1x512, 65 symbols", 2.0, characters),
+        against_stock("sentences-fp32", "sentences, LSTM 2x512, fp32 on both sides", 1.6, lstm, "fp32"),
+        Row(
+            "product-share",
+            "20 rows of 35, LSTM 2x650: share of the machine's product rate",
+            0.5,
+            lambda device: training(equal["lstm", 650], device, "auto"),
+            None,
+        ),
+        Row(
+            "output-layer",
+            "output layer alone, 1,280 rows x 256 -> 33,278",
+            3.8,
+            lambda device: output_layer(*sizes, device),
+            lambda device: stock_output(*sizes, device),
+        ),
+        Row(
+            "generate-one",
+            "greedy, LSTM 2x512, one prompt, against a plain step loop",
+            2.0,
+            lambda device: generation(lstm, 1, device),
+            lambda device: stock_generation(lstm, 1, device),
+        ),
+        Row(
+            "generate-many",
+            "greedy, 64 ragged prompts, against a plain step loop, one at a time",
+            15.0,
+            lambda device: generation(lstm, 64, device),
+            lambda device: stock_generation(lstm, 4, device),
+        ),
+        Row(
+            "batch-growth",
+            "batches of 32,768 tokens against 1,024, LSTM 1x256",
+            0.87,
+            lambda device: training(many, device, "auto"),
+            lambda device: training(few, device, "auto"),
+            stock=False,
+        ),
+        Row(
+            "corpus-growth",
+            "a corpus of 500 MB against one of 10 MB, LSTM 1x128",
+            0.87,
+            lambda device: corpus_training(100_000_000, device),
+            lambda device: corpus_training(2_000_000, device),
+            stock=False,
+        ),
+    ]
+
+
+# ---- taking turns
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Work, times: int, device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        work.run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def product_rate(precision: str, device: torch.device) -> float:
+    """Floating-point operations a second of a product that is large enough to be at its fastest."""
+    size = 8192 if device.type == "cuda" else 2048
+    left = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    work = Work(lambda: left @ left, 0)
+    return 2.0 * size**3 / min(timed(work, 1, device) for _ in range(3))
+
+
+def serve(row: Row, side: str, device: torch.device) -> None:
+    """One side's process: for each line on standard input, a burst of about that many seconds."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    build = row.ours if side == "ours" else row.other
+    assert build is not None
+    work = build(device)
+    for _ in range(3):
+        once_s = timed(work, 1, device)
+    said = {"threads": torch.get_num_threads(), "precision": work.precision}
+    for line in chain(["ready"], sys.stdin):
+        if line != "ready":
+            times = max(1, round(float(line) / once_s))
+            said["tokens_per_second"] = work.tokens * times / timed(work, times, device)
+            said["rate"] = said["tokens_per_second"] / work.tokens * work.operations
+            said["product_rate"] = product_rate(work.precision, device) if row.other is None else 0.0
+        print(json.dumps(said), flush=True)
+
+
+class Side:
+    """The process of one side of a row."""
+
+    def __init__(self, row: Row, side: str, device: str) -> None:
+        command = [sys.executable, __file__, "--serve", row.name, side, "--device", device]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{' '.join(self.process.args)} has failed")  # type: ignore[arg-type]
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def burst(self, seconds: float) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.flush()
+        return self.hear()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(row: Row, device: str, pairs: int, burst_s: float) -> dict[str, Any]:
+    """One row: its sides in turn."""
+    sides = [Side(row, "ours", device), *([] if row.other is None else [Side(row, "other", device)])]
+    for side in sides:
+        first = side.hear()
+    turns = [[side.burst(burst_s) for side in sides] for _ in range(pairs)]
+    for side in sides:
+        side.close()
+    if row.other is None:
+        ratios = [ours["rate"] / ours["product_rate"] for (ours,) in turns]
+    else:
+        ratios = [ours["tokens_per_second"] / other["tokens_per_second"] for ours, other in turns]
+    speeds = [statistics.median(turn[side]["tokens_per_second"] for turn in turns) for side in range(len(sides))]
+    result = {
+        "row": row.name,
+        "ratio": round(statistics.median(ratios), 3),
+        "at_least": row.at_least,
+        "tokens_per_second": round(speeds[0], 1),
+        "other_tokens_per_second": round(speeds[1], 1) if len(speeds) > 1 else None,
+        "lowest": round(min(ratios), 3),
+        "highest": round(max(ratios), 3),
+        "precision": turns[0][0]["precision"],
+        "threads": first["threads"],
+    }
+    if row.other is None:
+        result["product_gflops"] = round(statistics.median(ours["product_rate"] for (ours,) in turns) / 1e9, 1)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows = {row.name: row for row in all_rows()}
+    parser.add_argument("--row", action="append", choices=list(rows), metavar="NAME", help=", ".join(rows))
+    parser.add_argument("--quick", action="store_true", help="three short turns a row instead of seven longer ones")
+    parser.add_argument("--json", action="store_true", help="an object a row")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        name, side = options.serve
+        return serve(rows[name], side, torch.device(options.device))
+    if not options.json:
+        print("| row | | ratio | at least | tokens/s | the other | precision |\n|---|---|---:|---:|---:|---:|---|")
+    for name in options.row or rows:
+        row = rows[name]
+        result = measure(row, options.device, *((3, 0.4) if options.quick else (7, 1.5)))
+        if options.json:
+            print(json.dumps(result), flush=True)
+        else:
+            other = result["other_tokens_per_second"]
+            print(
+                f"| `{row.name}` | {row.what} | {result['ratio']:.2f} | {row.at_least:.2f} | "
+                f"{result['tokens_per_second']:,.0f} | {'' if other is None else f'{other:,.0f}'} | "
+                f"{result['precision']} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
