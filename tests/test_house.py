@@ -14,7 +14,9 @@ FLOORS = [
     [
         "errors",
         "metrics",
+        "model.packing",
         "model.products",
+        "model.dropout",
         "model.embedding",
         "model.kernels",
         "model.recurrence",

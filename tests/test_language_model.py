@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.data.batching import make_batch
+from lmtrain.model.dropout import drop
 from lmtrain.model.language_model import LanguageModel, count_events, lay_out
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -131,8 +132,9 @@ def test_probabilities_sum_to_one_and_agree_with_the_loss(output):
         torch.testing.assert_close(model.output.nats(events.states, events.targets), wanted)
 
 
-def test_reading_on_step_by_step_equals_reading_at_once():
-    model = model_of(bidirectional=False)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_reading_on_step_by_step_equals_reading_at_once(cell):
+    model = model_of(cell, bidirectional=False)
     tokens = torch.tensor([[1, 1], [3, 4], [5, 6]])
     with torch.no_grad():
         whole, last = model(tokens)
@@ -144,3 +146,42 @@ def test_reading_on_step_by_step_equals_reading_at_once():
     torch.testing.assert_close(prompts, whole[-1])
     torch.testing.assert_close(state, last)
     torch.testing.assert_close(prompt_state, last)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(share):
+    torch.manual_seed(6)
+    values = torch.full((301, 333), 2.0, requires_grad=True)  # of no round number
+    dropped = drop(values, share, training=True)
+    zeros = float((dropped == 0).double().mean())
+    assert zeros == pytest.approx(share, abs=5 * (share * (1 - share) / values.numel()) ** 0.5)
+    kept = dropped[dropped != 0].detach()
+    torch.testing.assert_close(kept, torch.full_like(kept, 2 / (1 - share)), rtol=0.01, atol=0)
+    (gradient,) = torch.autograd.grad(dropped.sum(), values)
+    torch.testing.assert_close(gradient, dropped.detach() / 2)
+    torch.manual_seed(6)
+    assert drop(values, share, training=True).equal(dropped)
+    assert drop(values, share, training=True).equal(dropped) == (share == 0)
+    assert drop(values, share, training=False) is values
+
+
+def test_dropout_chooses_neighbours_and_columns_independently():
+    torch.manual_seed(7)
+    zero = (drop(torch.ones(4096, 64), 0.5, training=True) == 0).double()
+    for other in (zero.roll(1, 1), zero.roll(4, 1), zero.roll(1, 0)):
+        assert float((zero * other).mean()) == pytest.approx(0.25, abs=0.005)
+    assert float((zero.mean(0) - 0.5).abs().max()) < 0.04
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("more", [{}, {"tie_weights": False}, {"tie_weights": False, "output": "adaptive"}], ids=str)
+def test_loss_and_gradients_on_cuda_equal_those_on_cpu(more):
+    results = []
+    for device in ("cpu", "cuda"):
+        model = model_of(**more).to(device)
+        tokens, lengths, _ = framed([3, 4, 5, 6], [7, 8], [9])
+        losses = model.loss(tokens.to(device), lengths, {"forward": 0.5, "backward": 0.3, "fill": 1.0})
+        losses.total.backward()
+        results.append([losses.total.cpu(), *(parameter.grad.cpu() for parameter in model.parameters())])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)

@@ -85,7 +85,7 @@ def test_bf16_stays_within_its_rounding(scale):
 def test_gradcheck():
     layer, states, targets, weights = case(torch.float64)
     assert torch.autograd.gradcheck(
-        lambda states, weight, bias: output_module._SoftmaxLoss.apply(states, weight, bias, targets, weights)[0],
+        lambda states, weight, bias: output_module._SoftmaxLoss.apply(states, weight, bias, targets, weights, True)[0],
         (states, layer.weight, layer.bias),
     )
 

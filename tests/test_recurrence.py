@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lmtrain.model.kernels import pack_rows
+from lmtrain.model.packing import pack_rows
 from lmtrain.model.recurrence import KERNELS, RecurrentLayers, RecurrentStack
 
 CELLS = ["lstm", "gru", "rnn"]

@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lmtrain.data.batching import make_batch
-from lmtrain.model.kernels import GRULayer, LSTMLayer, RNNLayer, pack_rows
+from lmtrain.model.kernels import GRULayer, LSTMLayer, RNNLayer
 from lmtrain.model.language_model import LanguageModel, count_events
+from lmtrain.model.packing import pack_rows
 from lmtrain.model.recurrence import RecurrentLayers, RecurrentStack
 from lmtrain.runtime import choose_device
 from lmtrain.training.optimization import clip_gradient

@@ -374,3 +374,8 @@ def test_tied_weights_are_saved_once(small, tmp_path):
     model = load(run).model
     assert model.output.weight is model.embedding.weight
     assert all(torch.equal(saved[name], tensor) for name, tensor in weights(model).items())
+
+
+def test_the_start_does_not_wait_for_pytorchs_compiler(small):
+    code = "import sys, lmtrain; lmtrain.train('config.yaml'); sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

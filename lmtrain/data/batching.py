@@ -161,13 +161,14 @@ class Feed:
 
     def peek(self) -> Group:
         """The next group, which stays the next."""
-        return self._coming.result()
-
-    def take(self) -> Group:
-        """The next group; the one after it is begun."""
         start_s = time.perf_counter()
         group = self._coming.result()
         self.waited_s += time.perf_counter() - start_s
+        return group
+
+    def take(self) -> Group:
+        """The next group; the one after it is begun."""
+        group = self.peek()
         self._coming = self._thread.submit(next, self._groups)
         return group
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lmtrain.data.batching import make_batch
 from lmtrain.data.tokenizer import Tokenizer, normalise
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.output import argmax
 from lmtrain.model.recurrence import State
 
 ROWS_AT_ONCE = 256
@@ -77,37 +78,32 @@ class _Greedy:
         self, prompts: list[list[int]], max_tokens: int, device: torch.device
     ) -> list[tuple[list[int], bool, float]]:
         batch = make_batch(prompts, self.tokenizer.pad_id)
-        running = batch.order  # (B,) the caller's row of each row that still runs
+        running = batch.order.tolist()  # the caller's row of each row that still runs
         logits, state = self.model.read_prompts(batch.tokens.to(device), batch.lengths)
         for step in range(max_tokens):
             tokens, running, state = self._take(logits, running, state)
-            if not len(running) or step == max_tokens - 1:
+            if not running or step == max_tokens - 1:
                 break
             logits, state = self.model(tokens.unsqueeze(0), state)
             logits = logits.squeeze(0)
         return list(zip(self.written, self.finished, self.log_probability, strict=True))
 
-    def _take(self, logits: Tensor, running: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+    def _take(self, logits: Tensor, running: list[int], state: State) -> tuple[Tensor, list[int], State]:
         """Note each row's best token (B,) and drop the rows that end with it."""
-        log_probabilities = logits.log_softmax(-1)  # (B, V)
-        log_probabilities.index_fill_(1, self.never, -torch.inf)
-        tokens = _argmax(log_probabilities)
+        log_probabilities = logits.log_softmax(-1).index_fill_(1, self.never, -torch.inf)  # (B, V)
+        tokens = argmax(log_probabilities)
         best = log_probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)
-        ended = (tokens == self.tokenizer.eos_id).cpu()
-        rows = zip(running.tolist(), tokens.tolist(), best.tolist(), ended.tolist(), strict=True)
-        for row, token, log_probability, end in rows:
+        going_on = []  # places among the rows that run
+        for place, (row, token, log_probability) in enumerate(
+            zip(running, tokens.tolist(), best.tolist(), strict=True)
+        ):
             self.log_probability[row] += log_probability
-            if end:
+            if token == self.tokenizer.eos_id:
                 self.finished[row] = True
             else:
                 self.written[row].append(token)
-        if not bool(ended.any()):
+                going_on.append(place)
+        if len(going_on) == len(running):
             return tokens, running, state
-        on = (~ended).nonzero().squeeze(1)
-        on_device = on.to(tokens.device)
-        return tokens[on_device], running[on], tuple(part.index_select(1, on_device) for part in state)
-
-
-def _argmax(values: Tensor) -> Tensor:
-    """The first of each row's greatest values, (B,) int64; NumPy's search is vectorised on CPU, PyTorch's is not."""
-    return values.argmax(-1) if values.device.type != "cpu" else torch.from_numpy(values.numpy().argmax(-1))
+        places = torch.tensor(going_on, dtype=torch.int64, device=tokens.device)
+        return tokens[places], [running[place] for place in going_on], tuple(p.index_select(1, places) for p in state)

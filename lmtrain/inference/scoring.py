@@ -15,6 +15,7 @@ from lmtrain.data.batching import Batch
 from lmtrain.data.corpus import StoreCounts
 from lmtrain.metrics import Tally, bits_per
 from lmtrain.model.language_model import LanguageModel, Objective
+from lmtrain.model.output import argmax
 
 LOGITS_AT_ONCE = 1 << 23  # bounds the memory that scoring takes, whatever the vocabulary
 
@@ -63,14 +64,13 @@ def evaluate(model: LanguageModel, batches: Iterable[Batch], counts: StoreCounts
     for batch in batches:
         events = model.events(batch.tokens.to(device), batch.lengths)
         for objective, (states, targets) in events.items():
+            if objective != "fill":
+                nats = model.output.nats(states, targets).double().sum()
+                result.tallies[objective].add(float(nats), len(targets), 0)
+                continue
             for part, wanted in zip(states.split(rows_at_once), targets.split(rows_at_once), strict=True):
-                if not len(wanted):
-                    continue
-                if objective == "fill":
-                    log_probabilities = model.output.log_probabilities(part)  # (N, V)
-                    nats = -log_probabilities.gather(1, wanted.unsqueeze(1)).double().sum()
-                    correct = int((log_probabilities.argmax(1) == wanted).sum())
-                else:
-                    nats, correct = model.output.nats(part, wanted).double().sum(), 0
+                log_probabilities = model.output.log_probabilities(part)  # (N, V)
+                nats = -log_probabilities.gather(1, wanted.unsqueeze(1)).double().sum()
+                correct = int((argmax(log_probabilities) == wanted).sum())
                 result.tallies[objective].add(float(nats), len(wanted), correct)
     return result

@@ -15,58 +15,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmtrain.model.packing import PackedRows, states_before
 from lmtrain.model.products import StepWeight, product_dtype, write_product
 
-SPAN_VALUES = 1 << 16  # of one gate
-
-
-class PackedRows(NamedTuple):
-    """Where the tokens of B rows lie when packed time step by time step, as in `PackedSequence`."""
-
-    lengths: Tensor  # (B,) int64 on CPU, non-increasing, >= 1
-    batch_sizes: list[int]  # (L,) rows that still run at each step
-    offsets: list[int]  # (L,) where each step begins among the packed rows
-    time: Tensor  # (N,) the step of each packed row
-    row: Tensor  # (N,) the batch row of each packed row
-    last: Tensor  # (B,) the packed row of each row's last token
-
-    @property
-    def equal(self) -> bool:
-        """Whether all rows are of one length."""
-        return self.batch_sizes[-1] == self.batch_sizes[0]
-
-    def reversed(self) -> Tensor:
-        """The packed row that holds the same place of the row read from its end, (N,)."""
-        return self.at(self.lengths[self.row] - 1 - self.time, self.row)
-
-    def at(self, time: Tensor, row: Tensor) -> Tensor:
-        """The packed rows of the given steps of the given rows; all index tensors on CPU."""
-        return torch.tensor(self.offsets)[time] + row
-
-
-def pack_rows(lengths: Tensor) -> PackedRows:
-    """Lay out rows of the given lengths, (B,) int64 on CPU, longest first."""
-    longest = int(lengths[0])
-    steps = torch.arange(longest)
-    sizes = torch.searchsorted(-lengths, -steps)  # rows with length > step, lengths being sorted
-    ends = sizes.cumsum(0)
-    starts = ends - sizes
-    time = torch.repeat_interleave(steps, sizes)
-    row = torch.arange(len(time)) - starts[time]
-    last = starts[lengths - 1] + torch.arange(len(lengths))
-    return PackedRows(lengths, sizes.tolist(), starts.tolist(), time, row, last)
-
-
-def _before(rows: PackedRows) -> Tensor:
-    """Where the state before each packed row lies in a buffer of the B initial states and the N packed ones, (N,)."""
-    count = rows.batch_sizes[0]
-    starts = torch.tensor([0, *(count + offset for offset in rows.offsets[:-1])])
-    return starts[rows.time] + rows.row
+SPAN_VALUES = 1 << 16  # of each gate in a span of steps: a quarter of a megabyte, so that a span stays in the cache
+ROOM = 64  # rows; see `_room`
 
 
 def _spans(rows: PackedRows, size_h: int) -> list[tuple[int, int]]:
@@ -93,6 +51,18 @@ def _rounded(buffer: Tensor, dtype: torch.dtype) -> Tensor:
     return buffer if buffer.dtype == dtype else torch.empty_like(buffer, dtype=dtype)
 
 
+def _room(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values (N, ...) in the dtype of products; rounded ones with rows of zeros up to a multiple of ROOM.
+
+    oneDNN prepares a bf16 product anew for each N, which takes longer than the product; so N is one of few.
+    """
+    if values.dtype == dtype:
+        return values
+    buffer = torch.zeros(-(-len(values) // ROOM) * ROOM, *values.shape[1:], dtype=dtype, device=values.device)
+    buffer[: len(values)] = values
+    return buffer
+
+
 def _fewer(sizes: list[int]) -> list[int]:
     """At each step the number of rows that still run, or 0 where these are as many as before."""
     return [0, *(size if size < before else 0 for before, size in itertools.pairwise(sizes))]
@@ -100,7 +70,7 @@ def _fewer(sizes: list[int]) -> list[int]:
 
 def _gradients_of_states(to_output: Tensor, to_h: Tensor, rows: PackedRows) -> tuple[Tensor, list[Tensor]]:
     """What is asked of the initial state (B, H), still zero, and of the state of each step, from outside the layer."""
-    to_states = to_output.contiguous().index_add(0, rows.last, to_h)  # (N, H)
+    to_states = to_output.contiguous().index_add(0, rows.last.to(to_h.device), to_h)  # (N, H)
     return torch.zeros_like(to_h), list(to_states.split(rows.batch_sizes))
 
 
@@ -108,12 +78,19 @@ class _Layer(torch.autograd.Function):
     """What the three cells share: the products over all N rows that end the backward pass."""
 
     @staticmethod
-    def of_inputs(ctx: Any, inputs: Tensor, weight_ih: Tensor, gates: Tensor, rounded: Tensor) -> list[Tensor | None]:
-        """Gradients of (inputs, w_ih, b_ih) from those of the gates, (N, G*H), and these as products read them."""
+    def of_inputs(ctx: Any, inputs: Tensor, weight_ih: Tensor, to_gates: Tensor, read: Tensor) -> list[Tensor | None]:
+        """Gradients of (inputs, w_ih, b_ih) from those of the gates, (N, G*H), and from what products read of these."""
         to_inputs = None
         if ctx.needs_input_grad[0]:
-            to_inputs = write_product(gates.new_empty(len(gates), weight_ih.shape[1]), rounded, weight_ih.to(ctx.dtype))
-        return [to_inputs, write_product(torch.empty_like(weight_ih), rounded.t(), inputs), gates.sum(0)]
+            room = to_gates.new_empty(len(read), weight_ih.shape[1])
+            to_inputs = write_product(room, read, weight_ih.to(ctx.dtype))[: len(to_gates)]
+        return [to_inputs, write_product(torch.empty_like(weight_ih), read.t(), inputs), to_gates.sum(0)]
+
+    @staticmethod
+    def of_recurrence(weight_hh: Tensor, read: Tensor, hidden: Tensor, before: Tensor) -> Tensor:
+        """Gradient of w_hh from what products read of the gates' gradients and of the hidden states."""
+        rows = torch.nn.functional.pad(before, (0, len(read) - len(before)))  # any rows: theirs are zeros in `read`
+        return write_product(torch.empty_like(weight_hh), read.t(), hidden.index_select(0, rows))
 
 
 class LSTMLayer(_Layer):
@@ -137,9 +114,9 @@ class LSTMLayer(_Layer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, size_h, sizes, count = product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes, len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
-            inputs = inputs.to(dtype)
-            gates = write_product(h_0.new_empty(len(inputs), 4 * size_h), inputs, weight_ih.t().to(dtype))
-            gates.add_(bias_ih + bias_hh)
+            read_inputs = _room(inputs, dtype)
+            gates = write_product(h_0.new_empty(len(read_inputs), 4 * size_h), read_inputs, weight_ih.t().to(dtype))
+            gates = gates[: len(inputs)].add_(bias_ih + bias_hh)
             # tanh(x) = 2 s(2x) - 1: with g's part doubled, one sigmoid over a step's whole block does for all gates
             doubled = slice(2 * size_h, 3 * size_h)
             gates[:, doubled].mul_(2)
@@ -162,7 +139,7 @@ class LSTMLayer(_Layer):
                 if read is not hidden:
                     h_read.copy_(h)
                 h_before, c_before = h_read, c
-        ctx.save_for_backward(inputs, weight_ih, weight_hh, gates, read, cell, tanh_c)
+        ctx.save_for_backward(read_inputs, weight_ih, weight_hh, gates, read, cell, tanh_c)
         ctx.rows, ctx.dtype = rows, dtype
         return hidden[count:], hidden[count + rows.last], cell[count + rows.last]
 
@@ -172,12 +149,12 @@ class LSTMLayer(_Layer):
         inputs, weight_ih, weight_hh, gates, hidden, cell, tanh_c = ctx.saved_tensors
         rows, size_h, sizes = ctx.rows, weight_hh.shape[1], ctx.rows.batch_sizes
         recurrent = StepWeight(weight_hh, ctx.dtype, len(to_h))
-        before = _before(rows)
+        before = states_before(rows, to_h.device)
         to_h_0, to_states = _gradients_of_states(to_output, to_h, rows)
         to_cell = to_c.clone()  # (B, H): what each row's later steps ask of its cell
         d_gates = torch.empty_like(gates)
-        read = _rounded(d_gates, ctx.dtype)
-        d_parts = [part.split(sizes) for part in (*d_gates.split(size_h, 1), d_gates, read)]
+        read = _room(d_gates, ctx.dtype)
+        d_parts = [part.split(sizes) for part in (*d_gates.split(size_h, 1), d_gates, read[: len(d_gates)])]
         half_g = gates[:, 2 * size_h : 3 * size_h]
         for first, end in reversed(_spans(rows, size_h)):
             span = slice(rows.offsets[first], rows.offsets[end - 1] + sizes[end - 1])
@@ -204,7 +181,7 @@ class LSTMLayer(_Layer):
                     d_read.copy_(d_gate)
                 recurrent.add_to(earlier[: sizes[step]], d_read)
         to_inputs, to_ih, to_bias = _Layer.of_inputs(ctx, inputs, weight_ih, d_gates, read)
-        to_hh = write_product(torch.empty_like(weight_hh), read.t(), hidden.index_select(0, before))
+        to_hh = _Layer.of_recurrence(weight_hh, read, hidden, before)
         return to_inputs, to_h_0, to_cell, to_ih, to_hh, to_bias, to_bias, None
 
 
@@ -231,8 +208,9 @@ class GRULayer(_Layer):
     ) -> tuple[Tensor, Tensor]:
         dtype, size_h, sizes, count = product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes, len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
-            inputs = inputs.to(dtype)
-            gates = write_product(h_0.new_empty(len(inputs), 3 * size_h), inputs, weight_ih.t().to(dtype)).add_(bias_ih)
+            read_inputs = _room(inputs, dtype)
+            gates = write_product(h_0.new_empty(len(read_inputs), 3 * size_h), read_inputs, weight_ih.t().to(dtype))
+            gates = gates[: len(inputs)].add_(bias_ih)
             from_hidden = bias_hh.repeat(len(inputs), 1)  # (N, 3H): W_h h + b_h, of which n is kept apart
             recurrent = StepWeight(weight_hh.t(), dtype, count)
             hidden, h_steps = _start(h_0, rows)
@@ -252,7 +230,7 @@ class GRULayer(_Layer):
                 if read is not hidden:
                     h_read.copy_(h)
                 earlier_read = h_read
-        ctx.save_for_backward(inputs, weight_ih, weight_hh, gates, own_n, hidden, read)
+        ctx.save_for_backward(read_inputs, weight_ih, weight_hh, gates, own_n, hidden, read)
         ctx.rows, ctx.dtype = rows, dtype
         return hidden[count:], hidden[count + rows.last]
 
@@ -262,12 +240,12 @@ class GRULayer(_Layer):
         inputs, weight_ih, weight_hh, gates, new_from_hidden, hidden, hidden_read = ctx.saved_tensors
         rows, size_h, sizes = ctx.rows, weight_hh.shape[1], ctx.rows.batch_sizes
         recurrent = StepWeight(weight_hh, ctx.dtype, len(to_h))
-        before = _before(rows)
+        before = states_before(rows, to_h.device)
         to_h_0, to_states = _gradients_of_states(to_output, to_h, rows)
         d_gates = torch.empty_like(gates)  # on the state's side: n's is another on the input's side
-        read = _rounded(d_gates, ctx.dtype)
+        read = _room(d_gates, ctx.dtype)
         to_new = torch.empty_like(to_output, memory_format=torch.contiguous_format)  # (N, H) of n, on the input's side
-        d_parts = [part.split(sizes) for part in (*d_gates.split(size_h, 1), to_new, d_gates, read)]
+        d_parts = [part.split(sizes) for part in (*d_gates.split(size_h, 1), to_new, d_gates, read[: len(d_gates)])]
         for first, end in reversed(_spans(rows, size_h)):
             span = slice(rows.offsets[first], rows.offsets[end - 1] + sizes[end - 1])
             r, z, n = gates[span].split(size_h, 1)  # (rows, H) each
@@ -290,11 +268,11 @@ class GRULayer(_Layer):
                     d_read.copy_(d_gate)
                 to_earlier = (to_states[step - 1] if step else to_h_0)[: sizes[step]]
                 recurrent.add_to(to_earlier.addcmul_(d_h, updates[step - first]), d_read)
-        to_hh = write_product(torch.empty_like(weight_hh), read.t(), hidden_read.index_select(0, before))
+        to_hh = _Layer.of_recurrence(weight_hh, read, hidden_read, before)
         to_bias_hh = d_gates.sum(0)
         d_gates[:, 2 * size_h :] = to_new
         if read is not d_gates:
-            read[:, 2 * size_h :] = to_new
+            read[: len(to_new), 2 * size_h :] = to_new
         to_inputs, to_ih, to_bias_ih = _Layer.of_inputs(ctx, inputs, weight_ih, d_gates, read)
         return to_inputs, to_h_0, to_ih, to_hh, to_bias_ih, to_bias_hh, None
 
@@ -318,9 +296,12 @@ class RNNLayer(_Layer):
     ) -> tuple[Tensor, Tensor]:
         dtype, count = product_dtype(inputs), len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
-            inputs = inputs.to(dtype)
+            read_inputs = _room(inputs, dtype)
             hidden, h_steps = _start(h_0, rows)
-            write_product(hidden[count:], inputs, weight_ih.t().to(dtype)).add_(bias_ih + bias_hh)
+            projected = write_product(
+                h_0.new_empty(len(read_inputs), len(weight_ih)), read_inputs, weight_ih.t().to(dtype)
+            )
+            torch.add(projected[: len(inputs)], bias_ih + bias_hh, out=hidden[count:])
             recurrent = StepWeight(weight_hh.t(), dtype, count)
             read = _rounded(hidden, dtype)
             if read is not hidden:
@@ -333,7 +314,7 @@ class RNNLayer(_Layer):
                 if read is not hidden:
                     h_read.copy_(h)
                 earlier = h_read
-        ctx.save_for_backward(inputs, weight_ih, weight_hh, hidden, read)
+        ctx.save_for_backward(read_inputs, weight_ih, weight_hh, hidden, read)
         ctx.rows, ctx.dtype = rows, dtype
         return hidden[count:], hidden[count + rows.last]
 
@@ -345,8 +326,9 @@ class RNNLayer(_Layer):
         recurrent = StepWeight(weight_hh, ctx.dtype, len(to_h))
         to_h_0, to_states = _gradients_of_states(to_output, to_h, rows)
         d_gates = 1 - hidden[len(to_h) :].square()  # (N, H)
-        read = _rounded(d_gates, ctx.dtype)
-        steps = zip(d_gates.split(rows.batch_sizes), read.split(rows.batch_sizes), strict=True)
+        read = _room(d_gates, ctx.dtype)
+        sizes = rows.batch_sizes
+        steps = zip(d_gates.split(sizes), read[: len(d_gates)].split(sizes), strict=True)
         for step, (d_gate, d_read) in reversed(list(enumerate(steps))):
             d_gate.mul_(to_states[step])
             if read is not d_gates:
@@ -354,5 +336,5 @@ class RNNLayer(_Layer):
             earlier = to_states[step - 1] if step else to_h_0
             recurrent.add_to(earlier[: len(d_gate)], d_read)
         to_inputs, to_ih, to_bias = _Layer.of_inputs(ctx, inputs, weight_ih, d_gates, read)
-        to_hh = write_product(torch.empty_like(weight_hh), read.t(), hidden_read.index_select(0, _before(rows)))
+        to_hh = _Layer.of_recurrence(weight_hh, read, hidden_read, states_before(rows, to_h.device))
         return to_inputs, to_h_0, to_ih, to_hh, to_bias, to_bias, None

@@ -15,11 +15,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 
+from lmtrain.model.dropout import drop
 from lmtrain.model.embedding import Lookups
-from lmtrain.model.kernels import PackedRows, pack_rows
 from lmtrain.model.output import AdaptiveOutput, FullOutput
+from lmtrain.model.packing import PackedRows, pack_rows
 from lmtrain.model.recurrence import Backend, Cell, RecurrentLayers, RecurrentStack, State
 
 Objective = Literal["forward", "backward", "fill"]
@@ -192,7 +192,7 @@ class LanguageModel(nn.Module):
         return self._drop(states)
 
     def _drop(self, values: Tensor) -> Tensor:
-        return dropout(values, self.dropout, self.training)
+        return drop(values, self.dropout, self.training)
 
     def loss(self, tokens: Tensor, lengths: Tensor, weights: Mapping[Objective, float] | None = None) -> Losses:
         """Nats of each objective, and their weighted sum; arguments as `events`. Padding is never scored.

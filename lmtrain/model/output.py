@@ -16,6 +16,7 @@ from lmtrain.model.products import add_product, product_dtype, write_product
 
 CHUNK = 4096  # columns of a chunk on CPU: large enough for fast products, small enough for the caches
 BUFFER_BYTES = 256 << 20  # at most, for the exponentials of a block of rows
+ROOM = 64  # rounded products take a number of rows that is a multiple of this
 SAFE = 1e30  # sums of exponentials between 1 / SAFE and SAFE are taken as they are
 
 
@@ -23,7 +24,7 @@ class OutputLoss(NamedTuple):
     """What an output layer says of N events."""
 
     total: Tensor  # () the weighted sum of the nats: what is differentiated
-    nats: Tensor  # (N,) of each target, float32; outside the graph
+    nats: Tensor  # (N,) of each target, float32 at least; outside the graph
 
 
 class FullOutput(nn.Linear):
@@ -39,7 +40,7 @@ class FullOutput(nn.Linear):
         return _softmax_loss(states, self.weight if weight is None else weight, self.bias, targets, weights)
 
     def nats(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each target (N,) given its state (N, P), in nats, float32."""
+        """Negative log-likelihood of each target (N,) given its state (N, P), in nats, float32 at least."""
         with torch.no_grad():
             return self.loss(states, targets, torch.ones_like(targets, dtype=states.dtype)).nats
 
@@ -59,9 +60,7 @@ class AdaptiveOutput(nn.Module):
     def __init__(self, output_size: int, vocab_size: int) -> None:
         super().__init__()
         cutoffs = sorted({max(1, vocab_size // 16), max(2, vocab_size // 4)})
-        div_value = (
-            4.0 if output_size >= 16 else 1.0
-        )  # the last cluster's states have output_size / div_value**2 values
+        div_value = 4.0 if output_size >= 16 else 1.0  # the last cluster's states have size output_size / div_value**2
         self.clusters = nn.AdaptiveLogSoftmaxWithLoss(output_size, vocab_size, cutoffs, div_value, head_bias=True)
 
     def loss(self, states: Tensor, targets: Tensor, weights: Tensor) -> OutputLoss:
@@ -81,7 +80,7 @@ class AdaptiveOutput(nn.Module):
         return OutputLoss(total, nats)
 
     def nats(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each target (N,) given its state (N, P), in nats, float32."""
+        """Negative log-likelihood of each target (N,) given its state (N, P), in nats, float32 at least."""
         with torch.no_grad():
             return self.loss(states, targets, torch.ones_like(targets, dtype=states.dtype)).nats
 
@@ -92,30 +91,56 @@ class AdaptiveOutput(nn.Module):
         return result
 
 
+def argmax(values: Tensor) -> Tensor:
+    """The first of each row's greatest values, (N, V) -> (N,) int64, outside autograd.
+
+    NumPy's search is vectorised on CPU, PyTorch's is not.
+    """
+    return values.argmax(-1) if values.device.type != "cpu" else torch.from_numpy(values.numpy().argmax(-1))
+
+
 def _softmax_loss(states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor) -> OutputLoss:
-    return OutputLoss(*_SoftmaxLoss.apply(states, weight, bias, targets, weights))  # type: ignore[no-untyped-call]
+    differentiate = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
+    return OutputLoss(*_SoftmaxLoss.apply(states, weight, bias, targets, weights, differentiate))  # type: ignore[no-untyped-call]
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """`apply(states, weight, bias, targets, weights) -> total (), nats (N,)`, without an fp32 copy of the logits.
+    """`apply(states, weight, bias, targets, weights, differentiate) -> total (), nats (N,)`.
 
-    A block of rows at a time, and of it a chunk of the vocabulary at a time: logits, and in their place exponentials
-    e, in the dtype of products. Once the sum s of a row's exponentials is known, the gradient
+    There is no copy of all logits, least of all in fp32. Of a block of rows, and of it a chunk of the vocabulary at
+    a time, logits are computed, and in their place exponentials e, in the dtype of products. Once the sum s of a
+    row's exponentials is known, the gradient
 
         d total / d logit = weight * (e - s [target]) / s
 
     asks for no other pass over the vocabulary than the two products that lead to the gradients of states and
-    weights: s comes off the target's exponential, the factor weight / s goes to the small side of each product.
+    weights: the target's place holds what is left of e - s, minus the sum of all others, and the factor weight / s
+    goes to the small side of each product.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        differentiate: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = product_dtype(states)
-        differentiate = any(ctx.needs_input_grad[:3])
         with torch.autocast(states.device.type, enabled=False):
             states = states.to(torch.promote_types(states.dtype, torch.float32))  # sums and gradients are not rounded
+            events = len(states)
+            if (
+                dtype != states.dtype
+            ):  # oneDNN prepares a product of rounded numbers anew for each N; so it is one of few
+                more = -events % ROOM
+                states, targets, weights = (
+                    F.pad(states, (0, 0, 0, more)),
+                    F.pad(targets, (0, more)),
+                    F.pad(weights, (0, more)),
+                )
             nats = torch.empty_like(states[:, 0])
             gradients = [torch.empty_like(part) for part in (states, weight, weight[:, 0])] if differentiate else []
             rows = max(1, BUFFER_BYTES // (dtype.itemsize * len(weight)))
@@ -123,15 +148,20 @@ class _SoftmaxLoss(torch.autograd.Function):
             for start in range(0, max(1, len(states)), rows):
                 block = slice(start, start + rows)
                 inputs, wanted = states[block], targets[block]
-                exponentials, total, nats[block] = chunks.exponentials(inputs, wanted)
+                exponentials, others, of_target = chunks.exponentials(inputs, wanted, keep=differentiate)
+                total = others + of_target.exp()  # (rows,)
+                nats[block] = total.log() - of_target
                 if not differentiate:
                     continue
-                chunks.take_from_targets(exponentials, wanted, total)
+                chunks.write_targets(exponentials, wanted, -others)
                 factor = weights[block].to(total.dtype) / total  # (rows,)
                 gradients[0][block] = chunks.times_weight(exponentials, inputs).mul_(factor.unsqueeze(1))
                 chunks.weight_gradient(exponentials, inputs, factor, gradients[1], gradients[2], add=start > 0)
+        if differentiate:
+            gradients[0] = gradients[0][:events]
         ctx.save_for_backward(*gradients)
         ctx.has_bias = bias is not None
+        nats, weights = nats[:events], weights[:events]
         ctx.mark_non_differentiable(nats)
         return (nats * weights).sum(), nats
 
@@ -142,7 +172,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         if to_total.device.type != "cpu" or float(to_total) != 1:
             gradients = [gradient * to_total for gradient in gradients]
         to_states, to_weight, to_bias = gradients
-        return to_states, to_weight, to_bias if ctx.has_bias else None, None, None
+        return to_states, to_weight, to_bias if ctx.has_bias else None, None, None, None
 
 
 class _Chunks:
@@ -153,47 +183,58 @@ class _Chunks:
         self.weights = weight.split(size)  # (C, P) each
         self.biases = [None] * len(self.weights) if bias is None else bias.split(size)
         self.starts = range(0, len(weight), size)
-        self.dtype, self.vocab_size = weight.dtype, len(weight)
+        self.dtype = weight.dtype
 
-    def exponentials(self, inputs: Tensor, targets: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """exp(logits) of each chunk (rows, C), shifted where they would leave the range of floats; their sum (rows,)
-        over all chunks, and each target's nats (rows,)."""
-        found, total, of_target = self._exponentials(inputs, targets, None)
+    def exponentials(self, inputs: Tensor, targets: Tensor, keep: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+        """exp(logits) of each chunk (rows, C) but 0 for targets, an empty list unless `keep`; the sum of these over
+        the vocabulary (rows,); the targets' logits (rows,).
+
+        All logits of a row are shifted by the greatest where some would leave the range of floats.
+        """
+        found, others, of_target = self._exponentials(inputs, targets, None, keep)
+        total = others + of_target.exp()
         if not bool(((total > 1 / SAFE) & (total < SAFE)).all()):
             rounded = inputs.to(self.dtype)
             tops = [self._logits(rounded, chunk).amax(1) for chunk in range(len(self.weights))]
             shift = torch.stack(tops).amax(0)  # (rows,)
-            found, total, of_target = self._exponentials(inputs, targets, shift)
-        return found, total, total.log() - of_target
+            found, others, of_target = self._exponentials(inputs, targets, shift, keep)
+        return found, others, of_target
 
     def _exponentials(
-        self, inputs: Tensor, targets: Tensor, shift: Tensor | None
+        self, inputs: Tensor, targets: Tensor, shift: Tensor | None, keep: bool
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         rounded, found = inputs.to(self.dtype), []
-        total, of_target = torch.zeros_like(inputs[:, 0]), torch.zeros_like(inputs[:, 0])
+        others, of_target = torch.zeros_like(inputs[:, 0]), torch.zeros_like(inputs[:, 0])
         for chunk, (start, weight) in enumerate(zip(self.starts, self.weights, strict=True)):
             logits = self._logits(rounded, chunk)  # (rows, C)
             if shift is not None:
                 logits.sub_(shift.unsqueeze(1))
-            place = targets - start
-            inside = (place >= 0) & (place < len(weight))
-            at = logits.gather(1, place.clamp(0, len(weight) - 1).unsqueeze(1)).squeeze(1)
-            of_target = torch.where(inside, at.to(of_target.dtype), of_target)
-            total += _sum(logits.exp_(), total.dtype)
-            found.append(logits)
-        return found, total, of_target
+            inside, place = self._places(targets, start, len(weight))
+            at = logits.gather(1, place)
+            of_target = torch.where(inside, at.squeeze(1).to(of_target.dtype), of_target)
+            # apart from the rest, for a target that is nearly certain leaves little to the others
+            logits.scatter_(1, place, at.masked_fill(inside.unsqueeze(1), -torch.inf))
+            others += _sum(logits.exp_(), others.dtype)
+            if keep:
+                found.append(logits)
+        return found, others, of_target
+
+    @staticmethod
+    def _places(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """Which targets lie in a chunk (rows,), and the column of each (rows, 1), any where it lies elsewhere."""
+        place = targets - start
+        return (place >= 0) & (place < size), place.clamp(0, size - 1).unsqueeze(1)
 
     def _logits(self, rounded: Tensor, chunk: int) -> Tensor:
         bias, weight = self.biases[chunk], self.weights[chunk].t()
         return rounded @ weight if bias is None else torch.addmm(bias, rounded, weight)
 
-    def take_from_targets(self, exponentials: Sequence[Tensor], targets: Tensor, amount: Tensor) -> None:
-        """Subtract from each row's target's exponential, in place."""
-        rows = torch.arange(len(targets), device=targets.device)
+    def write_targets(self, exponentials: Sequence[Tensor], targets: Tensor, values: Tensor) -> None:
+        """Put a value (rows,) in the place of each row's target."""
         for start, part in zip(self.starts, exponentials, strict=True):
-            inside = ((targets >= start) & (targets < start + part.shape[1])).nonzero().squeeze(1)
-            place = (rows[inside], targets[inside] - start)
-            part[place] = (part[place].to(amount.dtype) - amount[inside]).to(part.dtype)
+            inside, place = self._places(targets, start, part.shape[1])
+            at = torch.where(inside.unsqueeze(1), values.to(part.dtype).unsqueeze(1), part.gather(1, place))
+            part.scatter_(1, place, at)
 
     def times_weight(self, exponentials: Sequence[Tensor], like: Tensor) -> Tensor:
         """The sum over chunks of exponentials @ weight, (rows, P) in the dtype of `like`."""

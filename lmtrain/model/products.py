@@ -1,7 +1,7 @@
 """Matrix products, and how precise they are: the one place that asks autocast.
 
-Under autocast only products are rounded to bf16, operands going in and results coming out; states, sums, gradients
-of weights and the weights themselves stay as they are.
+Under autocast each product is rounded to bf16, its operands going in and its result coming out. What is kept stays in
+fp32: weights, their gradients, states and sums.
 """
 
 from __future__ import annotations

@@ -15,10 +15,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from lmtrain.model.kernels import GRULayer, LSTMLayer, PackedRows, RNNLayer, pack_rows
+from lmtrain.model.dropout import drop
+from lmtrain.model.kernels import GRULayer, LSTMLayer, RNNLayer
+from lmtrain.model.packing import PackedRows, pack_rows
 from lmtrain.model.products import product_dtype
 
 Cell = Literal["lstm", "gru", "rnn"]
@@ -33,7 +34,7 @@ TORCH_LAYERS: dict[str, type[nn.LSTM] | type[nn.GRU] | type[nn.RNN]] = {
     "rnn": nn.RNN,
 }
 KERNELS = {"lstm": LSTMLayer, "gru": GRULayer, "rnn": RNNLayer}
-STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {  # PyTorch's own, as behind `nn.LSTMCell`: no call of a kernel
+STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {  # PyTorch's, as behind `nn.LSTMCell`
     "lstm": torch.lstm_cell,
     "gru": lambda inputs, state, *weights: (torch.gru_cell(inputs, state[0], *weights),),
     "rnn": lambda inputs, state, *weights: (torch.rnn_tanh_cell(inputs, state[0], *weights),),
@@ -97,13 +98,16 @@ class RecurrentStack(nn.Module):
         lasts = []
         for number, layer in enumerate(self.layers):
             if number:
-                inputs = dropout(inputs, self.dropout, self.training)
+                inputs = drop(inputs, self.dropout, self.training)
             inputs, *last = run(layer, inputs, rows, [part[number] for part in state])
             lasts.append(last)
         return inputs, tuple(torch.stack(parts) for parts in zip(*lasts, strict=True))
 
     def step(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """One token of each row: inputs (B, I) -> output (B, H) and the state after it. Nothing is dropped."""
+        """One token of each row: inputs (B, I) -> output (B, H) and the state after it.
+
+        Whatever the backend, by PyTorch's cells, which prepare nothing; without dropout, as it is not for training.
+        """
         if state is None:
             state = self.zero_state(len(inputs), inputs)
         lasts = []

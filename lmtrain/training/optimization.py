@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -11,6 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lmtrain.model.language_model import LanguageModel
+
+# At an optimizer's first use PyTorch imports its compiler, which takes two seconds, only to keep it off. Where its own
+# cache for that (this attribute) is filled, it does not; `step` has the other half.
+_add_group = inspect.unwrap(Optimizer.add_param_group)
+_add_group.__dynamo_disable = _add_group
 
 
 def build_optimizer(
@@ -63,6 +69,19 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Set the rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def step(optimizer: Optimizer) -> None:
+    """One update of the weights by their gradients, which are then gone.
+
+    The method is called without PyTorch's wrappers: they import its compiler, take notes for its profiler and call
+    registered hooks, of which there are none, and turn gradients off.
+    """
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def clip_gradient(parameters: Iterable[Tensor], largest: float | None) -> float:

@@ -32,7 +32,7 @@ from lmtrain.runtime import (
     out_of_memory,
 )
 from lmtrain.training.figures import Window, in_words, validation_figures
-from lmtrain.training.optimization import build_optimizer, clip_gradient, learning_rate, set_learning_rate
+from lmtrain.training.optimization import build_optimizer, clip_gradient, learning_rate, set_learning_rate, step
 from lmtrain.training.resuming import Restored, Saves, TrainingState, check_unchanged, flatten
 from lmtrain.training.tracking import Progress, Quiet, Tracker
 
@@ -151,6 +151,7 @@ class Trainer:
         sampler, accumulate = epoch_sampler(config, self.rows), config.training.accumulate
         self.feed = Feed(self.rows, sampler, self.pad_id, accumulate, self.state.epoch, self.state.next_batch)
         self.epoch_batches = self.feed.peek().epoch_batches
+        self.feed.waited_s = 0.0  # what the start took is no wait
         self.window_start_s = self.saved_s = time.monotonic()
         self.figures: dict[str, float] = {}
         count = sum(parameter.numel() for parameter in self.model.parameters())
@@ -226,8 +227,8 @@ class Trainer:
     def _steps(self) -> float:
         """Optimizer steps until the configured end, patience and time budget aside."""
         training = self.config.training
-        a_epoch = -(-self.epoch_batches // training.accumulate)
-        return min(training.max_epochs * a_epoch, training.max_steps or math.inf)
+        steps_an_epoch = -(-self.epoch_batches // training.accumulate)
+        return min(training.max_epochs * steps_an_epoch, training.max_steps or math.inf)
 
     def _step(self) -> None:
         """One optimizer step. Nats are summed over all its batches and divided once by the number of events."""
@@ -246,7 +247,6 @@ class Trainer:
             final_fraction=schedule.final_fraction,
         )
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.zero_grad(set_to_none=True)
         nats = dict.fromkeys(self.loss_weights, 0.0)
         weights = {name: weight / max(1, events[name]) for name, weight in self.loss_weights.items()}
         for batch in batches:
@@ -262,7 +262,7 @@ class Trainer:
                 f"{norm:g}); try a lower optimizer.lr, a longer schedule.warmup_steps or a smaller "
                 "optimizer.clip_grad_norm; the weights saved last are sound"
             )
-        self.optimizer.step()
+        step(self.optimizer)
         self.last_norm, self.last_rate = norm, rate
         state.window.add(batches, nats, events)
         state.step += 1
@@ -358,5 +358,5 @@ class Trainer:
         return TrainingResult(self.run.path, self.state.step, self.state.best_figures or last, self.state.best_step)
 
     def close(self) -> None:
-        self.feed.close()
         self.tracker.close()
+        self.feed.close()
