@@ -172,9 +172,10 @@ LARGE = """
 import resource, sys, torch
 from lmtrain.data.batching import make_batch
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.runtime import autocast
+from lmtrain.runtime import autocast, keep_freed_memory
 from lmtrain.training.optimization import build_optimizer, clip_gradient
 
+keep_freed_memory()
 model = LanguageModel(200_000, embedding_size=512, hidden_size=512, num_layers=2, tie_weights=sys.argv[2] == "tied")
 optimizer = build_optimizer(model, name="adamw", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)
 batch = make_batch(torch.randint(4, 200_000, (64, 65)).tolist(), 0)

@@ -3,8 +3,8 @@
 `torch.nn`'s layers accumulate the weight gradient of a ragged batch one time step at a time. Here the input
 projection of all N packed rows is one matrix product, and so is each weight gradient; only the recurrence itself
 goes step by step. What a step leaves for the way back (activated gates, states) stays in buffers that are
-allocated once a call, and everything in the backward pass that does not depend on the next step is computed for
-all N rows before its loop.
+allocated once a call, and what the backward pass can compute without the step after is computed for as many steps at
+once as fit the cache.
 
 Shapes: B rows, L longest row, I input size, H hidden size, N packed rows (the sum of the lengths); gates are
 PyTorch's (`torch.nn.LSTM`: i, f, g, o; `torch.nn.GRU`: r, z, n), as are the weights' layouts. Values and
@@ -52,15 +52,25 @@ def _rounded(buffer: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _room(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values (N, ...) in the dtype of products; rounded ones with rows of zeros up to a multiple of ROOM.
+    """Where to write values (N, ...) for products to read: in their place, or in rows of the dtype of products, which
+    go on with zeros up to a multiple of ROOM.
 
     oneDNN prepares a bf16 product anew for each N, which takes longer than the product; so N is one of few.
     """
     if values.dtype == dtype:
         return values
-    buffer = torch.zeros(-(-len(values) // ROOM) * ROOM, *values.shape[1:], dtype=dtype, device=values.device)
-    buffer[: len(values)] = values
-    return buffer
+    count = len(values)
+    room = torch.empty(-(-count // ROOM) * ROOM, *values.shape[1:], dtype=dtype, device=values.device)
+    room[count:] = 0
+    return room
+
+
+def _to_read(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values (N, ...) as products read them; see `_room`."""
+    room = _room(values, dtype)
+    if room is not values:
+        room[: len(values)] = values
+    return room
 
 
 def _fewer(sizes: list[int]) -> list[int]:
@@ -114,7 +124,7 @@ class LSTMLayer(_Layer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, size_h, sizes, count = product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes, len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
-            read_inputs = _room(inputs, dtype)
+            read_inputs = _to_read(inputs, dtype)
             gates = write_product(h_0.new_empty(len(read_inputs), 4 * size_h), read_inputs, weight_ih.t().to(dtype))
             gates = gates[: len(inputs)].add_(bias_ih + bias_hh)
             # tanh(x) = 2 s(2x) - 1: with g's part doubled, one sigmoid over a step's whole block does for all gates
@@ -208,7 +218,7 @@ class GRULayer(_Layer):
     ) -> tuple[Tensor, Tensor]:
         dtype, size_h, sizes, count = product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes, len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
-            read_inputs = _room(inputs, dtype)
+            read_inputs = _to_read(inputs, dtype)
             gates = write_product(h_0.new_empty(len(read_inputs), 3 * size_h), read_inputs, weight_ih.t().to(dtype))
             gates = gates[: len(inputs)].add_(bias_ih)
             from_hidden = bias_hh.repeat(len(inputs), 1)  # (N, 3H): W_h h + b_h, of which n is kept apart
@@ -296,7 +306,7 @@ class RNNLayer(_Layer):
     ) -> tuple[Tensor, Tensor]:
         dtype, count = product_dtype(inputs), len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
-            read_inputs = _room(inputs, dtype)
+            read_inputs = _to_read(inputs, dtype)
             hidden, h_steps = _start(h_0, rows)
             projected = write_product(
                 h_0.new_empty(len(read_inputs), len(weight_ih)), read_inputs, weight_ih.t().to(dtype)
