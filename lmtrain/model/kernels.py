@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from lmtrain.model.packing import PackedRows, states_before
-from lmtrain.model.products import StepWeight, product_dtype, write_product
+from lmtrain.model.products import StepWeight, product_dtype, room_for, write_product
 
 SPAN_VALUES = 1 << 16  # of each gate in a span of steps: a quarter of a megabyte, so that a span stays in the cache
-ROOM = 64  # rows; see `_room`
 
 
 def _spans(rows: PackedRows, size_h: int) -> list[tuple[int, int]]:
@@ -46,31 +45,34 @@ def _start(initial: Tensor, rows: PackedRows) -> tuple[Tensor, Sequence[Tensor]]
     return buffer, buffer[count:].split(rows.batch_sizes)
 
 
-def _rounded(buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    """What products read in place of a buffer: the buffer itself, or one of the dtype of products, to be written."""
-    return buffer if buffer.dtype == dtype else torch.empty_like(buffer, dtype=dtype)
+def _to_read(hidden: Tensor, h_0: Tensor, dtype: torch.dtype) -> Tensor:
+    """What products read in place of the hidden states (B + N, H): these, or a buffer of the dtype of products that
+    holds the initial ones and is written as the others come."""
+    if hidden.dtype == dtype:
+        return hidden
+    read = torch.empty_like(hidden, dtype=dtype)
+    read[: len(h_0)] = h_0
+    return read
 
 
 def _room(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where to write values (N, ...) for products to read: in their place, or in rows of the dtype of products, which
-    go on with zeros up to a multiple of ROOM.
-
-    oneDNN prepares a bf16 product anew for each N, which takes longer than the product; so N is one of few.
-    """
+    """Where to write values (N, ...) for products to read: in their place, or in rows of the dtype of products, as many
+    as `room_for` says."""
     if values.dtype == dtype:
         return values
     count = len(values)
-    room = torch.empty(-(-count // ROOM) * ROOM, *values.shape[1:], dtype=dtype, device=values.device)
+    room = torch.empty(room_for(count), *values.shape[1:], dtype=dtype, device=values.device)
     room[count:] = 0
     return room
 
 
-def _to_read(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values (N, ...) as products read them; see `_room`."""
-    room = _room(values, dtype)
-    if room is not values:
-        room[: len(values)] = values
-    return room
+def _project(inputs: Tensor, weight_ih: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The inputs (N, I) as products read them, and inputs @ weight_ih.T (N, G*H), unrounded."""
+    read = _room(inputs, dtype)
+    if read is not inputs:
+        read[: len(inputs)] = inputs
+    projected = write_product(inputs.new_empty(len(read), len(weight_ih)), read, weight_ih.t().to(dtype))
+    return read, projected[: len(inputs)]
 
 
 def _fewer(sizes: list[int]) -> list[int]:
@@ -124,9 +126,8 @@ class LSTMLayer(_Layer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, size_h, sizes, count = product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes, len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
-            read_inputs = _to_read(inputs, dtype)
-            gates = write_product(h_0.new_empty(len(read_inputs), 4 * size_h), read_inputs, weight_ih.t().to(dtype))
-            gates = gates[: len(inputs)].add_(bias_ih + bias_hh)
+            read_inputs, gates = _project(inputs, weight_ih, dtype)
+            gates.add_(bias_ih + bias_hh)
             # tanh(x) = 2 s(2x) - 1: with g's part doubled, one sigmoid over a step's whole block does for all gates
             doubled = slice(2 * size_h, 3 * size_h)
             gates[:, doubled].mul_(2)
@@ -135,9 +136,7 @@ class LSTMLayer(_Layer):
             recurrent = StepWeight(to_double.t(), dtype, count)
             (hidden, h_steps), (cell, c_steps) = _start(h_0, rows), _start(c_0, rows)  # (B + N, H)
             tanh_c = torch.empty_like(hidden[count:])
-            read = _rounded(hidden, dtype)
-            if read is not hidden:
-                read[:count] = h_0
+            read = _to_read(hidden, h_0, dtype)
             parts = [part.split(sizes) for part in (gates, *gates.split(size_h, 1), tanh_c, read[count:])]
             h_before, c_before = read[:count], c_0
             steps = zip(*parts, h_steps, c_steps, _fewer(sizes), strict=True)
@@ -165,11 +164,10 @@ class LSTMLayer(_Layer):
         d_gates = torch.empty_like(gates)
         read = _room(d_gates, ctx.dtype)
         d_parts = [part.split(sizes) for part in (*d_gates.split(size_h, 1), d_gates, read[: len(d_gates)])]
-        half_g = gates[:, 2 * size_h : 3 * size_h]
         for first, end in reversed(_spans(rows, size_h)):
             span = slice(rows.offsets[first], rows.offsets[end - 1] + sizes[end - 1])
-            i, f, g, o = gates[span].split(size_h, 1)  # (n, H) each
-            g = half_g[span].mul(2).sub_(1)
+            i, f, half_g, o = gates[span].split(size_h, 1)  # (n, H) each
+            g = half_g.mul(2).sub_(1)
             # d gate = slope * (d c for i, f, g; d h for o); d c grows by cell_slope * d h
             slope_i, slope_f, slope_g, slope_o = d_gates[span].split(size_h, 1)
             torch.ops.aten.sigmoid_backward(g, i, grad_input=slope_i)
@@ -218,15 +216,12 @@ class GRULayer(_Layer):
     ) -> tuple[Tensor, Tensor]:
         dtype, size_h, sizes, count = product_dtype(inputs), weight_hh.shape[1], rows.batch_sizes, len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
-            read_inputs = _to_read(inputs, dtype)
-            gates = write_product(h_0.new_empty(len(read_inputs), 3 * size_h), read_inputs, weight_ih.t().to(dtype))
-            gates = gates[: len(inputs)].add_(bias_ih)
+            read_inputs, gates = _project(inputs, weight_ih, dtype)
+            gates.add_(bias_ih)
             from_hidden = bias_hh.repeat(len(inputs), 1)  # (N, 3H): W_h h + b_h, of which n is kept apart
             recurrent = StepWeight(weight_hh.t(), dtype, count)
             hidden, h_steps = _start(h_0, rows)
-            read = _rounded(hidden, dtype)
-            if read is not hidden:
-                read[:count] = h_0
+            read = _to_read(hidden, h_0, dtype)
             own_rz, own_n = from_hidden.split([2 * size_h, size_h], 1)
             buffers = (from_hidden, gates[:, : 2 * size_h], own_rz, *gates.split(size_h, 1), own_n, read[count:])
             parts = [buffer.split(sizes) for buffer in buffers]
@@ -306,16 +301,11 @@ class RNNLayer(_Layer):
     ) -> tuple[Tensor, Tensor]:
         dtype, count = product_dtype(inputs), len(h_0)
         with torch.autocast(inputs.device.type, enabled=False):
-            read_inputs = _to_read(inputs, dtype)
+            read_inputs, projected = _project(inputs, weight_ih, dtype)
             hidden, h_steps = _start(h_0, rows)
-            projected = write_product(
-                h_0.new_empty(len(read_inputs), len(weight_ih)), read_inputs, weight_ih.t().to(dtype)
-            )
-            torch.add(projected[: len(inputs)], bias_ih + bias_hh, out=hidden[count:])
+            torch.add(projected, bias_ih + bias_hh, out=hidden[count:])
             recurrent = StepWeight(weight_hh.t(), dtype, count)
-            read = _rounded(hidden, dtype)
-            if read is not hidden:
-                read[:count] = h_0
+            read = _to_read(hidden, h_0, dtype)
             earlier = read[:count]
             sizes = rows.batch_sizes
             for h, h_read, fewer in zip(h_steps, read[count:].split(sizes), _fewer(sizes), strict=True):

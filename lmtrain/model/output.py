@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmtrain.model.products import add_product, product_dtype, write_product
+from lmtrain.model.products import add_product, product_dtype, room_for, write_product
 
 CHUNK = 4096  # columns of a chunk on CPU: large enough for fast products, small enough for the caches
 BUFFER_BYTES = 256 << 20  # at most, for the exponentials of a block of rows
-ROOM = 64  # rounded products take a number of rows that is a multiple of this
 SAFE = 1e30  # sums of exponentials between 1 / SAFE and SAFE are taken as they are
 
 
@@ -27,7 +26,19 @@ class OutputLoss(NamedTuple):
     nats: Tensor  # (N,) of each target, float32 at least; outside the graph
 
 
-class FullOutput(nn.Linear):
+class _Output(nn.Module):
+    """What both output layers share."""
+
+    def loss(self, states: Tensor, targets: Tensor, weights: Tensor) -> OutputLoss:
+        raise NotImplementedError
+
+    def nats(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of each target (N,) given its state (N, P), in nats, float32 at least."""
+        with torch.no_grad():
+            return self.loss(states, targets, torch.ones_like(targets, dtype=states.dtype)).nats
+
+
+class FullOutput(_Output, nn.Linear):
     """One logit for each of the V tokens; the weight (V, P) may be the embedding's."""
 
     def loss(self, states: Tensor, targets: Tensor, weights: Tensor, weight: Tensor | None = None) -> OutputLoss:
@@ -39,17 +50,12 @@ class FullOutput(nn.Linear):
         """
         return _softmax_loss(states, self.weight if weight is None else weight, self.bias, targets, weights)
 
-    def nats(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each target (N,) given its state (N, P), in nats, float32 at least."""
-        with torch.no_grad():
-            return self.loss(states, targets, torch.ones_like(targets, dtype=states.dtype)).nats
-
     def log_probabilities(self, states: Tensor) -> Tensor:
         """Natural log-probabilities (N, V) of every token, float32."""
         return F.log_softmax(self(states).float(), -1)
 
 
-class AdaptiveOutput(nn.Module):
+class AdaptiveOutput(_Output):
     """Adaptive softmax: frequent tokens in a short list, rare ones in clusters with smaller weights.
 
     Grave et al. 2017, https://arxiv.org/abs/1609.04309; the weights are those of
@@ -78,11 +84,6 @@ class AdaptiveOutput(nn.Module):
                 more, inner = _softmax_loss(projected, tail.weight, None, wanted, weights[inside])
                 total, nats = total + more, nats.index_add(0, inside, inner)
         return OutputLoss(total, nats)
-
-    def nats(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each target (N,) given its state (N, P), in nats, float32 at least."""
-        with torch.no_grad():
-            return self.loss(states, targets, torch.ones_like(targets, dtype=states.dtype)).nats
 
     def log_probabilities(self, states: Tensor) -> Tensor:
         """Natural log-probabilities (N, V) of every token, float32."""
@@ -132,15 +133,10 @@ class _SoftmaxLoss(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             states = states.to(torch.promote_types(states.dtype, torch.float32))  # sums and gradients are not rounded
             events = len(states)
-            if (
-                dtype != states.dtype
-            ):  # oneDNN prepares a product of rounded numbers anew for each N; so it is one of few
-                more = -events % ROOM
-                states, targets, weights = (
-                    F.pad(states, (0, 0, 0, more)),
-                    F.pad(targets, (0, more)),
-                    F.pad(weights, (0, more)),
-                )
+            if dtype != states.dtype:
+                more = room_for(events) - events  # these weigh nothing
+                states, targets = F.pad(states, (0, 0, 0, more)), F.pad(targets, (0, more))
+                weights = F.pad(weights, (0, more))
             nats = torch.empty_like(states[:, 0])
             gradients = [torch.empty_like(part) for part in (states, weight, weight[:, 0])] if differentiate else []
             rows = max(1, BUFFER_BYTES // (dtype.itemsize * len(weight)))
@@ -148,8 +144,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             for start in range(0, max(1, len(states)), rows):
                 block = slice(start, start + rows)
                 inputs, wanted = states[block], targets[block]
-                exponentials, others, of_target = chunks.exponentials(inputs, wanted, keep=differentiate)
-                total = others + of_target.exp()  # (rows,)
+                exponentials, others, of_target, total = chunks.exponentials(inputs, wanted, keep=differentiate)
                 nats[block] = total.log() - of_target
                 if not differentiate:
                     continue
@@ -185,36 +180,37 @@ class _Chunks:
         self.starts = range(0, len(weight), size)
         self.dtype = weight.dtype
 
-    def exponentials(self, inputs: Tensor, targets: Tensor, keep: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+    def exponentials(self, inputs: Tensor, targets: Tensor, keep: bool) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         """exp(logits) of each chunk (rows, C) but 0 for targets, an empty list unless `keep`; the sum of these over
-        the vocabulary (rows,); the targets' logits (rows,).
+        the vocabulary (rows,); the targets' logits (rows,); the sum with the targets' exponentials (rows,).
 
         All logits of a row are shifted by the greatest where some would leave the range of floats.
         """
-        found, others, of_target = self._exponentials(inputs, targets, None, keep)
+        rounded = inputs.to(self.dtype)
+        found, others, of_target = self._exponentials(rounded, inputs.dtype, targets, None, keep)
         total = others + of_target.exp()
         if not bool(((total > 1 / SAFE) & (total < SAFE)).all()):
-            rounded = inputs.to(self.dtype)
             tops = [self._logits(rounded, chunk).amax(1) for chunk in range(len(self.weights))]
             shift = torch.stack(tops).amax(0)  # (rows,)
-            found, others, of_target = self._exponentials(inputs, targets, shift, keep)
-        return found, others, of_target
+            found, others, of_target = self._exponentials(rounded, inputs.dtype, targets, shift, keep)
+            total = others + of_target.exp()
+        return found, others, of_target, total
 
     def _exponentials(
-        self, inputs: Tensor, targets: Tensor, shift: Tensor | None, keep: bool
+        self, rounded: Tensor, exact: torch.dtype, targets: Tensor, shift: Tensor | None, keep: bool
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        rounded, found = inputs.to(self.dtype), []
-        others, of_target = torch.zeros_like(inputs[:, 0]), torch.zeros_like(inputs[:, 0])
+        found = []
+        others, of_target = torch.zeros_like(rounded[:, 0], dtype=exact), torch.zeros_like(rounded[:, 0], dtype=exact)
         for chunk, (start, weight) in enumerate(zip(self.starts, self.weights, strict=True)):
             logits = self._logits(rounded, chunk)  # (rows, C)
             if shift is not None:
                 logits.sub_(shift.unsqueeze(1))
             inside, place = self._places(targets, start, len(weight))
             at = logits.gather(1, place)
-            of_target = torch.where(inside, at.squeeze(1).to(of_target.dtype), of_target)
+            of_target = torch.where(inside, at.squeeze(1).to(exact), of_target)
             # apart from the rest, for a target that is nearly certain leaves little to the others
             logits.scatter_(1, place, at.masked_fill(inside.unsqueeze(1), -torch.inf))
-            others += _sum(logits.exp_(), others.dtype)
+            others += _sum(logits.exp_(), exact)
             if keep:
                 found.append(logits)
         return found, others, of_target

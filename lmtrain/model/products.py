@@ -26,6 +26,14 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return total.addmm_(left, right) if total.dtype == right.dtype else total.add_(left @ right)
 
 
+def room_for(rows: int) -> int:
+    """How many rows a rounded operand of N rows should have, the ones behind being zeros: a multiple of 64.
+
+    oneDNN prepares a bf16 product anew for each N, which takes longer than the product; so N is one of few.
+    """
+    return -(-rows // 64) * 64
+
+
 class StepWeight:
     """A weight (K, M) that is multiplied from the left at each of many steps, prepared once.
 
