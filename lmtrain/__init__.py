@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmtrain.config import load_config
+    from lmtrain.inference.adaptation import Cache, Dynamic
     from lmtrain.inference.trained_model import TrainedModel, load
-    from lmtrain.training.trainer import train
+    from lmtrain.training.start import train
 
-__all__ = ["TrainedModel", "load", "load_config", "train"]
+__all__ = ["Cache", "Dynamic", "TrainedModel", "load", "load_config", "train"]
 
 _HOMES = {
+    "Cache": "lmtrain.inference.adaptation",
+    "Dynamic": "lmtrain.inference.adaptation",
     "TrainedModel": "lmtrain.inference.trained_model",
     "load": "lmtrain.inference.trained_model",
     "load_config": "lmtrain.config",
-    "train": "lmtrain.training.trainer",
+    "train": "lmtrain.training.start",
 }
 
 

@@ -82,7 +82,7 @@ def train(
 ) -> None:
     """Train the model that a config describes."""
     settings = _load(config, overrides, device)
-    from lmtrain.training.trainer import train as run_training
+    from lmtrain.training.start import train as run_training
 
     result = run_training(settings, run_dir, resume=resume, progress=_progress())
     words = ", ".join(f"{tag.partition('/')[2]} {value:.4f}" for tag, value in result.figures.items())
@@ -167,6 +167,20 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows at once; the figures do not depend on it.")
     ] = None,
+    cache: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Stream: mix in a neural cache of the last N tokens, reported beside."),
+    ] = None,
+    cache_theta: Annotated[float, typer.Option(min=0.0, help="How much likeness counts in the cache.")] = 0.3,
+    cache_share: Annotated[float, typer.Option(min=0.0, max=0.99, help="Weight of the cache in the mixture.")] = 0.1,
+    dynamic: Annotated[
+        float | None,
+        typer.Option(min=0.0, metavar="RATE", help="Stream: learn from each chunk once it is scored, reported beside."),
+    ] = None,
+    dynamic_decay: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="What is taken back of it at each chunk.")
+    ] = 0.0,
+    dynamic_steps: Annotated[int, typer.Option(min=1, help="Tokens in a chunk.")] = 20,
     as_json: JsonOption = False,
     device: DeviceOption = None,
 ) -> None:
@@ -176,9 +190,15 @@ def evaluate(
         paths = [run, *paths]
         run = None
     import lmtrain
+    from lmtrain.inference.adaptation import Cache, Dynamic
 
     model = lmtrain.load(run, device or "auto", _tell)
-    figures = model.evaluate(paths, batch_size).figures()
+    figures = model.evaluate(
+        paths,
+        batch_size,
+        None if cache is None else Cache(cache, cache_theta, cache_share),
+        None if dynamic is None else Dynamic(dynamic, dynamic_decay, dynamic_steps),
+    ).figures()
     if as_json:
         print(json.dumps(figures))
         return

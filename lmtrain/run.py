@@ -199,12 +199,20 @@ def build_model(config: Config, vocab_size: int) -> LanguageModel:
         embedding_size=model.embedding_size,
         hidden_size=model.hidden_size,
         num_layers=model.num_layers,
+        layer_sizes=model.layer_sizes,
         cell=model.cell,
         bidirectional=model.bidirectional,
         dropout=model.dropout,
+        residual=model.residual,
+        layer_norm=model.layer_norm,
+        ngrams=model.ngrams,
+        ngram_buckets=model.ngram_buckets,
         tie_weights=model.tie_weights,
         output=model.output,
         backend=model.backend,
+        sampled_tokens=config.training.sampled_tokens,
+        frequent_tokens=config.training.frequent_tokens,
+        **config.regularization.model_dump(),
     )
 
 

@@ -36,7 +36,7 @@ from lmtrain.inference.generation import generate
 from lmtrain.model.language_model import LanguageModel, count_events, lay_out
 from lmtrain.model.output import FullOutput
 from lmtrain.runtime import autocast, choose_device, choose_precision, keep_freed_memory
-from lmtrain.training.optimization import build_optimizer, clip_gradient, step
+from lmtrain.training.optimization import build_optimizers, clip_gradient, step
 
 BOS, EOS = 1, 2
 
@@ -206,7 +206,7 @@ def make_model(shape: Shape, device: torch.device) -> LanguageModel:
 
 def training_step(shape: Shape, model: LanguageModel, precision: str, device: torch.device) -> Callable[[Batch], None]:
     name: Any = {"adam": "adamw", "sgd": "sgd"}[shape.optimizer]
-    optimizer = build_optimizer(model, name=name, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    optimizers = build_optimizers(model, name=name, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
 
     def train(batch: Batch) -> None:
         events = count_events(batch.lengths)
@@ -214,7 +214,7 @@ def training_step(shape: Shape, model: LanguageModel, precision: str, device: to
             losses = model.loss(batch.tokens, batch.lengths, {name: 1 / events[name] for name in model.objectives})
         losses.total.backward()
         clip_gradient(model.parameters(), 1.0)
-        step(optimizer)
+        step(optimizers)
 
     return train
 

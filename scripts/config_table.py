@@ -31,10 +31,13 @@ def kind(schema: dict[str, Any]) -> str:
     """A key's type, in a few words."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(kind(option) for option in schema["anyOf"]))
+    if schema.get("type") == "null":
+        return "null"
     if "enum" in schema:
         return ", ".join(map(str, schema["enum"]))
     if schema["type"] == "array":
-        return "list of numbers" if schema["items"].get("type") == "number" else "list of texts"
+        names = {"number": "list of numbers", "integer": "list of whole numbers"}
+        return names.get(schema["items"].get("type"), "list of texts")
     names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
     words = names.get(schema["type"], schema["type"])
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "exclusiveMaximum": "<", "maximum": "<="}

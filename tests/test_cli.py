@@ -17,7 +17,7 @@ import torch
 from lmtrain import checkpoint
 from lmtrain.cli import _run as command_line
 from lmtrain.cli import escape
-from lmtrain.training.trainer import train
+from lmtrain.training.start import train
 
 COMMAND = [sys.executable, "-m", "lmtrain"]
 IDS = ["tokenizer.kind=ids", "tokenizer.vocab_size=9", "logging.sample_prompts=[]"]
@@ -94,6 +94,31 @@ def test_check_reports_the_data_and_trains_nothing(corpus):
     assert "train: 43 sequences" in done.stdout
     assert "padding" in done.stdout
     assert not (corpus / "runs").exists()
+
+
+def test_a_stream_is_checked_trained_continued_and_scored_in_several_ways(corpus, shell):
+    overrides = ["batching.mode=stream", "model.bidirectional=false", "training.max_steps=4"]
+    report = shell("check", "config.yaml", *overrides).stdout
+    assert "train: 43 lines, " in report
+    assert "batches: 1 an epoch, 8 columns of " in report or "batches: 1 an epoch" in report
+    assert shell("train", "config.yaml", *overrides).returncode == 0
+    plain = json.loads(shell("evaluate", "--json").stdout)
+    asked = shell("evaluate", "--json", "--cache", "20", "--dynamic", "0.1", "--dynamic-steps", "9")
+    adapted = json.loads(asked.stdout)
+    assert {name: adapted[name] for name in plain} == plain
+    assert adapted["cache_perplexity"] > 1
+    assert adapted["dynamic_perplexity"] > 1
+    assert "cache perplexity" in shell("evaluate", "--cache", "20").stdout
+    refused = shell("evaluate", "--batch-size", "4")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    (row,) = shell("generate", "--prompt", "a b\nc", "--max-tokens", "9", "--json").stdout.splitlines()
+    assert json.loads(row)["text"].startswith("a b\nc")
+
+
+def test_adapting_to_lines_that_begin_anew_is_refused(run, shell):
+    done = shell("evaluate", run, "--cache", "20")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "this run begins anew at each line" in done.stderr
 
 
 def test_check_names_the_faults_of_all_files(corpus):

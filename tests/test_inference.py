@@ -12,7 +12,7 @@ from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference.generation import generate
 from lmtrain.inference.trained_model import load
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.training.trainer import train
+from lmtrain.training.start import train
 from tests.conftest import ROOT
 
 

@@ -36,7 +36,7 @@ def logits_by_place(model, batch):
         "fill": [(row[k], time[k] + 1) for k in inner],
     }
     with torch.no_grad():
-        events = model.events(batch.tokens.to(model.embedding.weight.device), batch.lengths)
+        events = model.read(batch.tokens.to(model.embedding.weight.device), batch.lengths).events
         return {
             (objective, *place): logits
             for objective, part in events.items()
@@ -50,10 +50,14 @@ def logits_by_place(model, batch):
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-@pytest.mark.parametrize("backend", ["packed", "torch", pytest.param("cuda", marks=CUDA)])
+@pytest.mark.parametrize("backend", ["packed", "torch", "n-grams", pytest.param("cuda", marks=CUDA)])
 def test_a_changed_token_changes_no_logit_that_must_not_depend_on_it(cell, num_layers, backend):
-    on_cuda = backend == "cuda"
-    model = model_of(cell, num_layers).cuda() if on_cuda else model_of(cell, num_layers, backend=backend)
+    on_cuda, more = backend == "cuda", {"backend": backend}
+    if backend == "n-grams":
+        more = {"ngrams": [2, 3], "ngram_buckets": 1000, "layer_norm": True}
+    model = model_of(cell, num_layers).cuda() if on_cuda else model_of(cell, num_layers, **more)
+    for vectors in model.ngrams.parameters():
+        torch.nn.init.uniform_(vectors)
     rows = [[3, 4, 5, 6, 7, 8], [9, 10, 3], [5]]
     before, targets = logits_by_place(model, framed(*rows))
     lengths = [len(row) for row in rows]
@@ -125,7 +129,7 @@ def test_tied_weights_are_one_tensor(more, shared):
 def test_probabilities_sum_to_one_and_agree_with_the_loss(output):
     model = model_of(output=output, tie_weights=output == "full")
     with torch.no_grad():
-        events = model.events(*framed([3, 4, 5])[:2])["forward"]
+        events = model.read(*framed([3, 4, 5])[:2]).events["forward"]
         log_probabilities = model.output.log_probabilities(events.states)
         torch.testing.assert_close(log_probabilities.exp().sum(1), torch.ones(4))
         wanted = -log_probabilities.gather(1, events.targets.unsqueeze(1)).squeeze(1)

@@ -12,7 +12,7 @@ from lmtrain.model import output as output_module
 from lmtrain.model.embedding import Lookups
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.output import AdaptiveOutput, FullOutput
-from lmtrain.training.optimization import build_optimizer, clip_gradient
+from lmtrain.training.optimization import build_optimizers, clip_gradient
 from tests.conftest import ROOT
 
 EVENTS, SIZE, VOCABULARY = 23, 6, 41
@@ -82,12 +82,65 @@ def test_bf16_stays_within_its_rounding(scale):
 
 
 @pytest.mark.usefixtures("_cut")
-def test_gradcheck():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradcheck(smoothing):
     layer, states, targets, weights = case(torch.float64)
+    more = (targets, weights, smoothing, True)
     assert torch.autograd.gradcheck(
-        lambda states, weight, bias: output_module._SoftmaxLoss.apply(states, weight, bias, targets, weights, True)[0],
-        (states, layer.weight, layer.bias),
+        lambda *given: output_module._SoftmaxLoss.apply(*given, *more)[0], (states, layer.weight, layer.bias)
     )
+
+
+@pytest.mark.usefixtures("_cut")
+@pytest.mark.parametrize("scale", [1, 300])
+def test_label_smoothing_equals_torch_and_leaves_the_nats_alone(scale):
+    layer, states, targets, weights = case(torch.float64)
+    states = (states.detach() * scale).requires_grad_()
+    loss = layer.loss(states, targets, weights, label_smoothing=0.2)
+    each = F.cross_entropy(layer(states), targets, reduction="none", label_smoothing=0.2)
+    wanted = (each * weights).sum()
+    found = gradients(loss.total, states, layer.weight, layer.bias)
+    for mine, theirs in zip(found, gradients(wanted, states, layer.weight, layer.bias), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(loss.total, wanted, rtol=1e-9, atol=1e-9)
+    assert torch.equal(loss.nats, layer.loss(states, targets, weights).nats)
+
+
+def test_a_sampled_vocabulary_estimates_the_whole_without_bias():
+    """Over many samples the sum of exponentials averages to the true one; what is certain is exact."""
+    torch.manual_seed(6)
+    layer = FullOutput(4, 60).double()
+    states, targets = torch.randn(5, 4).double(), torch.tensor([3, 50, 7, 50, 59])
+    logits = layer(states).detach()
+    whole, sums = logits.exp().sum(1), torch.zeros(5).double()
+    for _ in range(4000):
+        tokens, places, correction = output_module.sample_vocabulary(targets, 60, 10, 8)
+        assert torch.equal(tokens[places], targets)
+        assert set(range(10)) <= set(tokens.tolist())
+        assert not correction[tokens < 10].any()
+        assert not correction[places].any()
+        sums += (logits[:, tokens] + correction).exp().sum(1)
+    torch.testing.assert_close(sums / 4000, whole, rtol=0.01, atol=0)
+    sample = output_module.sample_vocabulary(targets, 60, 10, 1000)  # all of it
+    ones = torch.ones(5).double()
+    torch.testing.assert_close(
+        layer.loss(states, targets, ones, sample=sample).nats, layer.loss(states, targets, ones).nats
+    )
+
+
+def test_sampling_gives_the_gradient_of_what_it_scored():
+    torch.manual_seed(7)
+    model = LanguageModel(50, embedding_size=8, hidden_size=8, dropout=0.0, sampled_tokens=5, frequent_tokens=10)
+    batch = make_batch([[1, 4, 45, 6, 2], [1, 4, 7, 2]], 0)
+    torch.manual_seed(8)
+    model.loss(*batch[:2]).total.backward()
+    torch.manual_seed(8)
+    sample = output_module.sample_vocabulary(torch.tensor([4, 4, 45, 7, 6, 2, 2]), 50, 10, 5)
+    absent = torch.ones(50, dtype=torch.bool).index_fill_(0, torch.cat([sample.tokens, torch.tensor([1])]), False)
+    assert not model.embedding.weight.grad[absent].any()
+    assert model.embedding.weight.grad[sample.tokens].any(1).all()
+    exact = [model.eval().loss(*batch[:2]).parts["forward"].nats for _ in range(2)]
+    assert torch.equal(*exact)
 
 
 def test_not_a_number_stays_one():
@@ -143,7 +196,7 @@ def test_a_sparse_embedding_gradient_makes_the_same_steps(accumulate):
     for sparse in (True, False):
         torch.manual_seed(4)
         model = LanguageModel(50, embedding_size=8, hidden_size=8, tie_weights=False, bidirectional=True)
-        optimizer = build_optimizer(model, name="sgd", lr=0.5, betas=(0.9, 0.9), weight_decay=0.0)
+        (optimizer,) = build_optimizers(model, name="sgd", lr=0.5, betas=(0.9, 0.9), weight_decay=0.0)
         assert model.embedding.sparse
         model.embedding.sparse = sparse
         for _ in range(3):
@@ -161,10 +214,10 @@ def test_a_sparse_embedding_gradient_makes_the_same_steps(accumulate):
 def test_other_optimizers_take_the_whole_gradient():
     for more, options in [({}, {"weight_decay": 0.0}), ({"tie_weights": False}, {"weight_decay": 0.1})]:
         model = LanguageModel(50, embedding_size=8, hidden_size=8, **more)
-        build_optimizer(model, name="sgd", lr=0.5, betas=(0.9, 0.9), **options)
+        build_optimizers(model, name="sgd", lr=0.5, betas=(0.9, 0.9), **options)
         assert not model.embedding.sparse
     model = LanguageModel(50, embedding_size=8, hidden_size=8, tie_weights=False)
-    build_optimizer(model, name="adamw", lr=0.5, betas=(0.9, 0.9), weight_decay=0.0)
+    build_optimizers(model, name="adamw", lr=0.5, betas=(0.9, 0.9), weight_decay=0.0)
     assert not model.embedding.sparse
 
 
@@ -173,11 +226,11 @@ import resource, sys, torch
 from lmtrain.data.batching import make_batch
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.runtime import autocast, keep_freed_memory
-from lmtrain.training.optimization import build_optimizer, clip_gradient
+from lmtrain.training.optimization import build_optimizers, clip_gradient
 
 keep_freed_memory()
 model = LanguageModel(200_000, embedding_size=512, hidden_size=512, num_layers=2, tie_weights=sys.argv[2] == "tied")
-optimizer = build_optimizer(model, name="adamw", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)
+(optimizer,) = build_optimizers(model, name="adamw", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)
 batch = make_batch(torch.randint(4, 200_000, (64, 65)).tolist(), 0)
 def step(batch):
     optimizer.zero_grad(set_to_none=True)

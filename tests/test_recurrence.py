@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from lmtrain.model.directions import RecurrentLayers
 from lmtrain.model.packing import pack_rows
-from lmtrain.model.recurrence import KERNELS, RecurrentLayers, RecurrentStack
+from lmtrain.model.recurrence import KERNELS, RecurrentStack
 
 CELLS = ["lstm", "gru", "rnn"]
 LENGTHS = [[7, 5, 5, 2, 1], [4, 4, 4], [1], [9]]
@@ -14,16 +15,17 @@ LENGTHS = [[7, 5, 5, 2, 1], [4, 4, 4], [1], [9]]
 def results(stack, inputs, rows, state):
     """Output, last state, and the gradient of inputs, state and weights for a random loss."""
     inputs = inputs.clone().requires_grad_()
-    state = tuple(part.clone().requires_grad_() for part in state)
-    output, last = stack(inputs, rows, state)
+    state = tuple(tuple(part.clone().requires_grad_() for part in layer) for layer in state)
+    output, ends = stack(inputs, rows, state)
+    state, last = ([part for layer in each for part in layer] for each in (state, ends))
     weights = [torch.randn(part.shape, generator=torch.Generator().manual_seed(3)) for part in (output, *last)]
     sum((part * weight.to(part)).sum() for part, weight in zip((output, *last), weights, strict=True)).backward()
     return [output, *last, inputs.grad, *(part.grad for part in state), *(p.grad for p in stack.parameters())]
 
 
 def pair(cell, num_layers, dtype, device="cpu"):
-    packed = RecurrentStack(cell, 6, 8, num_layers, backend="packed").to(device, dtype)
-    stock = RecurrentStack(cell, 6, 8, num_layers, backend="torch").to(device, dtype)
+    packed = RecurrentStack(cell, 6, [8] * num_layers, backend="packed").to(device, dtype)
+    stock = RecurrentStack(cell, 6, [8] * num_layers, backend="torch").to(device, dtype)
     with torch.no_grad():
         for parameter in packed.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.4)
@@ -36,7 +38,7 @@ def check_parity(cell, num_layers, lengths, dtype, device, **tolerance):
     packed, stock = pair(cell, num_layers, dtype, device)
     rows = pack_rows(torch.tensor(lengths))
     inputs = torch.randn(sum(lengths), 6, dtype=dtype, device=device)
-    state = tuple(part.normal_() for part in packed.zero_state(len(lengths), inputs))
+    state = tuple(tuple(part.normal_() for part in layer) for layer in packed.zero_state(len(lengths), inputs))
     for ours, theirs in zip(results(packed, inputs, rows, state), results(stock, inputs, rows, state), strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
@@ -61,7 +63,7 @@ def test_values_and_gradients_equal_cudnn(cell, num_layers, lengths):
 @pytest.mark.parametrize("cell", CELLS)
 def test_bf16_stays_within_its_rounding(cell):
     torch.manual_seed(2)
-    stack = RecurrentStack(cell, 16, 32, 2, backend="packed")
+    stack = RecurrentStack(cell, 16, [32, 32], backend="packed")
     rows = pack_rows(torch.tensor([9, 7, 3]))
     inputs, state = torch.randn(19, 16), stack.zero_state(3, torch.zeros(()))
     exact = results(stack, inputs, rows, state)
@@ -77,11 +79,11 @@ def test_bf16_stays_within_its_rounding(cell):
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck(cell):
     torch.manual_seed(0)
-    stack = RecurrentStack(cell, 3, 4, 1).double()
+    stack = RecurrentStack(cell, 3, [4]).double()
     rows = pack_rows(torch.tensor([4, 2, 2, 1]))
     arguments = [
         torch.randn(9, 3),
-        *(torch.randn(4, 4) for _ in stack.zero_state(1, torch.zeros(()))),
+        *(torch.randn(4, 4) for _ in stack.zero_state(1, torch.zeros(()))[0]),
         *stack.parameters(),
     ]
     arguments = [argument.detach().double().requires_grad_() for argument in arguments]
@@ -107,7 +109,7 @@ def test_one_layer_equals_torch_in_both_directions(cell, bidirectional):
 
 
 def test_start_values_are_orthogonal_with_an_open_forget_gate():
-    stack = RecurrentStack("lstm", 5, 8, 2)
+    stack = RecurrentStack("lstm", 5, [8, 8])
     for layer in range(2):
         for gate in stack.layers[layer].weight_hh_l0.split(8):
             torch.testing.assert_close(gate @ gate.t(), torch.eye(8), rtol=1e-5, atol=1e-5)

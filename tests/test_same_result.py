@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lmtrain.config import load_config
 from lmtrain.model.output import FullOutput, OutputLoss
-from lmtrain.training.trainer import train
+from lmtrain.training.start import train
 from tests.conftest import ROOT, shared
 
 CONFIG = """

@@ -6,10 +6,11 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lmtrain.data.batching import make_batch
+from lmtrain.model.directions import RecurrentLayers
 from lmtrain.model.kernels import GRULayer, LSTMLayer, RNNLayer
 from lmtrain.model.language_model import LanguageModel, count_events
 from lmtrain.model.packing import pack_rows
-from lmtrain.model.recurrence import RecurrentLayers, RecurrentStack
+from lmtrain.model.recurrence import RecurrentStack
 from lmtrain.runtime import choose_device
 from lmtrain.training.optimization import clip_gradient
 from tests.conftest import ROOT
@@ -103,10 +104,10 @@ def test_fact_9_h_n_runs_layer_by_layer(packed):
     both = layers(num_layers=2, bidirectional=True)
     _, (h_n, _) = both(packed)
     rows = pack_rows(BATCH.lengths)
-    _, (forward, _) = both.stacks[0](packed.data, rows)
-    _, (backward, _) = both.stacks[1](packed.data[rows.reversed()], rows)
-    assert torch.equal(h_n[::2], forward)
-    assert torch.equal(h_n[1::2], backward)
+    _, forward = both.stacks[0](packed.data, rows)
+    _, backward = both.stacks[1](packed.data[rows.reversed()], rows)
+    assert torch.equal(h_n[::2], torch.stack([h for h, _ in forward]))
+    assert torch.equal(h_n[1::2], torch.stack([h for h, _ in backward]))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
@@ -204,13 +205,14 @@ def test_fact_15_worked_example_of_the_cell_path():
 def gradient_over(steps, cell, gain):
     """Norm of d h_T / d h_0 (and c_0) for zero inputs, recurrent weights `gain` times orthogonal."""
     torch.manual_seed(4)
-    stack = RecurrentStack(cell, 2, 16)
+    stack = RecurrentStack(cell, 2, [16])
     with torch.no_grad():
         stack.layers[0].weight_hh_l0.mul_(gain)
         if cell == "lstm":
             stack.layers[0].bias_ih_l0[16:32] = 6.0  # a forget gate that has learnt to stay open
-    state = tuple(torch.full((1, 1, 16), 1e-3, requires_grad=True) for _ in stack.zero_state(1, torch.zeros(())))
-    _, last = stack(torch.zeros(steps, 2), pack_rows(torch.tensor([steps])), state)
+    parts = 2 if cell == "lstm" else 1
+    state = tuple(torch.full((1, 16), 1e-3, requires_grad=True) for _ in range(parts))
+    _, (last,) = stack(torch.zeros(steps, 2), pack_rows(torch.tensor([steps])), (state,))
     last[-1].sum().backward()  # the cell where there is one, else the hidden state
     return float(state[-1].grad.norm())
 
@@ -232,11 +234,11 @@ def test_fact_17_settings_against_vanishing_and_exploding():
     assert float(weight.grad.norm()) == 100.0
     kept = {}
     for forget_bias in (0.0, 1.0):
-        stack = RecurrentStack("lstm", 2, 16)
+        stack = RecurrentStack("lstm", 2, [16])
         with torch.no_grad():
             stack.layers[0].bias_ih_l0[16:32] = forget_bias
-        state = (torch.zeros(1, 1, 16), torch.ones(1, 1, 16))
-        _, (_, c_n) = stack(torch.zeros(10, 2), pack_rows(torch.tensor([10])), state)
+        state = (torch.zeros(1, 16), torch.ones(1, 16))
+        _, ((_, c_n),) = stack(torch.zeros(10, 2), pack_rows(torch.tensor([10])), (state,))
         kept[forget_bias] = float(c_n.detach().abs().sum())
     assert kept[1.0] > 2 * kept[0.0]
 

@@ -10,8 +10,8 @@ import urllib.request
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lmtrain.training.start import train
 from lmtrain.training.tracking import Tracker
-from lmtrain.training.trainer import train
 
 TRAIN = {
     f"train/{name}"

@@ -18,8 +18,8 @@ from lmtrain import checkpoint
 from lmtrain.config import load_config
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError, StorageError
 from lmtrain.run import RunDirectory, weights
+from lmtrain.training.start import train
 from lmtrain.training.tracking import Quiet
-from lmtrain.training.trainer import train
 
 WALL_CLOCK = ("_per_second", "_s", "data_wait_fraction")  # the metrics that no two runs share
 SETTINGS = {
@@ -32,8 +32,23 @@ SETTINGS = {
         "validation.every_steps=4",
         "optimizer.name=sgd",
     ],
+    "stream, random chunks, averaged, all dropouts": [
+        "batching.mode=stream", "batching.bptt=11", "batching.random_bptt=true", "model.bidirectional=false",
+        "averaging.name=ema", "regularization.input_dropout=0.2", "regularization.weight_dropout=0.3",
+        "regularization.word_dropout=0.1", "regularization.temporal_penalty=0.5", "training.accumulate=2",
+        "schedule.name=one_cycle", "training.max_epochs=4",
+    ],
+    "carried lines, cut and rolled back": [
+        "batching.carry_state=true", "batching.batch_size=5", "model.bidirectional=false", "schedule.name=plateau",
+        "optimizer.lr=0.3", "validation.every_steps=3",
+    ],
+    "triggered averaging": [
+        "model.bidirectional=false", "averaging.name=triggered", "averaging.trigger=1", "optimizer.lr=0.3",
+        "validation.every_steps=2",
+    ],
+    "n-grams": ["batching.mode=stream", "batching.bptt=9", "model.bidirectional=false", "model.ngrams=[2, 3]"],
     "adaptive, no validation": ["model.output=adaptive", "model.tie_weights=false", "data.valid=null"],
-}
+}  # fmt: skip
 
 
 def digest(run: Path) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from lmtrain.config import load_config
 from lmtrain.inference.trained_model import load
-from lmtrain.training.trainer import train
+from lmtrain.training.start import train
 from tests.conftest import ROOT, load_script, shared
 
 pytestmark = pytest.mark.slow

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from lmtrain.config.contradictions import contradictions
 from lmtrain.config.located_yaml import Located, parse, read
 from lmtrain.config.located_yaml import Path as KeyPath
 from lmtrain.config.schema import Config, Section
@@ -52,7 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files:
         config, _ = _validate(located)
     if config is not None:
         doubtful = {path[:1] for path in found}  # sections where a contradiction may be a fault's shadow
-        others = [*_contradictions(config), *(_missing_files(config) if check_files else [])]
+        others = [*contradictions(config), *(_missing_files(config) if check_files else [])]
         faults += [
             f"{located.place(key)}: {_dotted(key)}: {what}"
             for key, what in others
@@ -195,43 +196,6 @@ def _remove(tree: Any, path: KeyPath) -> None:
             return
     if isinstance(tree, dict):
         tree.pop(path[-1], None)
-
-
-def _contradictions(config: Config) -> Iterator[tuple[KeyPath, str]]:
-    """Keys that are right by themselves and wrong together."""
-    if config.batching.mode == "stream":
-        yield ("batching", "mode"), "stream is not built yet; use sentences"
-        if config.model.bidirectional:
-            yield (
-                ("model", "bidirectional"),
-                "a stream has no right end to read from; use batching.mode: sentences",
-            )
-    if config.data.valid is not None and config.data.valid_fraction is not None:
-        yield (
-            ("data", "valid_fraction"),
-            "data.valid names the validation set already; set one of the two to null",
-        )
-    if (config.tokenizer.kind == "file") != (config.tokenizer.path is not None):
-        yield ("tokenizer", "path"), "goes with tokenizer.kind: file, and only with it"
-    if config.tokenizer.kind == "ids":
-        if config.data.format == "jsonl":
-            yield ("data", "format"), "tokenizer.kind: ids reads lines of integers; use ids or auto"
-        if config.tokenizer.pad_id >= config.tokenizer.vocab_size:
-            yield (
-                ("tokenizer", "pad_id"),
-                f"should be below tokenizer.vocab_size ({config.tokenizer.vocab_size})",
-            )
-    elif config.data.format == "ids":
-        yield ("data", "format"), "ids goes with tokenizer.kind: ids"
-    if config.tokenizer.kind in ("bpe", "unigram") and config.tokenizer.vocab_size < 261:
-        yield ("tokenizer", "vocab_size"), "should be 261 or more: 256 bytes and what stands beside them"
-    if config.model.output == "adaptive" and config.model.tie_weights:
-        yield ("model", "output"), "adaptive has output weights of its own; set model.tie_weights: false"
-    weights = config.training.loss_weights
-    if not weights.forward and not (config.model.bidirectional and (weights.backward or weights.fill)):
-        yield ("training", "loss_weights"), "all are zero: there is nothing to learn"
-    if config.training.patience is not None and config.data.valid is None and config.data.valid_fraction is None:
-        yield ("training", "patience"), "needs a validation set: set data.valid or data.valid_fraction"
 
 
 def _missing_files(config: Config) -> Iterator[tuple[KeyPath, str]]:

@@ -52,9 +52,9 @@ class TokenizerConfig(Section):
 
 class BatchingConfig(Section):
     mode: Literal["sentences", "stream"] = "sentences"
-    """A line is a sequence (sentences), or all is one long text (stream: not built yet)."""
+    """A line is a sequence (sentences), or all is one long text, its state carried from chunk to chunk (stream)."""
     batch_size: int = Field(32, ge=1, le=MOST)
-    """Rows a step."""
+    """Rows a step; stream: columns into which the text is cut, read side by side."""
     max_tokens: int | None = Field(None, ge=2, le=MOST)
     """Instead of batch_size: the most padded tokens a batch may hold."""
     max_length: int = Field(512, ge=1, le=MOST)
@@ -62,7 +62,11 @@ class BatchingConfig(Section):
     bucket_batches: int = Field(150, ge=1, le=MOST)
     """Rows are sorted by length within this many shuffled batches: more means less padding, less chance."""
     bptt: int = Field(70, ge=1, le=MOST)
-    """Stream: tokens per truncated back-propagation."""
+    """Stream: tokens of each column per truncated back-propagation."""
+    random_bptt: bool = False
+    """Stream: draw the length of each chunk around bptt, so that its borders lie elsewhere in each epoch."""
+    carry_state: bool = False
+    """Sentences: lines follow on: read in order, in batch_size columns, the state carried from line to line."""
 
 
 class ModelConfig(Section):
@@ -74,16 +78,47 @@ class ModelConfig(Section):
     """Size of a layer's state, in each direction."""
     num_layers: int = Field(2, ge=1, le=64)
     """Recurrent layers, in each direction."""
+    layer_sizes: list[Annotated[int, Field(ge=1, le=1 << 16)]] | None = Field(None, min_length=1, max_length=64)
+    """Size of each layer's state, from the input up, in place of hidden_size and num_layers."""
     bidirectional: bool = False
     """A second stack reads from the right and predicts the previous token; together they fill blanks."""
     dropout: float = Field(0.2, ge=0, lt=1)
     """Share of values zeroed in training: on the embedding, between layers and before the output."""
+    residual: bool = False
+    """Add a layer's input to its output, where the two are of one size."""
+    layer_norm: bool = False
+    """Normalise each layer's output."""
+    ngrams: list[Annotated[int, Field(ge=2, le=16)]] = Field([], max_length=15)
+    """Orders of n-grams that are connected to the output layer directly, around the recurrence: [2, 3, 4, 5]."""
+    ngram_buckets: int = Field(16384, ge=1, le=1 << 24)
+    """Vectors for the n-grams of each order; n-grams are hashed to them."""
     tie_weights: bool = True
     """Embedding and output layer share their weights; a projection bridges sizes that differ."""
     output: Literal["full", "adaptive"] = "full"
     """One logit a token, or adaptive softmax for a large vocabulary (then with `tie_weights: false`)."""
     backend: Literal["auto", "packed", "torch"] = "auto"
     """What runs the recurrence: lmtrain's packed kernels or torch.nn's (oneDNN, cuDNN); auto: the faster one here."""
+
+
+class RegularizationConfig(Section):
+    input_dropout: float = Field(0.0, ge=0, lt=1)
+    """Locked dropout on the embedding: share of features zeroed, the same at each step of a row (or chunk)."""
+    layer_dropout: float = Field(0.0, ge=0, lt=1)
+    """Locked dropout between layers."""
+    output_dropout: float = Field(0.0, ge=0, lt=1)
+    """Locked dropout before the output layer."""
+    word_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the vocabulary whose embeddings are zeroed for a batch (embedding dropout)."""
+    weight_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the recurrent weights zeroed for a batch (weight drop, DropConnect)."""
+    ngram_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the vectors of n-grams that are left out, each order and token by itself."""
+    activation_penalty: float = Field(0.0, ge=0)
+    """Activation regularisation: nats per mean square of the last layer's outputs."""
+    temporal_penalty: float = Field(0.0, ge=0)
+    """Temporal activation regularisation: nats per mean square of their change from step to step."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target that is spread over the vocabulary in training; reported nats are without it."""
 
 
 class OptimizerConfig(Section):
@@ -94,18 +129,36 @@ class OptimizerConfig(Section):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
     """adamw: decay rates of the averages of the gradient and of its square; a short run may want the second at 0.99."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decay of matrices; biases are left alone."""
+    """Decay of matrices; biases and the vectors of n-grams are left alone."""
+    ngram_rate: float = Field(1.0, gt=0)
+    """Learning rate of the vectors of n-grams, in shares of lr: the lower, the more often one must be seen to count."""
     clip_grad_norm: float | None = Field(1.0, gt=0)
     """Largest global L2 norm of the gradient; null turns clipping off."""
 
 
 class ScheduleConfig(Section):
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    name: Literal["cosine", "linear", "constant", "plateau", "one_cycle"] = "cosine"
+    """How the learning rate goes: falls after the warm-up, stays, is cut where validation stalls, rises and falls."""
     warmup_steps: int = Field(100, ge=0, le=MOST)
     """Steps in which the learning rate rises linearly from 0."""
     final_fraction: float = Field(0.05, ge=0, le=1)
-    """Share of the peak learning rate at the end; constant ignores it."""
+    """Share of the peak learning rate at the end; plateau: below which it is not cut; constant ignores it."""
+    patience: int = Field(1, ge=1, le=MOST)
+    """plateau: validations without a better loss before the rate is cut and the best weights are taken up again."""
+    factor: float = Field(0.25, gt=0, lt=1)
+    """plateau: what a cut leaves of the learning rate."""
+    rise_fraction: float = Field(0.3, gt=0, lt=1)
+    """one_cycle: share of the training in which the learning rate rises, from a 25th of its peak."""
+
+
+class AveragingConfig(Section):
+    name: Literal["ema", "triggered"] | None = None
+    """Average of the weights over steps, which is validated and saved as the model: exponential (ema), or of all steps
+    since validation stalled (triggered: averaged SGD with the non-monotonic trigger)."""
+    decay: float = Field(0.999, gt=0, lt=1)
+    """ema: what each step keeps of the average."""
+    trigger: int = Field(5, ge=1, le=MOST)
+    """triggered: begin where a validation is worse than the best of those more than this many validations ago."""
 
 
 class LossWeightsConfig(Section):
@@ -124,6 +177,10 @@ class TrainingConfig(Section):
     """Stop after this many optimizer steps, if the epochs last longer."""
     max_minutes: float | None = Field(None, gt=0)
     """A time budget; the schedule then runs on the share of it that is used up."""
+    sampled_tokens: int | None = Field(None, ge=1, le=MOST)
+    """Score a part of the vocabulary at each step, about this many tokens drawn at random; null scores all of it."""
+    frequent_tokens: int = Field(4096, ge=0, le=MOST)
+    """sampled_tokens: how many of the most frequent tokens are always scored, beside the batch's own."""
     accumulate: int = Field(1, ge=1, le=MOST)
     """Batches whose gradients are summed into one optimizer step."""
     loss_weights: LossWeightsConfig = LossWeightsConfig()
@@ -141,6 +198,8 @@ class TrainingConfig(Section):
 class ValidationConfig(Section):
     every_steps: int | None = Field(None, ge=1, le=MOST)
     """Optimizer steps between validations; null validates once an epoch."""
+    columns: int = Field(8, ge=1, le=1 << 16)
+    """Stream and carry_state: columns in which the text is read (quick); `lmtrain evaluate` reads it in one."""
 
 
 class CheckpointConfig(Section):
@@ -179,8 +238,10 @@ class Config(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     batching: BatchingConfig = BatchingConfig()
     model: ModelConfig = ModelConfig()
+    regularization: RegularizationConfig = RegularizationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    averaging: AveragingConfig = AveragingConfig()
     training: TrainingConfig = TrainingConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

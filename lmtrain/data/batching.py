@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -37,10 +37,10 @@ def make_batch(rows: Sequence[Sequence[int] | Ints], pad_id: int) -> Batch:
     """Pad rows of ids, each of length >= 1, and sort them longest first; equal lengths keep their order."""
     lengths = np.array([len(row) for row in rows], np.int64)
     flat = np.concatenate([np.asarray(row, np.int64) for row in rows])
-    return _gather(flat, lengths.cumsum() - lengths, lengths, pad_id)
+    return gather(flat, lengths.cumsum() - lengths, lengths, pad_id)
 
 
-def _gather(flat: NDArray[np.integer], starts: Ints, lengths: Ints, pad_id: int) -> Batch:
+def gather(flat: NDArray[np.integer], starts: Ints, lengths: Ints, pad_id: int) -> Batch:
     """The batch of flat[start : start + length] for each row, without a loop over rows or tokens."""
     order = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[order], lengths[order]
@@ -77,7 +77,7 @@ class Rows:
 
     def batch(self, indices: Ints, pad_id: int) -> Batch:
         """The rows of the given indices as a batch."""
-        return _gather(self.flat, self.starts[indices], self.lengths[indices], pad_id)
+        return gather(self.flat, self.starts[indices], self.lengths[indices], pad_id)
 
 
 def cut_batches(sorted_lengths: Ints, batch_size: int | None, max_tokens: int | None) -> list[tuple[int, int]]:
@@ -89,6 +89,18 @@ def cut_batches(sorted_lengths: Ints, batch_size: int | None, max_tokens: int | 
         cuts.append((start, min(start + size, len(sorted_lengths))))
         start += size
     return cuts
+
+
+class BatchSource(Protocol):
+    """What makes a batch out of what a sampler gives: `Rows` of row indices, a `Stream` of a span of steps."""
+
+    def batch(self, part: Any, pad_id: int) -> Batch: ...
+
+
+class Sampler(Protocol):
+    """Which parts of a source each batch of an epoch holds, in order: a function of (seed, epoch) alone."""
+
+    def epoch(self, epoch: int) -> Sequence[Any]: ...
 
 
 class EpochSampler:
@@ -141,21 +153,21 @@ class Feed:
     """
 
     def __init__(
-        self, rows: Rows, sampler: EpochSampler, pad_id: int, size: int, epoch: int = 0, next_batch: int = 0
+        self, source: BatchSource, sampler: Sampler, pad_id: int, size: int, epoch: int = 0, next_batch: int = 0
     ) -> None:
         self.waited_s = 0.0  # altogether
-        self._groups = self._walk(rows, sampler, pad_id, size, epoch, next_batch)
+        self._groups = self._walk(source, sampler, pad_id, size, epoch, next_batch)
         self._thread = ThreadPoolExecutor(1, "lmtrain-batches")
         self._coming = self._thread.submit(next, self._groups)
 
     @staticmethod
     def _walk(
-        rows: Rows, sampler: EpochSampler, pad_id: int, size: int, epoch: int, next_batch: int
+        source: BatchSource, sampler: Sampler, pad_id: int, size: int, epoch: int, next_batch: int
     ) -> Iterator[Group]:
         while True:
             order = sampler.epoch(epoch)
             for first in range(next_batch, len(order), size):
-                batches = [rows.batch(indices, pad_id) for indices in order[first : first + size]]
+                batches = [source.batch(part, pad_id) for part in order[first : first + size]]
                 yield Group(batches, epoch, first + len(batches), len(order))
             epoch, next_batch = epoch + 1, 0
 

@@ -1,9 +1,10 @@
 """The token store: a corpus as flat ids on disk, read through memory maps.
 
 A store is a directory: `tokens.bin` (uint16 or uint32, little-endian), every sequence from its `<bos>` to its
-`<eos>`; `offsets.bin` (uint64), where each begins and the last one ends; `hashes.bin` (uint64), one a sequence;
-`store.json`, the counts. It is written in one pass and bounded memory, renamed into place when whole, and named after
-the content of the files and the tokenizer, so that a changed file is never served stale.
+`<eos>`, or of a stream every line to its `<eos>`; `offsets.bin` (uint64), where each begins and the last one ends;
+`hashes.bin` (uint64), one a sequence; `store.json`, the counts. It is written in one pass and bounded memory, renamed
+into place when whole, and named after the content of the files and the tokenizer, so that a changed file is never
+served stale.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +48,7 @@ class Source:
     jsonl_field: str = "text"
     part: Part = "all"
     valid_fraction: float = 0.0
+    stream: bool = False  # one long text: blank lines count, and a newline is an end token
 
     @classmethod
     def of(cls, patterns: Sequence[str], **settings: object) -> Source:
@@ -74,7 +77,7 @@ class Source:
     def key(self, *more: str) -> str:
         """A name for this content and what was made of it."""
         formats = [resolve_format(path, self.format) for path in self.files]
-        facts = [FORMAT, formats, self.jsonl_field, self.part, self.valid_fraction, *more]
+        facts = [FORMAT, formats, self.jsonl_field, self.part, self.valid_fraction, self.stream, *more]
         return hashlib.sha256(json.dumps([facts, list(self.hashes().values())]).encode()).hexdigest()[:32]
 
 
@@ -82,15 +85,21 @@ class Source:
 class StoreCounts:
     """What a store holds."""
 
-    sequences: int = 0
-    tokens: int = 0  # with `<bos>` and `<eos>`
+    sequences: int = 0  # of a stream: lines
+    tokens: int = 0  # with `<bos>` and `<eos>`; of a stream with `<eos>`
     unknown_tokens: int = 0
-    characters: int = 0  # each sequence's end counted as one
+    characters: int = 0  # each `<eos>` counted as one
     bytes: int = 0  # of UTF-8, likewise
     blank: int = 0
     longest: int = 0  # tokens, `<bos>` and `<eos>` not counted
+    stream: bool = False
     dtype: str = "uint16"
     checksums: tuple[int, ...] = ()  # CRC-32 of tokens, offsets, hashes
+
+    @property
+    def events(self) -> int:
+        """Tokens that a direction predicts: `<bos>` is not."""
+        return self.tokens if self.stream else self.tokens - self.sequences
 
 
 UNREADABLE = (OSError, ValueError, TypeError, KeyError)  # what a store that is not whole raises
@@ -198,35 +207,43 @@ def _write(source: Source, tokenizer: Tokenizer, directory: Path) -> StoreCounts
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(directory / f"{name}.bin", "wb")) for name in ARRAYS}
         np.zeros(1, "<u8").tofile(files["offsets"])
-        for block in source.blocks():
-            texts = [text for text in block.texts if text.strip()]
-            totals["blank"] += block.blank
+        for block, following in pairwise(chain(source.blocks(), [None])):
+            assert block is not None
+            texts = block.texts if source.stream else [text for text in block.texts if text.strip()]
+            totals["blank"] += 0 if source.stream else block.blank
             if not texts:
                 continue
-            flat, lengths = encode_block(tokenizer, block)
-            framed, ends = _frame(flat, lengths, tokenizer)
+            flat, lengths = encode_block(tokenizer, block, texts)
+            framed, ends = _frame(flat, lengths, tokenizer, source.stream)
+            newlines = len(texts)
+            if source.stream and following is None and not block.ended:  # no newline, no end token
+                framed, newlines = framed[:-1], newlines - 1
+                ends = ends[: len(ends) - (lengths[-1] == 0)]
+                ends[-1:] = len(framed)
+                if not len(ends):
+                    continue
             framed.astype(np.dtype(dtype).newbyteorder("<")).tofile(files["tokens"])
             (ends + totals["tokens"]).astype("<u8").tofile(files["offsets"])
             _hash(framed, ends).tofile(files["hashes"])
-            totals["sequences"] += len(texts)
+            totals["sequences"] += len(ends)
             totals["tokens"] += len(framed)
             totals["unknown_tokens"] += 0 if tokenizer.unk_id is None else int((flat == tokenizer.unk_id).sum())
-            totals["characters"] += sum(map(len, texts)) + len(texts)
-            totals["bytes"] += len("".join(texts).encode()) + len(texts)
+            totals["characters"] += sum(map(len, texts)) + newlines
+            totals["bytes"] += len("".join(texts).encode()) + newlines
             totals["longest"] = max(totals["longest"], int(lengths.max()))
         for handle in files.values():
             handle.flush()
             os.fsync(handle.fileno())
     checksums = tuple(_checksum(directory / f"{name}.bin") for name in ARRAYS)
-    counts = StoreCounts(**totals, dtype=dtype, checksums=checksums)
+    counts = StoreCounts(**totals, stream=source.stream, dtype=dtype, checksums=checksums)
     (directory / "store.json").write_text(json.dumps(asdict(counts)))
     return counts
 
 
-def encode_block(tokenizer: Tokenizer, block: Block) -> tuple[Ids, Ids]:
-    """The flat ids and lengths of a block's texts, blank ones left out; raises DataError with the place."""
+def encode_block(tokenizer: Tokenizer, block: Block, texts: Sequence[str]) -> tuple[Ids, Ids]:
+    """The flat ids and lengths of these texts of a block; raises DataError with the place."""
     try:
-        return tokenizer.encode_texts([text for text in block.texts if text.strip()])
+        return tokenizer.encode_texts(texts)
     except DataError:
         for number, text in enumerate(block.texts, block.first_line):  # once more, for the place
             column = 0
@@ -240,14 +257,17 @@ def encode_block(tokenizer: Tokenizer, block: Block) -> tuple[Ids, Ids]:
         raise
 
 
-def _frame(flat: Ids, lengths: Ids, tokenizer: Tokenizer) -> tuple[Ids, Ids]:
-    """Put `<bos>` before and `<eos>` behind each sequence; also returns where each one ends."""
-    ends = (lengths + 2).cumsum()
+def _frame(flat: Ids, lengths: Ids, tokenizer: Tokenizer, stream: bool) -> tuple[Ids, Ids]:
+    """Put `<bos>` before (but not in a stream) and `<eos>` behind each sequence; also returns where each one ends."""
+    more = 1 if stream else 2
+    ends = (lengths + more).cumsum()
     framed = np.empty(int(ends[-1]), np.int64)
     inner = np.ones(len(framed), bool)
-    inner[ends - 1] = inner[ends - lengths - 2] = False
+    starts = ends - lengths - more
+    framed[ends - 1], inner[ends - 1] = tokenizer.eos_id, False
+    if not stream:
+        framed[starts], inner[starts] = tokenizer.bos_id, False
     framed[inner] = flat
-    framed[ends - lengths - 2], framed[ends - 1] = tokenizer.bos_id, tokenizer.eos_id
     return framed, ends
 
 

@@ -36,6 +36,7 @@ class Block(NamedTuple):
     first_line: int  # 1-based number of the first line
     texts: list[str]
     blank: int = 0  # how many of the texts hold white space at most
+    ended: bool = True  # whether a newline stands behind the last one
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
@@ -118,7 +119,7 @@ def _read_lines(path: str) -> Iterator[Block]:
         if len(carried) > LONGEST_LINE_BYTES:
             raise DataError(f"{path}:{line}: a line of more than {LONGEST_LINE_BYTES >> 20} MiB; cut it into several")
     if carried:
-        yield _decode(path, line, offset, carried)
+        yield _decode(path, line, offset, carried)._replace(ended=False)
 
 
 def _chunks(path: str) -> Iterator[bytes]:
@@ -183,4 +184,4 @@ def _records(block: Block, field: str) -> Block:
         if "\0" in text:
             raise DataError(f"{block.path}:{number}: a NUL character in field {field!r}")
         texts.append(normalise(text.encode("utf-8", "replace").decode()))  # lone surrogates out of \u escapes
-    return block._replace(texts=texts)
+    return block._replace(texts=texts, ended=True)

@@ -15,7 +15,7 @@ from lmtrain.data.batching import make_batch
 from lmtrain.data.tokenizer import Tokenizer, normalise
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.output import argmax
-from lmtrain.model.recurrence import State
+from lmtrain.model.states import State, select
 
 ROWS_AT_ONCE = 256
 
@@ -33,12 +33,14 @@ class Generation:
 
 @torch.inference_mode()
 def generate(
-    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int
+    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int, stream: bool = False
 ) -> list[Generation]:
     """Continue each prompt with its most probable next token, until the end token or `max_tokens`.
 
     Args:
         prompts: texts; an empty one starts from `<bos>` alone.
+        stream: the model has learnt one long text: it starts from `<eos>`, an end token is a newline, and the text goes
+            on behind it until `max_tokens`.
 
     Raises:
         DataError: kind ids, and a prompt that is not ids.
@@ -47,8 +49,8 @@ def generate(
     results = []
     for start in range(0, len(prompts), ROWS_AT_ONCE):
         texts = prompts[start : start + ROWS_AT_ONCE]
-        encoded = [[tokenizer.bos_id, *tokenizer.encode(normalise(text))] for text in texts]
-        written = _Greedy(model, tokenizer, len(encoded)).run(encoded, max_tokens, device)
+        encoded = [_encode(tokenizer, text, stream) for text in texts]
+        written = _Greedy(model, tokenizer, len(encoded), stream).run(encoded, max_tokens, device)
         for text, prompt, (ids, finished, log_probability) in zip(texts, encoded, written, strict=True):
             completion = _completion(tokenizer, prompt, ids)
             if text[-1:].isspace() and tokenizer.separator == " ":
@@ -57,17 +59,37 @@ def generate(
     return results
 
 
+def _encode(tokenizer: Tokenizer, text: str, stream: bool) -> list[int]:
+    """What the model reads first, and the ids of a prompt; in a stream a newline is an end token."""
+    lines = normalise(text).split("\n") if stream else [normalise(text)]
+    first, *lines_after = map(tokenizer.encode, lines)
+    start = tokenizer.eos_id if stream else tokenizer.bos_id
+    return [start, *first, *(token for line in lines_after for token in (tokenizer.eos_id, *line))]
+
+
 def _completion(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
     """The text of ids behind a prompt, with the white space that belongs between the two."""
-    before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
-    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(ids)
+    before, whole = _decode(tokenizer, prompt[1:]), _decode(tokenizer, prompt[1:] + ids)
+    return whole.removeprefix(before) if whole.startswith(before) else _decode(tokenizer, ids)
+
+
+def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of ids, an end token among them being a newline."""
+    lines: list[list[int]] = [[]]
+    for token in ids:
+        if token == tokenizer.eos_id:
+            lines.append([])
+        else:
+            lines[-1].append(token)
+    return "\n".join(map(tokenizer.decode, lines))
 
 
 class _Greedy:
     """One batch of prompts on its way; rows that have met their end token leave it."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, count: int) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, count: int, stream: bool) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.end = None if stream else tokenizer.eos_id  # a stream has none
         self.written: list[list[int]] = [[] for _ in range(count)]
         self.finished = [False] * count
         self.log_probability = [0.0] * count
@@ -98,7 +120,7 @@ class _Greedy:
             zip(running, tokens.tolist(), best.tolist(), strict=True)
         ):
             self.log_probability[row] += log_probability
-            if token == self.tokenizer.eos_id:
+            if token == self.end:
                 self.finished[row] = True
             else:
                 self.written[row].append(token)
@@ -106,4 +128,4 @@ class _Greedy:
         if len(going_on) == len(running):
             return tokens, running, state
         places = torch.tensor(going_on, dtype=torch.int64, device=tokens.device)
-        return tokens[places], [running[place] for place in going_on], tuple(p.index_select(1, places) for p in state)
+        return tokens[places], [running[place] for place in going_on], select(state, places)

@@ -16,6 +16,7 @@ from lmtrain.data.corpus import StoreCounts
 from lmtrain.metrics import Tally, bits_per
 from lmtrain.model.language_model import LanguageModel, Objective
 from lmtrain.model.output import argmax
+from lmtrain.model.states import CarriedState
 
 LOGITS_AT_ONCE = 1 << 23  # bounds the memory that scoring takes, whatever the vocabulary
 
@@ -26,6 +27,7 @@ class Evaluation:
 
     tallies: dict[Objective, Tally]
     counts: StoreCounts = field(default_factory=StoreCounts)
+    adapted: dict[str, Tally] = field(default_factory=dict)  # by `cache` and `dynamic`, beside the plain figures
 
     @property
     def perplexity(self) -> float:
@@ -45,25 +47,33 @@ class Evaluation:
             "unknown_tokens": self.counts.unknown_tokens,
             "backward_perplexity": None if backward is None else backward.perplexity,
             "fill_accuracy": None if fill is None else fill.accuracy,
+            **{f"{name}_perplexity": tally.perplexity for name, tally in self.adapted.items()},
         }
         return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
 
 
 @torch.inference_mode()
-def evaluate(model: LanguageModel, batches: Iterable[Batch], counts: StoreCounts | None = None) -> Evaluation:
+def evaluate(
+    model: LanguageModel, batches: Iterable[Batch], columns: int | None = None, counts: StoreCounts | None = None
+) -> Evaluation:
     """Sum the nats of every event of every row, and count the blanks whose best filling is right.
 
     Args:
         model: in evaluation mode.
+        columns: that carry their state from batch to batch; None: each row begins anew.
         counts: of the text the batches come from, for bits per character and byte.
     """
     assert not model.training
     device = model.embedding.weight.device
     result = Evaluation({objective: Tally() for objective in model.objectives}, counts or StoreCounts())
     rows_at_once = max(1, LOGITS_AT_ONCE // model.vocab_size)
+    carried = None if columns is None else CarriedState(columns)
     for batch in batches:
-        events = model.events(batch.tokens.to(device), batch.lengths)
-        for objective, (states, targets) in events.items():
+        before = None if carried is None else carried.of(batch.order)
+        reading = model.read(batch.tokens.to(device), batch.lengths, before)
+        if carried is not None:
+            carried.put(batch.order, reading.state)
+        for objective, (states, targets) in reading.events.items():
             if objective != "fill":
                 nats = model.output.nats(states, targets).double().sum()
                 result.tallies[objective].add(float(nats), len(targets), 0)

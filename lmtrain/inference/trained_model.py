@@ -7,19 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lmtrain.config import Config
-from lmtrain.data.batching import Rows, sorted_batches
 from lmtrain.data.corpus import Source, open_store
-from lmtrain.data.preparation import source_of
+from lmtrain.data.preparation import evaluation_batches, source_of
 from lmtrain.data.tokenizer import Tokenizer, normalise
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference import generation, scoring
+from lmtrain.inference.adaptation import Cache, Dynamic, evaluate_dynamically, evaluate_with_cache
 from lmtrain.inference.generation import Generation
 from lmtrain.inference.scoring import Evaluation
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.run import find_run, load_run
 from lmtrain.runtime import choose_device
-
-EVALUATION_TOKENS = 8192  # padded tokens a batch
 
 
 class TrainedModel:
@@ -31,37 +29,65 @@ class TrainedModel:
     def generate(self, prompts: Sequence[str] = ("",), max_tokens: int | None = None) -> list[Generation]:
         """Continue each prompt greedily until its end token, at most `max_tokens` tokens (default: the config's).
 
+        A run on a stream goes on behind the end of a line, until `max_tokens`.
+
         Raises:
             DataError: a run on ids, and a prompt that is not ids.
         """
         limit = self.config.generation.max_tokens if max_tokens is None else max_tokens
-        return generation.generate(self.model, self.tokenizer, prompts, max_tokens=limit)
+        stream = self.config.batching.mode == "stream"
+        return generation.generate(self.model, self.tokenizer, prompts, max_tokens=limit, stream=stream)
 
     def unknown_tokens(self, text: str) -> int:
-        """How many of a text's tokens the vocabulary does not know."""
-        return self.tokenizer.encode(normalise(text)).count(
-            -1 if self.tokenizer.unk_id is None else self.tokenizer.unk_id
-        )
+        """How many of a text's tokens the vocabulary does not know; in a stream a newline is an end token."""
+        lines = normalise(text).split("\n") if self.config.batching.mode == "stream" else [normalise(text)]
+        unknown = -1 if self.tokenizer.unk_id is None else self.tokenizer.unk_id
+        return sum(self.tokenizer.encode(line).count(unknown) for line in lines)
 
-    def evaluate(self, paths: Sequence[str] | None = None, batch_size: int | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        paths: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        cache: Cache | None = None,
+        dynamic: Dynamic | None = None,
+    ) -> Evaluation:
         """Perplexity on the files named, else on the run's test set, else on its validation set.
 
+        A text that goes on (stream, carry_state) is read in one column, its state carried from end to end.
+
         Args:
-            batch_size: rows at once; the figures do not depend on it.
+            batch_size: rows at once, of a text whose rows begin anew; the figures do not depend on it.
+            cache, dynamic: score a text that goes on in these ways, too; the result has them beside the plain figures.
 
         Raises:
+            ConfigError: what does not go with how this run reads text.
             DataError: a fault of the text, or no text at all.
         """
+        goes_on = self.config.batching.mode == "stream" or self.config.batching.carry_state
+        if goes_on and batch_size is not None:
+            raise ConfigError("batch_size: this run carries its state from row to row, and reads one row at a time")
+        if not goes_on and (cache is not None or dynamic is not None):
+            raise ConfigError(
+                "cache and dynamic evaluation want a text that goes on, and this run begins anew at each line "
+                "(batching.mode: stream, or batching.carry_state: true, would not)"
+            )
         with tempfile.TemporaryDirectory(prefix="lmtrain-") as scratch:
             store = open_store(self._source(paths), self.tokenizer, scratch)
-            rows = Rows(store, self.config.batching.max_length)
-            batches = sorted_batches(rows, EVALUATION_TOKENS, self.tokenizer.pad_id, batch_size)
-            return scoring.evaluate(self.model, batches, store.counts)
+            batches, columns = evaluation_batches(self.config, store, self.tokenizer, 1, batch_size)
+            result = scoring.evaluate(self.model, batches, columns, store.counts)
+            if cache is not None:
+                batches, _ = evaluation_batches(self.config, store, self.tokenizer, 1)
+                result.adapted["cache"] = evaluate_with_cache(self.model, batches, cache)
+            if dynamic is not None:
+                batches, _ = evaluation_batches(self.config, store, self.tokenizer, 1, steps=dynamic.steps)
+                result.adapted["dynamic"] = evaluate_dynamically(self.model, batches, dynamic)
+            return result
 
     def _source(self, paths: Sequence[str] | None) -> Source:
         if paths:
             form = "ids" if self.tokenizer.kind == "ids" else self.config.data.format
-            return Source.of(paths, format=form, jsonl_field=self.config.data.jsonl_field)
+            stream = self.config.batching.mode == "stream"
+            return Source.of(paths, format=form, jsonl_field=self.config.data.jsonl_field, stream=stream)
         try:
             own = source_of(self.config, "test") or source_of(self.config, "valid")
         except DataError as error:

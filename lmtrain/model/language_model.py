@@ -10,17 +10,20 @@ ever seen what it is asked to predict.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lmtrain.model.dropout import drop
+from lmtrain.model.directions import RecurrentLayers
+from lmtrain.model.dropout import drop, drop_locked, drop_words
 from lmtrain.model.embedding import Lookups
-from lmtrain.model.output import AdaptiveOutput, FullOutput
+from lmtrain.model.ngrams import NgramEmbedding
+from lmtrain.model.output import AdaptiveOutput, FullOutput, sample_vocabulary
 from lmtrain.model.packing import PackedRows, pack_rows
-from lmtrain.model.recurrence import Backend, Cell, RecurrentLayers, RecurrentStack, State
+from lmtrain.model.recurrence import Backend, Cell, RecurrentStack
+from lmtrain.model.states import State
 
 Objective = Literal["forward", "backward", "fill"]
 
@@ -42,8 +45,17 @@ class Loss(NamedTuple):
 class Losses(NamedTuple):
     """What a batch costs."""
 
-    total: Tensor  # () the objectives' nats, weighted: what is differentiated
+    total: Tensor  # () the objectives' nats, weighted, and penalties: what is differentiated
     parts: dict[Objective, Loss]
+    state: State  # of the forward stack at each row's end
+
+
+class Reading(NamedTuple):
+    """What a model makes of a batch before its output layer."""
+
+    events: dict[Objective, Events]
+    state: State  # of the forward stack at each row's end
+    penalties: dict[Objective, Tensor]  # of the states of each direction, summed over its N packed rows; may be empty
 
 
 class Places(NamedTuple):
@@ -82,9 +94,18 @@ class LanguageModel(nn.Module):
     Args:
         vocab_size: V, special tokens counted.
         embedding_size, hidden_size, num_layers, cell, bidirectional, dropout: as in the config's `model` section.
+        layer_sizes: H of each layer, in place of `hidden_size` and `num_layers`.
+        residual, layer_norm, backend, layer_dropout, weight_dropout: as `RecurrentStack`.
         tie_weights: the output layer uses the embedding's weight; states are projected to its size.
+        ngrams, ngram_dropout: orders of the n-grams that are connected to the output layer directly, by way of
+            `ngram_buckets` vectors each; see `NgramEmbedding`.
         output: `full`, or `adaptive` for a large vocabulary (then not tied).
-        backend: as `RecurrentStack`.
+        input_dropout, output_dropout: share of the features of embeddings and of states before the output layer that
+            are zeroed, locked over a row's steps.
+        word_dropout: share of the vocabulary whose embeddings are zeroed in a batch.
+        activation_penalty, temporal_penalty: see `_penalty`.
+        label_smoothing: see `FullOutput.loss`; with `output: full` only.
+        sampled_tokens, frequent_tokens: score a part of the vocabulary in training; see `sample_vocabulary`; None: all.
     """
 
     def __init__(
@@ -94,19 +115,50 @@ class LanguageModel(nn.Module):
         embedding_size: int,
         hidden_size: int,
         num_layers: int = 1,
+        layer_sizes: Sequence[int] | None = None,
         cell: Cell = "lstm",
         bidirectional: bool = False,
         dropout: float = 0.0,
+        residual: bool = False,
+        layer_norm: bool = False,
+        ngrams: Sequence[int] = (),
+        ngram_buckets: int = 16384,
         tie_weights: bool = True,
         output: Literal["full", "adaptive"] = "full",
         backend: Backend = "auto",
+        input_dropout: float = 0.0,
+        layer_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        word_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        ngram_dropout: float = 0.0,
+        activation_penalty: float = 0.0,
+        temporal_penalty: float = 0.0,
+        label_smoothing: float = 0.0,
+        sampled_tokens: int | None = None,
+        frequent_tokens: int = 4096,
     ) -> None:
         super().__init__()
         self.vocab_size, self.dropout, self.bidirectional = vocab_size, dropout, bidirectional
+        self.input_dropout, self.output_dropout, self.word_dropout = input_dropout, output_dropout, word_dropout
+        self.activation_penalty, self.temporal_penalty = activation_penalty, temporal_penalty
+        self.label_smoothing = label_smoothing
+        self.sampled_tokens, self.frequent_tokens = sampled_tokens, frequent_tokens
         self.embedding = nn.Embedding(vocab_size, embedding_size)
         self.recurrence = RecurrentLayers(
-            cell, embedding_size, hidden_size, num_layers, bidirectional, dropout, backend
+            cell,
+            embedding_size,
+            layer_sizes or hidden_size,
+            num_layers,
+            bidirectional,
+            dropout,
+            backend,
+            layer_dropout=layer_dropout,
+            weight_dropout=weight_dropout,
+            residual=residual,
+            layer_norm=layer_norm,
         )
+        hidden_size = self.recurrence.hidden_sizes[-1]
         size = embedding_size if tie_weights else hidden_size
         self.output = FullOutput(size, vocab_size) if output == "full" else AdaptiveOutput(size, vocab_size)
         self.projections = nn.ModuleDict()
@@ -121,6 +173,13 @@ class LanguageModel(nn.Module):
                 self.projections[f"of_{objective}"] = nn.Identity()
             else:
                 self.projections[f"of_{objective}"] = nn.Linear(hidden_size, size, bias=False)
+        self.ngrams = nn.ModuleDict(
+            {
+                f"of_{name}": NgramEmbedding(ngrams, ngram_buckets, size, ngram_dropout)
+                for name in self.objectives[:2]
+                if ngrams
+            }
+        )
         self.reset_parameters()
         if tie_weights:
             assert isinstance(self.output, FullOutput), "adaptive output layers have weights of their own"
@@ -140,21 +199,53 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Read on to the right: tokens (L, B), rows of equal length -> logits (L, B, V) of each next token, state."""
-        embedded, forward = self.embedding(tokens), self.recurrence.stacks[0]  # (L, B, E)
-        assert isinstance(forward, RecurrentStack)
-        if len(tokens) == 1:
-            states, state = forward.step(embedded[0], state)
-        else:
-            rows = pack_rows(torch.full((tokens.shape[1],), tokens.shape[0]))
-            states, state = forward(embedded.flatten(0, 1), rows, state)
-        logits = self._logits(self.projections["of_forward"](states))
-        return logits.unflatten(0, tokens.shape), state
+        rows = pack_rows(torch.full((tokens.shape[1],), tokens.shape[0]))
+        states, state = self._continue(tokens, rows, state, slice(None))
+        return self._logits(states).unflatten(0, tokens.shape), state
 
     def read_prompts(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
         """Ragged prompts: tokens (L, B), lengths (B,) on CPU, longest first -> logits (B, V) after each, state."""
         rows = pack_rows(lengths)
-        states, state = self.recurrence.stacks[0](self.embedding(tokens[rows.time, rows.row]), rows)
-        return self._logits(self.projections["of_forward"](states[rows.last])), state
+        states, state = self._continue(tokens, rows, None, rows.last.to(tokens.device))
+        return self._logits(states), state
+
+    def _continue(
+        self, tokens: Tensor, rows: PackedRows, state: State | None, wanted: Tensor | slice
+    ) -> tuple[Tensor, State]:
+        """Read rows of tokens (L, B) to the right, in evaluation.
+
+        Returns:
+            What the output layer reads at the packed rows `wanted`, (N, P), and the state at each row's end.
+        """
+        time, row = rows.time.to(tokens.device), rows.row.to(tokens.device)
+        embedded, stack = self.embedding(tokens[time, row]), self.recurrence.stacks[0]
+        assert isinstance(stack, RecurrentStack)
+        one = len(rows.batch_sizes) == 1
+        states, end = stack.step(embedded, state) if one else stack(embedded, rows, state)
+        projected = self.projections["of_forward"](states[wanted])
+        direct, history = self._direct_forward(tokens, rows.lengths, time[wanted], row[wanted], state)
+        return projected if direct is None else projected + direct, end + history
+
+    def _direct_forward(
+        self, tokens: Tensor, lengths: Tensor, time: Tensor, row: Tensor, state: State | None
+    ) -> tuple[Tensor | None, State]:
+        """What the n-grams that end at given tokens say of the next one, (N, P), and what a state holds of them behind
+        the stack's own; `lengths` (B,) are of the tokens that are read."""
+        if not self.ngrams:
+            return None, ()
+        ngrams = self.ngrams["of_forward"]
+        assert isinstance(ngrams, NgramEmbedding)
+        context = ngrams.context_of(tokens, None if state is None else state[-1][0])
+        return ngrams(context, time, row), ((ngrams.history_after(context, lengths),),)
+
+    def _direct_backward(self, tokens: Tensor, lengths: Tensor, back: Tensor, row: Tensor) -> Tensor:
+        """The same of the token before: n-grams begin at their token, and go on behind it."""
+        ngrams = self.ngrams["of_backward"]
+        assert isinstance(ngrams, NgramEmbedding)
+        real = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) < lengths.to(tokens.device)
+        context = ngrams.context_of(torch.where(real, tokens, -1).flip(0))  # behind a row's end there is nothing
+        direct: Tensor = ngrams(context, len(tokens) - 1 - back, row)
+        return direct
 
     def _logits(self, states: Tensor) -> Tensor:
         if isinstance(self.output, FullOutput):
@@ -162,54 +253,104 @@ class LanguageModel(nn.Module):
             return logits.float()
         return self.output.log_probabilities(states)  # log-probabilities are logits, too
 
-    def events(self, tokens: Tensor, lengths: Tensor) -> dict[Objective, Events]:
+    def read(self, tokens: Tensor, lengths: Tensor, state: State | None = None) -> Reading:
         """Read a batch and give each objective's states and targets.
 
         Args:
-            tokens: (L, B) int64, rows longest first, each from its `<bos>` to its `<eos>`.
+            tokens: (L, B) int64, rows longest first, each from its `<bos>` to its `<eos>`, or a stretch of a stream
+                from the token before its first event on.
             lengths: (B,) int64 on CPU, non-increasing, >= 2.
+            state: in which the forward stack begins; None: zeros.
         """
-        return self._events(tokens, lengths, Lookups(self.embedding.weight, self.embedding.sparse))
+        return self._read(tokens, lengths, state, Lookups(self.embedding.weight, self.embedding.sparse))
 
-    def _events(self, tokens: Tensor, lengths: Tensor, lookups: Lookups) -> dict[Objective, Events]:
+    def _read(self, tokens: Tensor, lengths: Tensor, state: State | None, lookups: Lookups) -> Reading:
         places = lay_out(lengths)
-        device = tokens.device
-        time, row = places.rows.time.to(device), places.rows.row.to(device)
-        states = {"forward": self._read(0, lookups(tokens[time, row]), places.rows)}  # (N, H)
-        targets = {"forward": tokens[time + 1, row]}
+        device, rows = tokens.device, places.rows
+        time, row = rows.time.to(device), rows.row.to(device)
+        states, direct, penalties = dict[Objective, Tensor](), dict[Objective, Tensor](), dict[Objective, Tensor]()
+        states["forward"], end = self._run("forward", tokens[time, row], rows, lookups, penalties, state)
+        targets: dict[Objective, Tensor] = {"forward": tokens[time + 1, row]}
+        from_ngrams, history = self._direct_forward(tokens, rows.lengths, time, row, state)
+        if from_ngrams is not None:
+            direct["forward"] = from_ngrams
         if self.bidirectional:
             back = places.read_back.to(device)
-            states["backward"] = self._read(1, lookups(tokens[back, row]), places.rows)
+            states["backward"], _ = self._run("backward", tokens[back, row], rows, lookups, penalties)
             targets["backward"] = tokens[back - 1, row]
             before, behind = places.fill_forward.to(device), places.fill_backward.to(device)
             sides = states["forward"].index_select(0, before), states["backward"].index_select(0, behind)
             states["fill"] = torch.cat(sides, 1)  # (M, 2H)
             targets["fill"] = targets["forward"][before]
-        return {name: Events(self.projections[f"of_{name}"](states[name]), targets[name]) for name in self.objectives}
+            if direct:
+                direct["backward"] = self._direct_backward(tokens, lengths, back, row)
+                direct["fill"] = direct["forward"][before] + direct["backward"][behind]
+        read = {name: self.projections[f"of_{name}"](states[name]) for name in self.objectives}  # (events, P)
+        read |= {name: read[name] + found for name, found in direct.items()}
+        return Reading({name: Events(read[name], targets[name]) for name in read}, end + history, penalties)
 
-    def _read(self, direction: int, embedded: Tensor, rows: PackedRows) -> Tensor:
-        states, _ = self.recurrence.stacks[direction](self._drop(embedded), rows)  # (N, E) -> (N, H)
-        return self._drop(states)
+    def _run(
+        self,
+        direction: Objective,
+        tokens: Tensor,
+        rows: PackedRows,
+        lookups: Lookups,
+        penalties: dict[Objective, Tensor],
+        state: State | None = None,
+    ) -> tuple[Tensor, State]:
+        """Read packed tokens (N,) in one direction -> the states (N, H), dropped out, and the state at rows' ends."""
+        embedded = drop_words(lookups(tokens), tokens, self.vocab_size, self.word_dropout, self.training)  # (N, E)
+        embedded = self._drop(embedded, rows, self.input_dropout)
+        stack = self.recurrence.stacks[0 if direction == "forward" else 1]
+        states, end = stack(embedded, rows, state)
+        dropped = self._drop(states, rows, self.output_dropout)
+        if self.training and (self.activation_penalty or self.temporal_penalty):
+            penalties[direction] = self._penalty(states, dropped, rows)
+        return dropped, end
 
-    def _drop(self, values: Tensor) -> Tensor:
-        return drop(values, self.dropout, self.training)
+    def _drop(self, values: Tensor, rows: PackedRows, locked: float) -> Tensor:
+        return drop_locked(drop(values, self.dropout, self.training), rows, locked, self.training)
 
-    def loss(self, tokens: Tensor, lengths: Tensor, weights: Mapping[Objective, float] | None = None) -> Losses:
-        """Nats of each objective, and their weighted sum; arguments as `events`. Padding is never scored.
+    def _penalty(self, states: Tensor, dropped: Tensor, rows: PackedRows) -> Tensor:
+        """Large states, and states that change from step to step, summed over the packed rows.
+
+        alpha * mean_H(dropped**2) + beta * mean_H((h_t - h_{t-1})**2): Merity et al. 2017,
+        https://arxiv.org/abs/1708.01009, with `activation_penalty` for alpha and `temporal_penalty` for beta.
+        """
+        total = self.activation_penalty * dropped.square().sum()
+        if self.temporal_penalty and len(states) > rows.batch_sizes[0]:
+            before = states.index_select(0, rows.previous().to(states.device))
+            total = total + self.temporal_penalty * (states[rows.batch_sizes[0] :] - before).square().sum()
+        return total / states.shape[1]
+
+    def loss(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        weights: Mapping[Objective, float] | None = None,
+        state: State | None = None,
+    ) -> Losses:
+        """Nats of each objective, and their weighted sum; arguments as `read`. Padding is never scored.
 
         Args:
             weights: of a nat of each objective in the total; 1 where left out.
         """
         lookups = Lookups(self.embedding.weight, self.embedding.sparse)
-        events = self._events(tokens, lengths, lookups)
+        events, end, penalties = self._read(tokens, lengths, state, lookups)
         states, targets = (torch.cat(parts) for parts in zip(*events.values(), strict=True))
         sizes = [len(part.targets) for part in events.values()]
-        each = torch.tensor([1.0 if weights is None else weights[name] for name in events])
-        of_events = each.repeat_interleave(torch.tensor(sizes)).to(states.device)
+        each = {name: 1.0 if weights is None else weights[name] for name in events}
+        of_events = torch.tensor(list(each.values())).repeat_interleave(torch.tensor(sizes)).to(states.device)
         if isinstance(self.output, FullOutput):
             tied = lookups.tied() if self.output.weight is self.embedding.weight else None
-            total, nats = self.output.loss(states, targets, of_events, tied)  # one product for all objectives
+            smoothing = self.label_smoothing if self.training else 0.0
+            sample = None
+            if self.training and self.sampled_tokens is not None:
+                sample = sample_vocabulary(targets, self.vocab_size, self.frequent_tokens, self.sampled_tokens)
+            total, nats = self.output.loss(states, targets, of_events, tied, smoothing, sample)  # one product for all
         else:
             total, nats = self.output.loss(states, targets, of_events)
+        for direction, penalty in penalties.items():
+            total = total + each[direction] * penalty
         parts = zip(events, nats.split(sizes), sizes, strict=True)
-        return Losses(total, {name: Loss(part.sum(), size) for name, part, size in parts})
+        return Losses(total, {name: Loss(part.sum(), size) for name, part, size in parts}, end)

@@ -5,6 +5,7 @@ Shapes: N events, P output size, V vocabulary, C columns of a chunk of the vocab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -41,18 +42,62 @@ class _Output(nn.Module):
 class FullOutput(_Output, nn.Linear):
     """One logit for each of the V tokens; the weight (V, P) may be the embedding's."""
 
-    def loss(self, states: Tensor, targets: Tensor, weights: Tensor, weight: Tensor | None = None) -> OutputLoss:
+    def loss(
+        self,
+        states: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        sample: Sample | None = None,
+    ) -> OutputLoss:
         """Negative log-likelihood of each target, and their weighted sum, whose gradient is worked out on the way.
 
         Args:
             states, targets, weights: (N, P), (N,) int64, (N,).
             weight: in place of the layer's own, (V, P).
+            label_smoothing: share of a target that is spread evenly over the vocabulary, in the sum but not in the nats
+                (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567).
+            sample: score these tokens alone; the nats are then an estimate.
         """
-        return _softmax_loss(states, self.weight if weight is None else weight, self.bias, targets, weights)
+        bias: Tensor = self.bias
+        weight = self.weight if weight is None else weight
+        if sample is not None:
+            weight, targets = weight.index_select(0, sample.tokens), sample.targets
+            bias = bias.index_select(0, sample.tokens) + sample.correction
+        return _softmax_loss(states, weight, bias, targets, weights, label_smoothing)
 
     def log_probabilities(self, states: Tensor) -> Tensor:
         """Natural log-probabilities (N, V) of every token, float32."""
         return F.log_softmax(self(states).float(), -1)
+
+
+class Sample(NamedTuple):
+    """The part of a vocabulary that stands for all of it in one step."""
+
+    tokens: Tensor  # (S,) int64, ascending
+    targets: Tensor  # (N,) the place of each event's target among these
+    correction: Tensor  # (S,) to be added to the logits: minus the logarithm of the chance to be here
+
+
+def sample_vocabulary(targets: Tensor, vocab_size: int, frequent: int, sampled: int) -> Sample:
+    """The first `frequent` tokens, the targets, and of the others about `sampled` at random.
+
+    With the logits of those drawn raised by -log(their chance), the sum of exponentials over the sample is an unbiased
+    estimate of the sum over the vocabulary (importance sampling: Bengio and Senecal 2003,
+    https://proceedings.mlr.press/r4/bengio03a.html; one sample for all events of a step: Jean et al. 2015,
+    https://arxiv.org/abs/1412.2007). The frequent tokens and the targets, which hold most of it, are exact.
+    """
+    certain = torch.zeros(vocab_size, dtype=torch.bool, device=targets.device)
+    certain[:frequent] = True
+    certain[targets] = True
+    others = vocab_size - int(certain.sum())
+    chance = min(1.0, sampled / max(1, others))
+    drawn = ~certain & (torch.rand(vocab_size, device=targets.device) < chance)
+    here = certain | drawn
+    tokens = here.nonzero().squeeze(1)
+    place = here.cumsum(0) - 1
+    return Sample(tokens, place[targets], drawn[tokens] * -math.log(chance))
 
 
 class AdaptiveOutput(_Output):
@@ -100,13 +145,20 @@ def argmax(values: Tensor) -> Tensor:
     return values.argmax(-1) if values.device.type != "cpu" else torch.from_numpy(values.numpy().argmax(-1))
 
 
-def _softmax_loss(states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor) -> OutputLoss:
+def _softmax_loss(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    smoothing: float = 0.0,
+) -> OutputLoss:
     differentiate = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
-    return OutputLoss(*_SoftmaxLoss.apply(states, weight, bias, targets, weights, differentiate))  # type: ignore[no-untyped-call]
+    return OutputLoss(*_SoftmaxLoss.apply(states, weight, bias, targets, weights, smoothing, differentiate))  # type: ignore[no-untyped-call]
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """`apply(states, weight, bias, targets, weights, differentiate) -> total (), nats (N,)`.
+    """`apply(states, weight, bias, targets, weights, smoothing, differentiate) -> total (), nats (N,)`.
 
     There is no copy of all logits, least of all in fp32. Of a block of rows, and of it a chunk of the vocabulary at
     a time, logits are computed, and in their place exponentials e, in the dtype of products. Once the sum s of a
@@ -116,7 +168,8 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     asks for no other pass over the vocabulary than the two products that lead to the gradients of states and
     weights: the target's place holds what is left of e - s, minus the sum of all others, and the factor weight / s
-    goes to the small side of each product.
+    goes to the small side of each product. What label smoothing asks beside that is the same for each token of the
+    vocabulary: `_smooth` adds it.
     """
 
     @staticmethod
@@ -127,6 +180,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         weights: Tensor,
+        smoothing: float,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = product_dtype(states)
@@ -148,17 +202,20 @@ class _SoftmaxLoss(torch.autograd.Function):
                 nats[block] = total.log() - of_target
                 if not differentiate:
                     continue
-                chunks.write_targets(exponentials, wanted, -others)
+                chunks.write_targets(exponentials, wanted, smoothing * total - others)
                 factor = weights[block].to(total.dtype) / total  # (rows,)
                 gradients[0][block] = chunks.times_weight(exponentials, inputs).mul_(factor.unsqueeze(1))
                 chunks.weight_gradient(exponentials, inputs, factor, gradients[1], gradients[2], add=start > 0)
+        states, targets, weights, nats = (part[:events] for part in (states, targets, weights, nats))
         if differentiate:
             gradients[0] = gradients[0][:events]
+        total_nats = (nats * weights).sum()
+        if smoothing:
+            total_nats += smoothing * _smooth(states, weight, bias, targets, weights, smoothing, gradients)
         ctx.save_for_backward(*gradients)
         ctx.has_bias = bias is not None
-        nats, weights = nats[:events], weights[:events]
         ctx.mark_non_differentiable(nats)
-        return (nats * weights).sum(), nats
+        return total_nats, nats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -167,7 +224,32 @@ class _SoftmaxLoss(torch.autograd.Function):
         if to_total.device.type != "cpu" or float(to_total) != 1:
             gradients = [gradient * to_total for gradient in gradients]
         to_states, to_weight, to_bias = gradients
-        return to_states, to_weight, to_bias if ctx.has_bias else None, None, None, None
+        return to_states, to_weight, to_bias if ctx.has_bias else None, None, None, None, None
+
+
+def _smooth(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    share: float,
+    gradients: Sequence[Tensor],
+) -> Tensor:
+    """The weighted sum of each target's logit over the mean logit; `gradients` get what the mean adds to them.
+
+    With a share e of the target spread out, an event costs nats + e * (logit of the target - mean logit).
+    """
+    mean_weight = weight.sum(0) / len(weight)  # (P,)
+    lead = (states * (weight.index_select(0, targets) - mean_weight)).sum(1)
+    if bias is not None:
+        lead += bias.index_select(0, targets) - bias.mean()
+    if gradients:
+        to_states, to_weight, to_bias = gradients
+        to_states.sub_(torch.outer(share * weights, mean_weight))
+        to_weight.sub_(weights @ states * (share / len(weight)))
+        to_bias.sub_(weights.sum() * (share / len(weight)))
+    return (lead * weights).sum()
 
 
 class _Chunks:

@@ -30,6 +30,11 @@ class PackedRows(NamedTuple):
         """The packed row that holds the same place of the row read from its end, (N,)."""
         return self.at(self.lengths[self.row] - 1 - self.time, self.row)
 
+    def previous(self) -> Tensor:
+        """The packed row one step before each of those that have one, which are all but the first B, (N - B,)."""
+        later = slice(self.batch_sizes[0], None)
+        return self.at(self.time[later] - 1, self.row[later])
+
     def at(self, time: Tensor, row: Tensor) -> Tensor:
         """The packed rows of the given steps of the given rows; all index tensors on CPU."""
         return torch.tensor(self.offsets)[time] + row

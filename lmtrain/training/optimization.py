@@ -1,4 +1,4 @@
-"""Optimizers, the learning rate's schedule, gradient clipping."""
+"""Optimizers, the learning rate's schedules, gradient clipping."""
 
 from __future__ import annotations
 
@@ -19,69 +19,110 @@ _add_group = inspect.unwrap(Optimizer.add_param_group)
 _add_group.__dynamo_disable = _add_group
 
 
-def build_optimizer(
-    model: LanguageModel, *, name: Literal["adamw", "sgd"], lr: float, betas: Sequence[float], weight_decay: float
-) -> Optimizer:
-    """AdamW or SGD over the model's weights; matrices decay, biases do not.
+def build_optimizers(
+    model: LanguageModel,
+    *,
+    name: Literal["adamw", "sgd"],
+    lr: float,
+    betas: Sequence[float],
+    weight_decay: float,
+    ngram_rate: float = 1.0,
+) -> list[Optimizer]:
+    """AdamW or SGD over the model's weights; matrices decay, biases and the vectors of n-grams do not.
 
-    Where a step leaves the embeddings of tokens that are not in the batch as they are (SGD without decay, embedding
-    not tied to the output layer), the embedding is set to give its gradient as the rows of the batch's tokens alone.
+    These vectors, of which a batch knows few, have a sparse gradient, and with AdamW an optimizer that only moves
+    those (`torch.optim.SparseAdam`). Where a step leaves the embeddings of tokens that are not in the batch as they
+    are (SGD without decay, embedding not tied to the output layer), the embedding is set to give such a gradient, too.
 
     AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
+
+    Args:
+        ngram_rate: learning rate of the vectors of n-grams, in shares of that of all else.
     """
-    embedding, parameters = model.embedding.weight, list(model.parameters())
+    embedding: Tensor = model.embedding.weight
+    ngrams: list[Tensor] = list(model.ngrams.parameters())
+    dense = [p for p in model.parameters() if not any(p is vectors for vectors in ngrams)]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in dense if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in dense if p.dim() <= 1], "weight_decay": 0.0},
     ]
     if name == "adamw":  # it moves every weight at every step, whether the batch has its token or not
-        return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
+        adamw = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
+        vectors = {"params": ngrams, "share": ngram_rate}
+        return [adamw, torch.optim.SparseAdam([vectors], lr=lr, betas=(betas[0], betas[1]))] if ngrams else [adamw]
     tied = any(weight is embedding for weight in model.output.parameters())
     if weight_decay == 0 and not tied:
         model.embedding.sparse = True
         groups[0]["params"] = [p for p in groups[0]["params"] if p is not embedding]
         groups.append({"params": [embedding], "weight_decay": 0.0, "fused": False, "foreach": False})
-    return torch.optim.SGD(groups, lr=lr, fused=True)
+    if ngrams:
+        groups.append({"params": ngrams, "weight_decay": 0.0, "fused": False, "foreach": False, "share": ngram_rate})
+    return [torch.optim.SGD(groups, lr=lr, fused=True)]
 
 
 def learning_rate(
-    step: int, progress: float, *, lr: float, name: str, warmup_steps: int, final_fraction: float
+    step: int,
+    progress: float,
+    *,
+    lr: float,
+    name: str,
+    warmup_steps: int,
+    final_fraction: float,
+    rise_fraction: float = 0.3,
+    cut: float = 1.0,
 ) -> float:
-    """The rate of a step: a linear rise over the warm-up, times the schedule's fall.
+    """The rate of a step: a linear rise over the warm-up, times what the schedule makes of the peak rate.
 
     Args:
         step: optimizer steps done before this one.
         progress: share of the training that is done, 0..1.
-        name: cosine (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983), linear or constant.
+        name: cosine (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983), linear, constant, plateau (cut
+            where validation stalls), or one_cycle (Smith and Topin 2018, https://arxiv.org/abs/1708.07120: a rise from
+            1/25 over `rise_fraction` of the training, then a fall, both by half a cosine).
+        cut: what plateau's cuts have left of the rate.
     """
     rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    progress = min(1.0, progress)
     match name:
+        case "one_cycle" if progress < rise_fraction:
+            return lr * rise * (1 / 25 + (1 - 1 / 25) * (1 - _fall(progress / rise_fraction)))
+        case "one_cycle":
+            fall = _fall((progress - rise_fraction) / (1 - rise_fraction))
         case "cosine":
-            fall = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            fall = _fall(progress)
         case "linear":
-            fall = 1 - min(1.0, progress)
+            fall = 1 - progress
+        case "plateau":
+            return lr * rise * max(cut, final_fraction)
         case _:
             return lr * rise
     return lr * rise * (final_fraction + (1 - final_fraction) * fall)
 
 
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Set the rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def _fall(share: float) -> float:
+    """From 1 to 0 by half a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * share))
 
 
-def step(optimizer: Optimizer) -> None:
+def set_learning_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
+    """Set the rate of every group to its share of this one."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("share", 1.0)
+
+
+def step(optimizers: Sequence[Optimizer]) -> None:
     """One update of the weights by their gradients, which are then gone.
 
     The method is called without PyTorch's wrappers: they import its compiler, take notes for its profiler and call
     registered hooks, of which there are none, and turn gradients off.
     """
-    with torch.no_grad():
-        inspect.unwrap(type(optimizer).step)(optimizer)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
+    for optimizer in optimizers:
+        with torch.no_grad():
+            inspect.unwrap(type(optimizer).step)(optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def clip_gradient(parameters: Iterable[Tensor], largest: float | None) -> float:
@@ -104,22 +145,26 @@ def clip_gradient(parameters: Iterable[Tensor], largest: float | None) -> float:
     return norm
 
 
-def optimizer_tensors(optimizer: Optimizer, model: LanguageModel) -> dict[str, Tensor]:
-    """The optimizer's state as tensors, named by weight: `exp_avg/embedding.weight`."""
+def optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel) -> dict[str, Tensor]:
+    """The optimizers' state as tensors, named by weight: `exp_avg/embedding.weight`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{key}/{names[id(parameter)]}": value
+        f"{key}/{names[id(parameter)]}": torch.as_tensor(value)  # SparseAdam counts its steps in an integer
+        for optimizer in optimizers
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
-        if isinstance(value, Tensor)
+        if value is not None
     }
 
 
-def set_optimizer_tensors(optimizer: Optimizer, model: LanguageModel, tensors: dict[str, Tensor]) -> None:
+def set_optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
     parameters = dict(model.named_parameters())
+    home = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, value in tensors.items():
         key, _, weight = name.partition("/")
         parameter = parameters[weight]
+        optimizer = home[id(parameter)]
         # a scalar step counter stays where the fused optimizer wants it: beside its weight
-        optimizer.state[parameter][key] = value.to(parameter.device).clone()
+        integer = isinstance(optimizer, torch.optim.SparseAdam) and key == "step"
+        optimizer.state[parameter][key] = int(value) if integer else value.to(parameter.device).clone()

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from lmtrain.config import Config
-from lmtrain.data.batching import Rows
 from lmtrain.data.corpus import Source, TokenStore, encode_block, open_store
-from lmtrain.data.preparation import epoch_sampler, prepare, source_of
+from lmtrain.data.preparation import Reading, prepare, source_of, training_reading
+from lmtrain.data.streaming import Stream
 from lmtrain.data.tokenizer import IdsTokenizer
 from lmtrain.errors import DataError
 from lmtrain.run import build_model
@@ -37,7 +37,7 @@ def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
     for name, store in stores.items():
         if store is not None:
             yield f"{name}: {_store(store)}"
-    yield _batches(config, Rows(corpora.train, config.batching.max_length))
+    yield _batches(training_reading(config, corpora.train, corpora.tokenizer.eos_id))
     with torch.device("meta"):  # shapes without memory
         model = build_model(config, corpora.tokenizer.vocab_size)
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -53,22 +53,24 @@ def _faults(config: Config, source: Source) -> Iterator[str]:
         try:
             for block in replace(source, files=(path,)).blocks():
                 if ids is not None:
-                    encode_block(ids, block)
+                    encode_block(ids, block, block.texts)
         except DataError as error:
             yield from error.faults
 
 
 def _store(store: TokenStore) -> str:
     counts = store.counts
-    tokens = counts.tokens - counts.sequences  # `<bos>` is not predicted
-    line = f"{counts.sequences:,} sequences, {tokens:,} tokens with end tokens, longest {counts.longest:,}"
-    line += f", {counts.unknown_tokens / tokens:.2%} unknown"
+    line = f"{counts.sequences:,} {'lines' if counts.stream else 'sequences'}, {counts.events:,} tokens with end tokens"
+    line += f", longest {counts.longest:,}, {counts.unknown_tokens / counts.events:.2%} unknown"
     return line + (f", {counts.blank:,} blank lines skipped" if counts.blank else "")
 
 
-def _batches(config: Config, rows: Rows) -> str:
-    batches = epoch_sampler(config, rows).epoch(0)
-    longest = np.array([rows.lengths[batch].max() for batch in batches])
-    places = int((longest * np.array([len(batch) for batch in batches])).sum())
+def _batches(reading: Reading) -> str:
+    parts = reading.sampler.epoch(0)
+    if isinstance(reading.source, Stream):
+        return f"batches: {len(parts):,} an epoch, {reading.columns} columns of {reading.source.steps:,} tokens"
+    rows = reading.source
+    longest = np.array([rows.lengths[part].max() for part in parts])
+    places = int((longest * np.array([len(part) for part in parts])).sum())
     padding = 1 - int(rows.lengths.sum()) / places
-    return f"batches: {len(batches):,} an epoch, {padding:.1%} padding, {rows.split_sequences:,} sequences split"
+    return f"batches: {len(parts):,} an epoch, {padding:.1%} padding, {rows.split_sequences:,} sequences split"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lmtrain import checkpoint
@@ -15,8 +16,10 @@ from lmtrain.config import Config
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.states import CarriedState
 from lmtrain.run import RunDirectory, check_tokenizer, check_weights, load_weights, weights
 from lmtrain.runtime import environment, random_state, set_random_state
+from lmtrain.training.averaging import Averaging
 from lmtrain.training.figures import Window
 from lmtrain.training.optimization import optimizer_tensors, set_optimizer_tensors
 
@@ -39,6 +42,10 @@ class TrainingState:
     best_step: int | None = None
     best_figures: dict[str, float] = field(default_factory=dict)
     bad_validations: int = 0
+    validation_losses: list[float] = field(default_factory=list)  # while averaging waits for its trigger
+    stale_validations: int = 0  # since the best one, the last cut or the last rollback
+    cut: float = 1.0  # what plateau has left of the learning rate
+    averaged_steps: int | None = None  # None: there is no average
     validated_step: int = 0
     elapsed_s: float = 0.0
     finished: bool = False
@@ -70,16 +77,22 @@ class Saves:
         self,
         run: RunDirectory,
         model: LanguageModel,
-        optimizer: Optimizer,
+        optimizers: list[Optimizer],
         device: torch.device,
         corpora: Corpora,
         config: Config,
+        averaging: Averaging,
+        carried: CarriedState | None,
     ) -> None:
-        self.run, self.model, self.optimizer, self.device = run, model, optimizer, device
-        self.corpora, self.config = corpora, config
+        self.run, self.model, self.optimizers, self.device = run, model, optimizers, device
+        self.corpora, self.config, self.averaging, self.carried = corpora, config, averaging, carried
 
     def save(self, state: TrainingState, lengths: dict[str, int], begun_in: dict[str, Any]) -> None:
-        """Save the run as it stands, then remove what is older than the newest `keep` and not the best."""
+        """Save the run as it stands, then remove what is older than the newest `keep` and not the best.
+
+        The model saved is the average of the weights, where there is one; what is trained stands beside it.
+        """
+        state.averaged_steps = self.averaging.steps if self.averaging.active else None
         content = {
             "training": asdict(state),
             "lengths": lengths,
@@ -89,10 +102,16 @@ class Saves:
         }
         if not all(bool(torch.isfinite(weight).all()) for weight in weights(self.model).values()):
             raise DivergedError(f"step {state.step}: a weight is not finite; try a lower optimizer.lr")
-        own = optimizer_tensors(self.optimizer, self.model)
-        training = {f"optimizer/{name}": value for name, value in own.items()} | random_state(self.device)
+        parts = {
+            "optimizer": optimizer_tensors(self.optimizers, self.model),
+            "carried": {} if self.carried is None else self.carried.tensors(),
+            "weights": weights(self.model) if self.averaging.active else {},
+        }
+        training = {f"{part}/{name}": value for part, own in parts.items() for name, value in own.items()}
+        training |= random_state(self.device)
+        saved_model = self.averaging.averages or weights(self.model)
         checkpoints = self.run.checkpoints
-        checkpoint.save(checkpoints, checkpoint.Checkpoint(state.step, weights(self.model), training, content))
+        checkpoint.save(checkpoints, checkpoint.Checkpoint(state.step, saved_model, training, content))
         self._point(state)
         saved = [step for step in checkpoint.steps(checkpoints) if step <= state.step]  # newer ones: passed over
         for old in set(saved) - {*saved[: self.config.checkpoint.keep], state.best_step}:
@@ -134,18 +153,38 @@ class Saves:
         for path in sorted(before.keys() | self.corpora.hashes.keys()):
             if self.corpora.hashes.get(path) != before.get(path):
                 raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
-        load_weights(self.model, saved.model)
-        prefix = "optimizer/"
-        own = {key.removeprefix(prefix): value for key, value in saved.training.items() if key.startswith(prefix)}
+        self._load(saved, restored.state.averaged_steps)
         try:
-            set_optimizer_tensors(self.optimizer, self.model, own)
+            if self.carried is not None:
+                self.carried.load(_part(saved, "carried"), self.device)
             set_random_state(saved.training, self.device)
-        except (KeyError, RuntimeError, TypeError):
+        except (KeyError, RuntimeError, TypeError, ValueError):
             raise ArtefactError(f"{name}: training.safetensors is not of this run") from None
         self._point(restored.state)  # killed between a save and its pointers, a run catches up here
         self._compare(restored.environment, notify)
         notify(f"resumed from step {saved.step}")
         return restored
+
+    def _load(self, saved: checkpoint.Checkpoint, averaged_steps: int | None) -> None:
+        """Weights, their average and the optimizer as they were saved."""
+        name = checkpoint.home_of(self.run.checkpoints, saved.step)
+        try:
+            own = _part(saved, "weights") if averaged_steps is not None else saved.model
+            check_weights(self.config, self.corpora.tokenizer.vocab_size, own, f"{name}/training.safetensors")
+            load_weights(self.model, own)
+            if averaged_steps is not None:
+                self.averaging.load(saved.model, averaged_steps)
+            set_optimizer_tensors(self.optimizers, self.model, _part(saved, "optimizer"))
+        except (KeyError, RuntimeError, TypeError):
+            raise ArtefactError(f"{name}: training.safetensors is not of this run") from None
+
+    def roll_back(self, step: int, notify: Callable[[str], None]) -> None:
+        """Take up the weights, their average and the optimizer of a step that was saved; all else goes on."""
+        try:
+            saved = checkpoint.load(self.run.checkpoints, step)
+            self._load(saved, TrainingState.from_json(saved.state["training"]).averaged_steps)
+        except (ArtefactError, KeyError, TypeError, ValueError) as error:
+            notify(f"warning: going on from the weights as they are: {error}")
 
     def _compare(self, begun_in: dict[str, Any], notify: Callable[[str], None]) -> None:
         here = environment(self.device)
@@ -155,6 +194,12 @@ class Saves:
                     f"note: {key} is {here[key]}, was {begun_in.get(key)}: the result is no longer bit-identical to an "
                     "uninterrupted run's"
                 )
+
+
+def _part(saved: checkpoint.Checkpoint, name: str) -> dict[str, Tensor]:
+    """The tensors of one part of what training keeps."""
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): value for key, value in saved.training.items() if key.startswith(prefix)}
 
 
 def check_unchanged(saved: Config, config: Config) -> None:

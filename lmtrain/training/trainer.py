@@ -14,29 +14,20 @@ from pathlib import Path
 
 import torch
 
-from lmtrain.config import Config, load_config
-from lmtrain.data.batching import Feed, sorted_batches
-from lmtrain.data.preparation import Corpora, epoch_sampler, prepare
+from lmtrain.config import Config
+from lmtrain.data.batching import Batch, Feed
+from lmtrain.data.preparation import Corpora, training_reading
 from lmtrain.errors import DivergedError, StoppedError
-from lmtrain.inference.generation import generate
-from lmtrain.inference.scoring import evaluate
 from lmtrain.model.language_model import count_events
-from lmtrain.run import RunDirectory, build_model, create_run, find_resumable, refuse_full
-from lmtrain.runtime import (
-    autocast,
-    choose_device,
-    choose_precision,
-    environment,
-    keep_freed_memory,
-    noted_signals,
-    out_of_memory,
-)
-from lmtrain.training.figures import Window, in_words, validation_figures
-from lmtrain.training.optimization import build_optimizer, clip_gradient, learning_rate, set_learning_rate, step
-from lmtrain.training.resuming import Restored, Saves, TrainingState, check_unchanged, flatten
-from lmtrain.training.tracking import Progress, Quiet, Tracker
-
-VALIDATION_TOKENS = 8192  # padded tokens a batch
+from lmtrain.model.states import CarriedState
+from lmtrain.run import RunDirectory, build_model
+from lmtrain.runtime import autocast, choose_precision, environment
+from lmtrain.training.averaging import Averaging
+from lmtrain.training.figures import Window, in_words
+from lmtrain.training.optimization import build_optimizers, clip_gradient, learning_rate, set_learning_rate, step
+from lmtrain.training.resuming import Restored, Saves, TrainingState, flatten
+from lmtrain.training.tracking import Progress, Tracker
+from lmtrain.training.validation import Validation, stalled
 
 
 @dataclass(frozen=True)
@@ -47,72 +38,6 @@ class TrainingResult:
     step: int
     figures: dict[str, float]  # by tag: of the best validation; without a validation set the last of training
     best_step: int | None
-
-
-def train(
-    config: Config | str | Path,
-    run_dir: str | Path | None = None,
-    *,
-    resume: bool = False,
-    stop_at_step: int | None = None,
-    progress: Progress | None = None,
-) -> TrainingResult:
-    """Train the model that a configuration describes.
-
-    Args:
-        config: a configuration, or the path of its file.
-        run_dir: the run directory, new or empty; default `runs_dir/name`, with -2, -3 ... where that is taken.
-        resume: go on from the last good checkpoint, where there is one.
-        stop_at_step: save and stop after this step, as a signal would make it.
-
-    Raises:
-        LmtrainError: a fault of config, data, run directory or machine; see `lmtrain.errors` for its kinds.
-        StoppedError: a signal ended it; its state is saved.
-    """
-    start_s = time.monotonic()
-    config = config if isinstance(config, Config) else load_config(config)
-    progress = progress or Quiet()
-    named = None if run_dir is None else str(run_dir)
-    run = find_resumable(config, named) if resume else None
-    if run is None and named is not None:
-        refuse_full(named)
-    if resume and run is None:
-        progress.note("nothing to resume yet: starting afresh")
-    if run is not None:
-        run.refuse_links()
-        check_unchanged(run.config(), config)
-    device = choose_device(config.training.device)
-    keep_freed_memory()
-    if config.training.num_threads is not None:
-        torch.set_num_threads(config.training.num_threads)
-    tokenizer = None if run is None else run.tokenizer()
-    corpora = prepare(config, progress.note, tokenizer)  # before the run directory: its faults leave nothing behind
-    new = run is None
-    run = run or create_run(config, named)
-    with run.locked():
-        if new:
-            run.write_start(config, corpora.tokenizer, environment(device))
-        else:
-            run.write_config(config)  # with what may change in a resume
-        trainer = None
-        try:
-            trainer = Trainer(config, run, corpora, device, progress, start_s)
-            with noted_signals() as stopped_by:
-                return trainer.run_to_end(stopped_by, stop_at_step)
-        except (RuntimeError, MemoryError) as error:
-            batching = config.batching
-            size = (
-                f"max_tokens (now {batching.max_tokens})"
-                if batching.max_tokens
-                else f"batch_size (now {batching.batch_size})"
-            )
-            if (memory := out_of_memory(error, f"lower batching.{size} or model.hidden_size")) is not None:
-                raise memory from None
-            raise
-        finally:
-            if trainer is not None:
-                trainer.close()
-            progress.close()
 
 
 class Trainer:
@@ -129,36 +54,40 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.corpora = config, run, corpora
         self.device, self.progress, self.start_s = device, progress, start_s
-        self.rows, self.valid_rows = corpora.rows(config.batching.max_length)
+        tokenizer = corpora.tokenizer
+        source, sampler, columns = training_reading(config, corpora.train, tokenizer.eos_id)
         torch.manual_seed(config.seed)
-        self.model = build_model(config, corpora.tokenizer.vocab_size)
+        self.model = build_model(config, tokenizer.vocab_size)
         self.model.to(device)
         optimizer = config.optimizer
-        self.optimizer = build_optimizer(
+        self.optimizers = build_optimizers(
             self.model,
             name=optimizer.name,
             lr=optimizer.lr,
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
+            ngram_rate=optimizer.ngram_rate,
         )
         weight_of = config.training.loss_weights.model_dump()
         self.loss_weights = {objective: weight_of[objective] for objective in self.model.objectives}
-        self.saves = Saves(run, self.model, self.optimizer, device, corpora, config)
+        self.validation = Validation(config, corpora, self.model, self.loss_weights)
+        self.averaging = Averaging(self.model, name=config.averaging.name, decay=config.averaging.decay)
+        self.carried = None if columns is None else CarriedState(columns)
+        self.saves = Saves(run, self.model, self.optimizers, device, corpora, config, self.averaging, self.carried)
         restored = self.saves.restore(progress.note)
         self.state, lengths, self.begun_in = restored or self._begin()
         self.tracker = Tracker(run.path, lengths, progress.note)
-        self.pad_id = corpora.tokenizer.pad_id
-        sampler, accumulate = epoch_sampler(config, self.rows), config.training.accumulate
-        self.feed = Feed(self.rows, sampler, self.pad_id, accumulate, self.state.epoch, self.state.next_batch)
+        place = self.state.epoch, self.state.next_batch
+        self.feed = Feed(source, sampler, tokenizer.pad_id, config.training.accumulate, *place)
         self.epoch_batches = self.feed.peek().epoch_batches
         self.feed.waited_s = 0.0  # what the start took is no wait
         self.window_start_s = self.saved_s = time.monotonic()
         self.figures: dict[str, float] = {}
         count = sum(parameter.numel() for parameter in self.model.parameters())
         progress.note(
-            f"run {run.path}: {count:,} weights, vocabulary {corpora.tokenizer.vocab_size:,}, "
-            f"{len(self.rows):,} sequences, {self.epoch_batches:,} batches an epoch, {device.type}, "
-            f"{self.state.precision}"
+            f"run {run.path}: {count:,} weights, vocabulary {tokenizer.vocab_size:,}, "
+            f"{len(source):,} {'sequences' if columns is None else 'columns'}, "
+            f"{self.epoch_batches:,} batches an epoch, {device.type}, {self.state.precision}"
         )
         if self._steps() < 2 * config.schedule.warmup_steps:
             progress.note(
@@ -232,27 +161,23 @@ class Trainer:
 
     def _step(self) -> None:
         """One optimizer step. Nats are summed over all its batches and divided once by the number of events."""
-        state, optimizer, schedule = self.state, self.config.optimizer, self.config.schedule
+        state, optimizer = self.state, self.config.optimizer
         group = self.feed.take()
         assert (group.epoch, group.end) == (state.epoch, state.next_batch + len(group.batches))
         batches = group.batches
         counted = [count_events(batch.lengths) for batch in batches]
         events = {objective: sum(part[objective] for part in counted) for objective in self.loss_weights}
-        rate = learning_rate(
-            state.step,
-            self._progress(),
-            lr=optimizer.lr,
-            name=schedule.name,
-            warmup_steps=schedule.warmup_steps,
-            final_fraction=schedule.final_fraction,
-        )
-        set_learning_rate(self.optimizer, rate)
+        rate = self._learning_rate(batches)
+        set_learning_rate(self.optimizers, rate)
         nats = dict.fromkeys(self.loss_weights, 0.0)
         weights = {name: weight / max(1, events[name]) for name, weight in self.loss_weights.items()}
         for batch in batches:
+            before = None if self.carried is None else self.carried.of(batch.order)
             with autocast(state.precision, self.device):
-                losses = self.model.loss(batch.tokens.to(self.device), batch.lengths, weights)
+                losses = self.model.loss(batch.tokens.to(self.device), batch.lengths, weights, before)
             losses.total.backward()
+            if self.carried is not None:
+                self.carried.put(batch.order, losses.state)
             for objective, part in losses.parts.items():
                 nats[objective] += float(part.nats)
         norm = clip_gradient(self.model.parameters(), optimizer.clip_grad_norm)
@@ -262,15 +187,35 @@ class Trainer:
                 f"{norm:g}); try a lower optimizer.lr, a longer schedule.warmup_steps or a smaller "
                 "optimizer.clip_grad_norm; the weights saved last are sound"
             )
-        step(self.optimizer)
+        step(self.optimizers)
+        self.averaging.update()
         self.last_norm, self.last_rate = norm, rate
         state.window.add(batches, nats, events)
         state.step += 1
         state.next_batch = group.end
         if group.ends_epoch:
             state.epoch, state.next_batch = state.epoch + 1, 0
+            if self.carried is not None:
+                self.carried.clear()  # the text begins anew
             if not self._ended():
                 self.epoch_batches = self.feed.peek().epoch_batches
+
+    def _learning_rate(self, batches: list[Batch]) -> float:
+        """Of the coming step; in proportion to the length of chunks, where that is drawn, as Merity et al. have it."""
+        schedule, batching = self.config.schedule, self.config.batching
+        rate = learning_rate(
+            self.state.step,
+            self._progress(),
+            lr=self.config.optimizer.lr,
+            name=schedule.name,
+            warmup_steps=schedule.warmup_steps,
+            final_fraction=schedule.final_fraction,
+            rise_fraction=schedule.rise_fraction,
+            cut=self.state.cut,
+        )
+        if batching.random_bptt:
+            rate *= sum(int(batch.lengths[0]) - 1 for batch in batches) / (len(batches) * batching.bptt)
+        return rate
 
     # ---- what is reported
 
@@ -294,14 +239,16 @@ class Trainer:
     def _validate(self) -> bool:
         """Validate, let the model write, and log both; True where the loss is the best so far."""
         started_s = time.monotonic()
-        state, values, improved = self.state, {}, False
+        state, improved = self.state, False
         state.validated_step = state.step
         self.model.eval()
-        if self.valid_rows is not None:
-            batches = sorted_batches(self.valid_rows, VALIDATION_TOKENS, self.pad_id)
+        with self.averaging.applied():
             with autocast(state.precision, self.device):
-                result = evaluate(self.model, batches)
-            values = validation_figures(result, self.loss_weights)
+                values = self.validation.figures()
+            self.tracker.log(state.step, self._epoch(), {**values, "samples": self.validation.samples()})
+            if self.config.logging.histograms:
+                self.tracker.histograms(state.step, self.model)
+        if values:
             loss = values["valid/loss"]
             if not math.isfinite(loss):
                 raise DivergedError(
@@ -313,19 +260,26 @@ class Trainer:
                 state.best_loss, state.best_step, state.best_figures = loss, state.step, values
             state.bad_validations = 0 if improved else state.bad_validations + 1
             self.progress.note(f"step {state.step}: validation {in_words(values)}{' (best)' if improved else ''}")
-        self.tracker.log(state.step, self._epoch(), {**values, "samples": self._samples()})
-        if self.config.logging.histograms:
-            self.tracker.histograms(state.step, self.model)
+            self._react(loss, improved)
         self.model.train()
         self.window_start_s += time.monotonic() - started_s  # not part of the training's tokens per second
         return improved
 
-    def _samples(self) -> list[dict[str, str]]:
-        """What the model goes on with after the sample prompts, greedily."""
-        prompts = self.config.logging.sample_prompts
-        limit = self.config.generation.max_tokens
-        written = generate(self.model, self.corpora.tokenizer, prompts, max_tokens=limit) if prompts else []
-        return [{"prompt": each.prompt, "text": each.text} for each in written]
+    def _react(self, loss: float, improved: bool) -> None:
+        """What a validation changes: the learning rate of plateau, the beginning of triggered averaging."""
+        state, schedule = self.state, self.config.schedule
+        if self.config.averaging.name == "triggered" and not self.averaging.active:
+            state.validation_losses.append(loss)
+            if stalled(state.validation_losses, self.config.averaging.trigger):
+                self.averaging.begin()
+                self.progress.note(f"step {state.step}: validation has stalled: averaging the weights from here on")
+        if schedule.name != "plateau":
+            return
+        state.stale_validations = 0 if improved else state.stale_validations + 1
+        if state.stale_validations >= schedule.patience and state.best_step is not None:
+            state.stale_validations, state.cut = 0, state.cut * schedule.factor
+            self.progress.note(f"step {state.step}: back to step {state.best_step}, at a lower learning rate")
+            self.saves.roll_back(state.best_step, self.progress.note)
 
     # ---- saving and ending
 
@@ -345,17 +299,21 @@ class Trainer:
         if self.state.validated_step != self.state.step:
             self._validate()
         flat = flatten(self.config.model_dump())
-        figures = self.state.best_figures or {key: v for key, v in self.figures.items() if key == "train/loss"}
-        self.tracker.hyperparameters(flat, {f"hparam/{tag.replace('/', '_')}": v for tag, v in figures.items()})
+        figures = {f"hparam/{tag.replace('/', '_')}": value for tag, value in self._figures().items()}
+        self.tracker.hyperparameters(flat, figures)
         self.state.finished = True
         self._save()
         return self._result()
 
-    def _result(self) -> TrainingResult:
-        last: dict[str, float] = {
+    def _figures(self) -> dict[str, float]:
+        """The best validation's; without a validation set the last training window's."""
+        window: dict[str, float] = {
             tag: self.figures[tag] for tag in ("train/loss", "train/perplexity") if tag in self.figures
         }
-        return TrainingResult(self.run.path, self.state.step, self.state.best_figures or last, self.state.best_step)
+        return self.state.best_figures or window
+
+    def _result(self) -> TrainingResult:
+        return TrainingResult(self.run.path, self.state.step, self._figures(), self.state.best_step)
 
     def close(self) -> None:
         self.tracker.close()

@@ -1,0 +1,108 @@
+"""Scoring that adapts to the text it reads: a neural cache, dynamic evaluation. Nothing is ever adapted to a token
+before that token is scored, so both give true probabilities of the text.
+
+Shapes: N events of a batch, W events in the cache, P output size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmtrain.data.batching import Batch
+from lmtrain.metrics import Tally
+from lmtrain.model.language_model import LanguageModel, Objective
+from lmtrain.model.states import CarriedState
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A neural cache: Grave et al. 2017, https://arxiv.org/abs/1612.04426.
+
+    The model's probabilities are mixed with those of the last `size` tokens, each weighed by how near the state before
+    it is to the state now: p(w) = (1 - share) p_model(w) + share sum_i [w_i = w] softmax_i(theta h . h_i).
+    """
+
+    size: int
+    theta: float = 0.3
+    share: float = 0.1
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """Dynamic evaluation by gradient descent: Krause et al. 2018, https://arxiv.org/abs/1709.07432.
+
+    Each chunk of `steps` tokens is scored, and then learnt from: w <- w - lr * gradient + decay * (w_0 - w), the
+    gradient being that of the chunk's nats per token.
+    """
+
+    lr: float
+    decay: float = 0.0
+    steps: int = 20
+
+
+@torch.inference_mode()
+def evaluate_with_cache(model: LanguageModel, batches: Iterable[Batch], cache: Cache) -> Tally:
+    """Sum the nats of a text in one column, its state and its cache carried from batch to batch."""
+    device, carried, result = model.embedding.weight.device, CarriedState(1), Tally()
+    keys: Tensor | None = None  # (W, P) states before the cached tokens
+    values = torch.empty(0, dtype=torch.int64, device=device)  # (W,) these tokens
+    for batch in batches:
+        reading = model.read(batch.tokens.to(device), batch.lengths, carried.of(batch.order))
+        carried.put(batch.order, reading.state)
+        states, targets = reading.events["forward"]
+        states = states.float()
+        keys = states[:0] if keys is None else keys
+        own = model.output.nats(states, targets).double()
+        for part in torch.arange(len(targets), device=device).split(512):
+            start, end = int(part[0]), int(part[-1]) + 1
+            keys, values = torch.cat([keys, states[start:end]]), torch.cat([values, targets[start:end]])
+            before = len(keys) - (end - start)  # events in the cache before the first of these
+            found = cache_probability(keys, values, before, targets[start:end], cache)
+            mixed = torch.log((1 - cache.share) * torch.exp(-own[start:end]) + cache.share * found)
+            empty = torch.arange(before, len(keys), device=device) == 0  # nothing was read yet: the model alone
+            result.add(-float(torch.where(empty, -own[start:end], mixed).sum()), end - start)
+            keys, values = keys[-cache.size :], values[-cache.size :]
+    return result
+
+
+def cache_probability(keys: Tensor, values: Tensor, before: int, wanted: Tensor, cache: Cache) -> Tensor:
+    """What the cache gives to tokens `wanted` (N,) at the last N of its events, each seeing those before it alone.
+
+    Args:
+        keys, values: (W, P) states, (W,) the token that followed each.
+        before: W - N.
+    """
+    query = torch.arange(before, len(keys), device=keys.device).unsqueeze(1)  # (N, 1)
+    key = torch.arange(len(keys), device=keys.device)  # (W,)
+    seen = (key < query) & (key >= query - cache.size)  # (N, W)
+    scores = (cache.theta * (keys[before:] @ keys.t())).double().masked_fill(~seen, -torch.inf)
+    shares = torch.softmax(scores, 1).masked_fill(~seen, 0.0)  # a row that sees nothing is not a number
+    return (shares * (values == wanted.unsqueeze(1))).sum(1)
+
+
+def evaluate_dynamically(model: LanguageModel, batches: Iterable[Batch], dynamic: Dynamic) -> Tally:
+    """Sum the nats of a text in one column, batches of `dynamic.steps` tokens; the model itself stays as it is."""
+    learner = copy.deepcopy(model).eval()
+    learner.embedding.sparse = False
+    device, carried, result = model.embedding.weight.device, CarriedState(1), Tally()
+    start = [parameter.detach() for parameter in model.parameters()]
+    for batch in batches:
+        count = int(batch.lengths.sum()) - len(batch.lengths)
+        weights: dict[Objective, float] = {"forward": 1 / count}
+        losses = learner.loss(batch.tokens.to(device), batch.lengths, weights, carried.of(batch.order))
+        carried.put(batch.order, losses.state)
+        result.add(float(losses.parts["forward"].nats), count)
+        losses.total.backward()
+        with torch.no_grad():
+            for parameter, first in zip(learner.parameters(), start, strict=True):
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=dynamic.lr)
+                    parameter.grad = None
+                if dynamic.decay:
+                    parameter.lerp_(first, dynamic.decay)
+    return result

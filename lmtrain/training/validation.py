@@ -1,0 +1,48 @@
+"""What validation says of a model on its way, and what that leads to."""
+
+from __future__ import annotations
+
+from lmtrain.config import Config
+from lmtrain.data.preparation import Corpora, evaluation_batches
+from lmtrain.inference.generation import generate
+from lmtrain.inference.scoring import evaluate
+from lmtrain.model.language_model import LanguageModel
+from lmtrain.training.figures import LossWeights, validation_figures
+
+
+class Validation:
+    """The validation set and the sample prompts of a run."""
+
+    def __init__(self, config: Config, corpora: Corpora, model: LanguageModel, weights: LossWeights) -> None:
+        self.config, self.corpora, self.model, self.weights = config, corpora, model, weights
+
+    def figures(self) -> dict[str, float]:
+        """A row of validation metrics; empty where there is no validation set."""
+        if self.corpora.valid is None:
+            return {}
+        columns = self.config.validation.columns
+        batches, carried = evaluation_batches(self.config, self.corpora.valid, self.corpora.tokenizer, columns)
+        return validation_figures(evaluate(self.model, batches, carried), self.weights)
+
+    def samples(self) -> list[dict[str, str]]:
+        """What the model goes on with after the sample prompts, greedily."""
+        prompts = self.config.logging.sample_prompts
+        if not prompts:
+            return []
+        written = generate(
+            self.model,
+            self.corpora.tokenizer,
+            prompts,
+            max_tokens=self.config.generation.max_tokens,
+            stream=self.config.batching.mode == "stream",
+        )
+        return [{"prompt": each.prompt, "text": each.text} for each in written]
+
+
+def stalled(losses: list[float], trigger: int) -> bool:
+    """Whether the last validation loss is worse than the best of those more than `trigger` validations ago.
+
+    The non-monotonic trigger of Merity et al. 2018, https://arxiv.org/abs/1708.02182.
+    """
+    earlier = losses[: -trigger - 1] if len(losses) > trigger + 1 else []
+    return bool(earlier) and losses[-1] > min(earlier)
