@@ -1,9 +1,10 @@
 """An interpolated modified Kneser-Ney n-gram model, to hold a recurrent one against: bits per character of its text.
 
-    python scripts/ngram_baseline.py runs/korean-reviews-10min [--order 5]
+    python scripts/ngram_baseline.py runs/korean-reviews-10min [--order 5] [--characters]
 
-It is built from the run's own training files, cut by the run's own tokenizer, and scored on the run's own validation
-and test files: rows from `<bos>` to `<eos>`, end tokens scored, nothing else to go by than the last tokens.
+It is built from the run's own training files, cut by the run's own tokenizer or into characters, and scored on the
+run's own validation and test files: rows from `<bos>` to `<eos>`, end tokens scored, nothing else to go by than the
+last tokens.
 
 Chen and Goodman 1999, https://doi.org/10.1006/csla.1999.0128: a discount for counts of one, two, and more; lower orders
 count in how many contexts a token occurs instead of how often; the lowest is mixed with the even distribution.
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from lmtrain.data.corpus import TokenStore, open_store
 from lmtrain.data.preparation import source_of
+from lmtrain.data.tokenizer import train_tokenizer
 from lmtrain.metrics import Tally, bits_per
 from lmtrain.run import RunDirectory
 
@@ -115,9 +117,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--order", type=int, default=5)
+    parser.add_argument("--characters", action="store_true", help="of characters, whatever the run's tokens are")
     given = parser.parse_args(arguments)
     run = RunDirectory(given.run)
     config, tokenizer = run.config(), run.tokenizer()
+    if given.characters:
+        texts = source_of(config, "train")
+        assert texts is not None
+        tokenizer = train_tokenizer("char", texts.texts(), vocab_size=1 << 16, min_frequency=2)
     with tempfile.TemporaryDirectory() as scratch:
         train, *others = (
             (name, open_store(source, tokenizer, scratch))

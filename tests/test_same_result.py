@@ -24,7 +24,7 @@ logging: {sample_prompts: []}
 """
 
 
-def plain_loss(self, states, targets, weights, weight=None):
+def plain_loss(self, states, targets, weights, weight=None, label_smoothing=0.0, sample=None):
     """The output layer as PyTorch's tutorials have it."""
     nats = F.cross_entropy(self(states), targets, reduction="none")
     return OutputLoss((nats * weights).sum(), nats.detach())
