@@ -65,15 +65,11 @@ def tiny():
     return LanguageModel(7, embedding_size=3, hidden_size=4)
 
 
-def moved(model, count):
-    """Random steps; the weights after each."""
-    seen = []
-    for _ in range(count):
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.add_(torch.randn_like(weight))
-        yield seen
-        seen.append({name: weight.detach().clone() for name, weight in weights(model).items()})
+def move(model):
+    """A random step."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight))
 
 
 def test_the_exponential_average_is_what_its_recursion_says():
@@ -81,7 +77,7 @@ def test_the_exponential_average_is_what_its_recursion_says():
     averaging = Averaging(model, name="ema", decay=0.6)
     wanted = {name: weight.detach().clone() for name, weight in weights(model).items()}
     for step in range(1, 12):
-        next(moved(model, 1))
+        move(model)
         averaging.update()
         decay = min(0.6, (1 + step) / (10 + step))
         wanted = {name: decay * old + (1 - decay) * weights(model)[name] for name, old in wanted.items()}
@@ -92,13 +88,13 @@ def test_the_exponential_average_is_what_its_recursion_says():
 def test_the_triggered_average_is_the_mean_of_all_steps_since():
     model = tiny()
     averaging = Averaging(model, name="triggered", decay=0.5)
-    next(moved(model, 1))
+    move(model)
     averaging.update()
     assert not averaging.active
     averaging.begin()
     seen = [{name: weight.detach().clone() for name, weight in weights(model).items()}]
     for _ in range(6):
-        next(moved(model, 1))
+        move(model)
         averaging.update()
         seen.append({name: weight.detach().clone() for name, weight in weights(model).items()})
     for name, average in averaging.averages.items():
@@ -108,7 +104,7 @@ def test_the_triggered_average_is_the_mean_of_all_steps_since():
 def test_the_average_is_lent_and_the_weights_come_back_bit_for_bit():
     model = tiny()
     averaging = Averaging(model, name="ema", decay=0.9)
-    next(moved(model, 1))
+    move(model)
     averaging.update()
     before = {name: weight.detach().clone() for name, weight in weights(model).items()}
     with averaging.applied():

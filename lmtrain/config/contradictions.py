@@ -45,7 +45,7 @@ def _of_data(config: Config) -> Iterator[Fault]:
 
 def _of_carried_state(config: Config) -> Iterator[Fault]:
     batching, stream = config.batching, config.batching.mode == "stream"
-    if not stream and not batching.carry_state:
+    if not batching.goes_on:
         if batching.random_bptt:
             yield ("batching", "random_bptt"), "goes with batching.mode: stream"
         return

@@ -68,6 +68,11 @@ class BatchingConfig(Section):
     carry_state: bool = False
     """Sentences: lines follow on: read in order, in batch_size columns, the state carried from line to line."""
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the state is carried from row to row."""
+        return self.mode == "stream" or self.carry_state
+
 
 class ModelConfig(Section):
     cell: Literal["lstm", "gru", "rnn"] = "lstm"

@@ -22,11 +22,20 @@ EVALUATION_TOKENS = 8192  # padded tokens a batch
 Notify = Callable[[str], None]
 
 
+class Reading(NamedTuple):
+    """How the training text is read."""
+
+    source: Rows | Stream
+    sampler: Sampler
+    columns: int | None  # that carry their state from batch to batch; None where each row begins anew
+
+
 class Corpora(NamedTuple):
     """Everything a training run reads."""
 
     tokenizer: Tokenizer
     train: TokenStore
+    reading: Reading  # of the training text
     valid: TokenStore | None
     hashes: dict[str, str]  # SHA-256 of each file
 
@@ -68,24 +77,16 @@ def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None) 
         except DataError as error:
             raise ConfigError(f"logging.sample_prompts: {prompt!r}: {error}") from None
     train = open_store(source, tokenizer, cache, notify)
-    training_reading(config, train, tokenizer.eos_id)  # for its faults
+    reading = _reading(config, train, tokenizer.eos_id)
     if valid_source is None:
-        return Corpora(tokenizer, train, None, source.hashes())
+        return Corpora(tokenizer, train, reading, None, source.hashes())
     valid = open_store(valid_source, tokenizer, cache, notify)
     for line in _remarks(train, valid, None if train.counts.stream else config.batching.max_length):
         notify(line)
-    return Corpora(tokenizer, train, valid, source.hashes() | valid_source.hashes())
+    return Corpora(tokenizer, train, reading, valid, source.hashes() | valid_source.hashes())
 
 
-class Reading(NamedTuple):
-    """How the training text is read."""
-
-    source: Rows | Stream
-    sampler: Sampler
-    columns: int | None  # that carry their state from batch to batch; None where each row begins anew
-
-
-def training_reading(config: Config, store: TokenStore, eos_id: int) -> Reading:
+def _reading(config: Config, store: TokenStore, eos_id: int) -> Reading:
     """The batches to train on.
 
     Raises:

@@ -14,6 +14,13 @@ from lmtrain.data.batching import Batch, Ints, Rows, gather
 Span = tuple[int, int]  # of steps: from, to
 
 
+def _columns(count: int, columns: int) -> tuple[Ints, Ints]:
+    """Where each column of so many things begins, and how many it has: the first ones have one more where need be."""
+    steps, longer = divmod(count, columns)
+    column = np.arange(columns)
+    return column * steps + np.minimum(column, longer), steps + (column < longer)
+
+
 class Stream:
     """One long text of T tokens in `columns` columns, which differ by one token at most.
 
@@ -26,9 +33,8 @@ class Stream:
 
     def __init__(self, flat: NDArray[np.integer], eos_id: int, columns: int) -> None:
         self.flat, self.eos_id = flat, eos_id
-        self.steps, longer = divmod(len(flat), columns)  # of each column; the first `longer` have one more
-        self.starts: Ints = np.arange(columns) * self.steps + np.minimum(np.arange(columns), longer)
-        self.lengths: Ints = self.steps + (np.arange(columns) < longer)
+        self.steps = len(flat) // columns  # of the shorter columns
+        self.starts, self.lengths = _columns(len(flat), columns)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -75,9 +81,7 @@ class LinesSampler:
     """An epoch of lines that follow on: B columns of consecutive rows, batch t holding the t-th row of each column."""
 
     def __init__(self, rows: Rows, columns: int) -> None:
-        steps, longer = divmod(len(rows), columns)
-        self.starts: Ints = np.arange(columns) * steps + np.minimum(np.arange(columns), longer)
-        self.counts: Ints = steps + (np.arange(columns) < longer)
+        self.starts, self.counts = _columns(len(rows), columns)
 
     def epoch(self, epoch: int) -> list[Ints]:
         """The row indices of every batch, column by column; the same in each epoch."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lmtrain.data.batching import Batch
+from lmtrain.inference.scoring import readings
 from lmtrain.metrics import Tally
 from lmtrain.model.language_model import LanguageModel, Objective
 from lmtrain.model.states import CarriedState
@@ -48,12 +49,10 @@ class Dynamic:
 @torch.inference_mode()
 def evaluate_with_cache(model: LanguageModel, batches: Iterable[Batch], cache: Cache) -> Tally:
     """Sum the nats of a text in one column, its state and its cache carried from batch to batch."""
-    device, carried, result = model.embedding.weight.device, CarriedState(1), Tally()
+    device, result = model.embedding.weight.device, Tally()
     keys: Tensor | None = None  # (W, P) states before the cached tokens
     values = torch.empty(0, dtype=torch.int64, device=device)  # (W,) these tokens
-    for batch in batches:
-        reading = model.read(batch.tokens.to(device), batch.lengths, carried.of(batch.order))
-        carried.put(batch.order, reading.state)
+    for reading in readings(model, batches, columns=1):
         states, targets = reading.events["forward"]
         states = states.float()
         keys = states[:0] if keys is None else keys

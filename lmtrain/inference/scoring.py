@@ -6,7 +6,7 @@ Shapes: N events of a batch, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from lmtrain.data.batching import Batch
 from lmtrain.data.corpus import StoreCounts
 from lmtrain.metrics import Tally, bits_per
-from lmtrain.model.language_model import LanguageModel, Objective
+from lmtrain.model.language_model import LanguageModel, Objective, Reading
 from lmtrain.model.output import argmax
 from lmtrain.model.states import CarriedState
 
@@ -52,6 +52,21 @@ class Evaluation:
         return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
 
 
+def readings(model: LanguageModel, batches: Iterable[Batch], columns: int | None) -> Iterator[Reading]:
+    """Read batch after batch.
+
+    Args:
+        columns: that carry their state from batch to batch; None: each row begins anew.
+    """
+    device, carried = model.embedding.weight.device, None if columns is None else CarriedState(columns)
+    for batch in batches:
+        before = None if carried is None else carried.of(batch.order)
+        reading = model.read(batch.tokens.to(device), batch.lengths, before)
+        if carried is not None:
+            carried.put(batch.order, reading.state)
+        yield reading
+
+
 @torch.inference_mode()
 def evaluate(
     model: LanguageModel, batches: Iterable[Batch], columns: int | None = None, counts: StoreCounts | None = None
@@ -64,15 +79,9 @@ def evaluate(
         counts: of the text the batches come from, for bits per character and byte.
     """
     assert not model.training
-    device = model.embedding.weight.device
     result = Evaluation({objective: Tally() for objective in model.objectives}, counts or StoreCounts())
     rows_at_once = max(1, LOGITS_AT_ONCE // model.vocab_size)
-    carried = None if columns is None else CarriedState(columns)
-    for batch in batches:
-        before = None if carried is None else carried.of(batch.order)
-        reading = model.read(batch.tokens.to(device), batch.lengths, before)
-        if carried is not None:
-            carried.put(batch.order, reading.state)
+    for reading in readings(model, batches, columns):
         for objective, (states, targets) in reading.events.items():
             if objective != "fill":
                 nats = model.output.nats(states, targets).double().sum()

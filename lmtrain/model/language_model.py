@@ -199,40 +199,37 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Read on to the right: tokens (L, B), rows of equal length -> logits (L, B, V) of each next token, state."""
-        rows = pack_rows(torch.full((tokens.shape[1],), tokens.shape[0]))
-        states, state = self._continue(tokens, rows, state, slice(None))
-        return self._logits(states).unflatten(0, tokens.shape), state
+        (length, count), stack = tokens.shape, self.recurrence.stacks[0]
+        assert isinstance(stack, RecurrentStack)
+        embedded = self.embedding(tokens)  # (L, B, E)
+        if length == 1:
+            states, end = stack.step(embedded[0], state)
+        else:
+            states, end = stack(embedded.flatten(0, 1), pack_rows(torch.full((count,), length)), state)
+        projected = self.projections["of_forward"](states)
+        if self.ngrams:
+            place = torch.arange(length * count, device=tokens.device)
+            lengths = torch.full((count,), length)
+            direct, history = self._direct_forward(tokens, lengths, place // count, place % count, state)
+            projected, end = projected + direct, end + history
+        return self._logits(projected).unflatten(0, tokens.shape), end
 
     def read_prompts(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
         """Ragged prompts: tokens (L, B), lengths (B,) on CPU, longest first -> logits (B, V) after each, state."""
         rows = pack_rows(lengths)
-        states, state = self._continue(tokens, rows, None, rows.last.to(tokens.device))
-        return self._logits(states), state
-
-    def _continue(
-        self, tokens: Tensor, rows: PackedRows, state: State | None, wanted: Tensor | slice
-    ) -> tuple[Tensor, State]:
-        """Read rows of tokens (L, B) to the right, in evaluation.
-
-        Returns:
-            What the output layer reads at the packed rows `wanted`, (N, P), and the state at each row's end.
-        """
-        time, row = rows.time.to(tokens.device), rows.row.to(tokens.device)
-        embedded, stack = self.embedding(tokens[time, row]), self.recurrence.stacks[0]
-        assert isinstance(stack, RecurrentStack)
-        one = len(rows.batch_sizes) == 1
-        states, end = stack.step(embedded, state) if one else stack(embedded, rows, state)
-        projected = self.projections["of_forward"](states[wanted])
-        direct, history = self._direct_forward(tokens, rows.lengths, time[wanted], row[wanted], state)
-        return projected if direct is None else projected + direct, end + history
+        states, end = self.recurrence.stacks[0](self.embedding(tokens[rows.time, rows.row]), rows)
+        projected = self.projections["of_forward"](states[rows.last])
+        if self.ngrams:
+            last, row = (lengths - 1).to(tokens.device), torch.arange(len(lengths), device=tokens.device)
+            direct, history = self._direct_forward(tokens, lengths, last, row, None)
+            projected, end = projected + direct, end + history
+        return self._logits(projected), end
 
     def _direct_forward(
         self, tokens: Tensor, lengths: Tensor, time: Tensor, row: Tensor, state: State | None
-    ) -> tuple[Tensor | None, State]:
+    ) -> tuple[Tensor, State]:
         """What the n-grams that end at given tokens say of the next one, (N, P), and what a state holds of them behind
         the stack's own; `lengths` (B,) are of the tokens that are read."""
-        if not self.ngrams:
-            return None, ()
         ngrams = self.ngrams["of_forward"]
         assert isinstance(ngrams, NgramEmbedding)
         context = ngrams.context_of(tokens, None if state is None else state[-1][0])
@@ -271,9 +268,9 @@ class LanguageModel(nn.Module):
         states, direct, penalties = dict[Objective, Tensor](), dict[Objective, Tensor](), dict[Objective, Tensor]()
         states["forward"], end = self._run("forward", tokens[time, row], rows, lookups, penalties, state)
         targets: dict[Objective, Tensor] = {"forward": tokens[time + 1, row]}
-        from_ngrams, history = self._direct_forward(tokens, rows.lengths, time, row, state)
-        if from_ngrams is not None:
-            direct["forward"] = from_ngrams
+        if self.ngrams:
+            direct["forward"], history = self._direct_forward(tokens, rows.lengths, time, row, state)
+            end += history
         if self.bidirectional:
             back = places.read_back.to(device)
             states["backward"], _ = self._run("backward", tokens[back, row], rows, lookups, penalties)
@@ -287,7 +284,7 @@ class LanguageModel(nn.Module):
                 direct["fill"] = direct["forward"][before] + direct["backward"][behind]
         read = {name: self.projections[f"of_{name}"](states[name]) for name in self.objectives}  # (events, P)
         read |= {name: read[name] + found for name, found in direct.items()}
-        return Reading({name: Events(read[name], targets[name]) for name in read}, end + history, penalties)
+        return Reading({name: Events(read[name], targets[name]) for name in read}, end, penalties)
 
     def _run(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.run import weights
+from lmtrain.run import load_weights, weights
 
 
 class Averaging:
@@ -60,19 +60,14 @@ class Averaging:
             yield
             return
         own = {name: weight.detach().clone() for name, weight in weights(self.model).items()}
-        self._put(self.averages)
+        load_weights(self.model, self.averages)
         try:
             yield
         finally:
-            self._put(own)
-
-    @torch.no_grad()
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        for name, weight in weights(self.model).items():
-            weight.copy_(values[name])
+            load_weights(self.model, own)
 
     def load(self, averages: Mapping[str, Tensor], steps: int) -> None:
-        """Put back an average that was saved; none where there are no tensors."""
+        """Put back an average that was saved."""
         self.averages = {
             name: averages[name].to(weight.device, copy=True) for name, weight in weights(self.model).items()
         }

@@ -10,7 +10,7 @@ import torch
 
 from lmtrain.config import Config
 from lmtrain.data.corpus import Source, TokenStore, encode_block, open_store
-from lmtrain.data.preparation import Reading, prepare, source_of, training_reading
+from lmtrain.data.preparation import Reading, prepare, source_of
 from lmtrain.data.streaming import Stream
 from lmtrain.data.tokenizer import IdsTokenizer
 from lmtrain.errors import DataError
@@ -37,7 +37,7 @@ def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
     for name, store in stores.items():
         if store is not None:
             yield f"{name}: {_store(store)}"
-    yield _batches(training_reading(config, corpora.train, corpora.tokenizer.eos_id))
+    yield _batches(corpora.reading)
     with torch.device("meta"):  # shapes without memory
         model = build_model(config, corpora.tokenizer.vocab_size)
     weights = sum(parameter.numel() for parameter in model.parameters())

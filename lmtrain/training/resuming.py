@@ -140,7 +140,6 @@ class Saves:
             notify(f"passed over: {problem}")
         name = str(checkpoint.home_of(self.run.checkpoints, saved.step))
         check_tokenizer(self.corpora.tokenizer, saved.state, name)
-        check_weights(self.config, self.corpora.tokenizer.vocab_size, saved.model, f"{name}/model.safetensors")
         try:
             restored = TypeAdapter(Restored).validate_python(
                 (TrainingState.from_json(saved.state["training"]), saved.state["lengths"], saved.state["environment"])
@@ -168,12 +167,14 @@ class Saves:
     def _load(self, saved: checkpoint.Checkpoint, averaged_steps: int | None) -> None:
         """Weights, their average and the optimizer as they were saved."""
         name = checkpoint.home_of(self.run.checkpoints, saved.step)
+        vocab_size, own = self.corpora.tokenizer.vocab_size, saved.model
+        check_weights(self.config, vocab_size, saved.model, f"{name}/model.safetensors")
         try:
-            own = _part(saved, "weights") if averaged_steps is not None else saved.model
-            check_weights(self.config, self.corpora.tokenizer.vocab_size, own, f"{name}/training.safetensors")
-            load_weights(self.model, own)
             if averaged_steps is not None:
+                own = _part(saved, "weights")
+                check_weights(self.config, vocab_size, own, f"{name}/training.safetensors")
                 self.averaging.load(saved.model, averaged_steps)
+            load_weights(self.model, own)
             set_optimizer_tensors(self.optimizers, self.model, _part(saved, "optimizer"))
         except (KeyError, RuntimeError, TypeError):
             raise ArtefactError(f"{name}: training.safetensors is not of this run") from None

@@ -16,7 +16,7 @@ import torch
 
 from lmtrain.config import Config
 from lmtrain.data.batching import Batch, Feed
-from lmtrain.data.preparation import Corpora, training_reading
+from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.model.language_model import count_events
 from lmtrain.model.states import CarriedState
@@ -55,7 +55,7 @@ class Trainer:
         self.config, self.run, self.corpora = config, run, corpora
         self.device, self.progress, self.start_s = device, progress, start_s
         tokenizer = corpora.tokenizer
-        source, sampler, columns = training_reading(config, corpora.train, tokenizer.eos_id)
+        source, sampler, columns = corpora.reading
         torch.manual_seed(config.seed)
         self.model = build_model(config, tokenizer.vocab_size)
         self.model.to(device)
