@@ -39,6 +39,7 @@ FLOORS = [
     ["run"],
     ["inference.generation", "inference.scoring", "inference.adaptation", "inference.trained_model"],
     [
+        "training.muon",
         "training.optimization",
         "training.tracking",
         "training.averaging",

@@ -85,6 +85,17 @@ def test_the_exponential_average_is_what_its_recursion_says():
         torch.testing.assert_close(average, wanted[name])
 
 
+def test_the_vectors_of_ngrams_are_taken_as_they_are():
+    model = LanguageModel(9, embedding_size=4, hidden_size=5, ngrams=[2], ngram_buckets=8)
+    averaging = Averaging(model, name="ema", decay=0.9)
+    move(model)
+    averaging.update()
+    vectors = model.ngrams["of_forward"].weight.detach().clone()
+    assert set(averaging.averages) == set(weights(model)) - {"ngrams.of_forward.weight"}
+    with averaging.applied():
+        assert torch.equal(model.ngrams["of_forward"].weight, vectors)
+
+
 def test_the_triggered_average_is_the_mean_of_all_steps_since():
     model = tiny()
     averaging = Averaging(model, name="triggered", decay=0.5)

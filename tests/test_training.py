@@ -46,7 +46,10 @@ SETTINGS = {
         "model.bidirectional=false", "averaging.name=triggered", "averaging.trigger=1", "optimizer.lr=0.3",
         "validation.every_steps=2",
     ],
-    "n-grams": ["batching.mode=stream", "batching.bptt=9", "model.bidirectional=false", "model.ngrams=[2, 3]"],
+    "n-grams, muon, averaged": [
+        "batching.mode=stream", "batching.bptt=9", "model.bidirectional=false", "model.ngrams=[2, 3]",
+        "optimizer.name=muon", "averaging.name=ema",
+    ],
     "adaptive, no validation": ["model.output=adaptive", "model.tie_weights=false", "data.valid=null"],
 }  # fmt: skip
 

@@ -127,14 +127,17 @@ class RegularizationConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or plain stochastic gradient descent."""
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """AdamW; Muon for the matrices of recurrence and projections, AdamW for all else; plain stochastic gradient
+    descent."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate, reached after `schedule.warmup_steps`."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
-    """adamw: decay rates of the averages of the gradient and of its square; a short run may want the second at 0.99."""
+    """AdamW: decay rates of the averages of the gradient and of its square; a short run may want the second at 0.99."""
     weight_decay: float = Field(0.01, ge=0)
     """Decay of matrices; biases and the vectors of n-grams are left alone."""
+    muon_rate: float = Field(2.5, gt=0)
+    """Learning rate of the matrices that Muon moves, in shares of lr."""
     ngram_rate: float = Field(1.0, gt=0)
     """Learning rate of the vectors of n-grams, in shares of lr: the lower, the more often one must be seen to count."""
     clip_grad_norm: float | None = Field(1.0, gt=0)

@@ -1,4 +1,8 @@
-"""Averages of the weights over optimizer steps: what is validated and saved is the average, what is trained is not."""
+"""Averages of the weights over optimizer steps: what is validated and saved is the average, what is trained is not.
+
+The vectors of n-grams are left out, and taken as they are: a step moves few of them, and to average all would take
+longer than the step.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,12 @@ import torch
 from torch import Tensor
 
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.run import load_weights, weights
+from lmtrain.run import weights
+
+
+def averaged_weights(model: LanguageModel) -> dict[str, Tensor]:
+    """The weights that an average is taken of, by name."""
+    return {name: weight for name, weight in weights(model).items() if not name.startswith("ngrams.")}
 
 
 class Averaging:
@@ -38,7 +47,7 @@ class Averaging:
     @torch.no_grad()
     def begin(self) -> None:
         """Average from the weights as they are."""
-        self.averages = {name: weight.detach().clone() for name, weight in weights(self.model).items()}
+        self.averages = {name: weight.detach().clone() for name, weight in averaged_weights(self.model).items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -50,7 +59,7 @@ class Averaging:
             share = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         else:
             share = 1 / (self.steps + 1)
-        for name, weight in weights(self.model).items():
+        for name, weight in averaged_weights(self.model).items():
             self.averages[name].lerp_(weight.detach(), share)
 
     @contextmanager
@@ -59,16 +68,21 @@ class Averaging:
         if not self.active:
             yield
             return
-        own = {name: weight.detach().clone() for name, weight in weights(self.model).items()}
-        load_weights(self.model, self.averages)
+        own = {name: weight.detach().clone() for name, weight in averaged_weights(self.model).items()}
+        self._put(self.averages)
         try:
             yield
         finally:
-            load_weights(self.model, own)
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, weight in averaged_weights(self.model).items():
+            weight.copy_(tensors[name])
 
     def load(self, averages: Mapping[str, Tensor], steps: int) -> None:
         """Put back an average that was saved."""
         self.averages = {
-            name: averages[name].to(weight.device, copy=True) for name, weight in weights(self.model).items()
+            name: averages[name].to(weight.device, copy=True) for name, weight in averaged_weights(self.model).items()
         }
         self.steps = steps

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.training.muon import Muon
 
 # At an optimizer's first use PyTorch imports its compiler, which takes two seconds, only to keep it off. Where its own
 # cache for that (this attribute) is filled, it does not; `step` has the other half.
@@ -22,22 +23,26 @@ _add_group.__dynamo_disable = _add_group
 def build_optimizers(
     model: LanguageModel,
     *,
-    name: Literal["adamw", "sgd"],
+    name: Literal["adamw", "muon", "sgd"],
     lr: float,
     betas: Sequence[float],
     weight_decay: float,
+    muon_rate: float = 1.0,
     ngram_rate: float = 1.0,
 ) -> list[Optimizer]:
-    """AdamW or SGD over the model's weights; matrices decay, biases and the vectors of n-grams do not.
+    """AdamW, Muon or SGD over the model's weights; matrices decay, biases and the vectors of n-grams do not.
 
-    These vectors, of which a batch knows few, have a sparse gradient, and with AdamW an optimizer that only moves
+    Muon moves the matrices of recurrence and projections; embeddings, the output layer and all that is no matrix are
+    AdamW's, as Jordan et al. have it.
+
+    These vectors, of which a batch knows few, have a sparse gradient, and but for SGD an optimizer that only moves
     those (`torch.optim.SparseAdam`). Where a step leaves the embeddings of tokens that are not in the batch as they
     are (SGD without decay, embedding not tied to the output layer), the embedding is set to give such a gradient, too.
 
     AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
 
     Args:
-        ngram_rate: learning rate of the vectors of n-grams, in shares of that of all else.
+        muon_rate, ngram_rate: learning rates of Muon's matrices and of the vectors of n-grams, in shares of `lr`.
     """
     embedding: Tensor = model.embedding.weight
     ngrams: list[Tensor] = list(model.ngrams.parameters())
@@ -46,10 +51,17 @@ def build_optimizers(
         {"params": [p for p in dense if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in dense if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    if name == "adamw":  # it moves every weight at every step, whether the batch has its token or not
-        adamw = torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
-        vectors = {"params": ngrams, "share": ngram_rate}
-        return [adamw, torch.optim.SparseAdam([vectors], lr=lr, betas=(betas[0], betas[1]))] if ngrams else [adamw]
+    if name != "sgd":  # every weight moves at every step, whether the batch has its token or not
+        optimizers: list[Optimizer] = []
+        if name == "muon":
+            inner = [p for part in (model.recurrence, model.projections) for p in part.parameters() if p.dim() > 1]
+            groups[0]["params"] = [p for p in groups[0]["params"] if not any(p is matrix for matrix in inner)]
+            optimizers.append(Muon([{"params": inner, "share": muon_rate}], lr, weight_decay=weight_decay))
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True))
+        if ngrams:
+            vectors = {"params": ngrams, "share": ngram_rate}
+            optimizers.append(torch.optim.SparseAdam([vectors], lr=lr, betas=(betas[0], betas[1])))
+        return optimizers
     tied = any(weight is embedding for weight in model.output.parameters())
     if weight_decay == 0 and not tied:
         model.embedding.sparse = True

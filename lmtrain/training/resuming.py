@@ -19,7 +19,7 @@ from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import CarriedState
 from lmtrain.run import RunDirectory, check_tokenizer, check_weights, load_weights, weights
 from lmtrain.runtime import environment, random_state, set_random_state
-from lmtrain.training.averaging import Averaging
+from lmtrain.training.averaging import Averaging, averaged_weights
 from lmtrain.training.figures import Window
 from lmtrain.training.optimization import optimizer_tensors, set_optimizer_tensors
 
@@ -105,11 +105,11 @@ class Saves:
         parts = {
             "optimizer": optimizer_tensors(self.optimizers, self.model),
             "carried": {} if self.carried is None else self.carried.tensors(),
-            "weights": weights(self.model) if self.averaging.active else {},
+            "weights": averaged_weights(self.model) if self.averaging.active else {},
         }
         training = {f"{part}/{name}": value for part, own in parts.items() for name, value in own.items()}
         training |= random_state(self.device)
-        saved_model = self.averaging.averages or weights(self.model)
+        saved_model = weights(self.model) | self.averaging.averages
         checkpoints = self.run.checkpoints
         checkpoint.save(checkpoints, checkpoint.Checkpoint(state.step, saved_model, training, content))
         self._point(state)
@@ -171,7 +171,7 @@ class Saves:
         check_weights(self.config, vocab_size, saved.model, f"{name}/model.safetensors")
         try:
             if averaged_steps is not None:
-                own = _part(saved, "weights")
+                own = saved.model | _part(saved, "weights")
                 check_weights(self.config, vocab_size, own, f"{name}/training.safetensors")
                 self.averaging.load(saved.model, averaged_steps)
             load_weights(self.model, own)

@@ -66,6 +66,7 @@ class Trainer:
             lr=optimizer.lr,
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
+            muon_rate=optimizer.muon_rate,
             ngram_rate=optimizer.ngram_rate,
         )
         weight_of = config.training.loss_weights.model_dump()

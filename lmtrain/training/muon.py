@@ -1,0 +1,80 @@
+"""Muon: momentum whose steps are made orthogonal, for the matrices of the recurrence.
+
+Shapes: a matrix (m, n).
+
+PyTorch has this optimizer (`torch.optim.Muon`); it computes in bf16 whatever the machine, which is three times as slow
+where the processor has no bf16, and iterates on the matrix itself. Here it is the smaller square of products between
+its rows or columns that is iterated on, a quarter of the size where an LSTM's four gates stand above each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+ITERATIONS = 5
+LINEAR, CUBIC, QUINTIC = 3.4445, -4.7750, 2.0315  # steep at zero, and around 1 for all else
+
+
+class Muon(Optimizer):
+    """Nesterov momentum, each step of which is replaced by the nearest matrix with equal singular values.
+
+    So a step moves all directions of a matrix by the same amount, those of which the gradient says little as much as
+    the few that rule it. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
+
+    Args:
+        groups: of matrices (m, n).
+        lr: length of a step along each direction; times sqrt(m / n) for a matrix that is taller than wide.
+        momentum: what each step keeps of the gradients before it.
+        weight_decay: share of a weight that a learning rate of 1 would take off, apart from the gradient.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every matrix that has a gradient."""
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                mean = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
+                moved = orthogonalised(matrix.grad.lerp(mean, momentum))
+                matrix.mul_(1 - lr * group["weight_decay"])
+                matrix.add_(moved, alpha=-lr * math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1])))
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """U S V -> about U V, singular values between 0.6 and 1.2 for all but the smallest; zeros stay zeros.
+
+    An odd polynomial of X, applied again and again, drives singular values to 1: X <- a X + b X X'X + c X (X'X)^2. As
+    every factor is a polynomial of X'X, they commute, and all of them can be had from X'X alone:
+
+        P_k = a + b A_k + c A_k^2,   A_(k+1) = P_k A_k P_k,   A_0 = X'X,   result = X P_0 P_1 .. P_4
+    """
+    tall = matrix.shape[0] >= matrix.shape[1]
+    square = matrix.t() @ matrix if tall else matrix @ matrix.t()
+    trace = square.diagonal().sum().clamp(min=torch.finfo(matrix.dtype).tiny)  # bounds the largest singular value
+    square = square / trace
+    product = None
+    for iteration in range(ITERATIONS):
+        factor = torch.addmm(square, square, square, beta=CUBIC, alpha=QUINTIC)
+        factor.diagonal().add_(LINEAR)
+        product = factor if product is None else product @ factor
+        if iteration + 1 < ITERATIONS:
+            square = factor @ (factor @ square)
+    assert product is not None
+    result: Tensor = (matrix @ product if tall else product @ matrix) / trace.sqrt()
+    return result
