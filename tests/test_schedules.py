@@ -37,6 +37,13 @@ def test_the_rate_ends_at_its_final_fraction(name):
     assert rate(1.0, name) == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_a_rate_that_is_held_falls_afterwards_as_it_would_have(name):
+    assert [rate(p / 10, name, hold_fraction=0.6) for p in range(7)] == [2.0] * 7
+    for share in (0.0, 0.25, 0.5, 1.0):
+        assert rate(0.6 + 0.4 * share, name, hold_fraction=0.6) == pytest.approx(rate(share, name))
+
+
 def test_one_cycle_rises_to_its_peak_and_falls():
     assert rate(0.0, "one_cycle") == pytest.approx(2.0 / 25)
     assert rate(0.25, "one_cycle", rise_fraction=0.25) == pytest.approx(2.0)

@@ -151,6 +151,8 @@ class ScheduleConfig(Section):
     """Steps in which the learning rate rises linearly from 0."""
     final_fraction: float = Field(0.05, ge=0, le=1)
     """Share of the peak learning rate at the end; plateau: below which it is not cut; constant ignores it."""
+    hold_fraction: float = Field(0.0, ge=0, lt=1)
+    """cosine, linear: share of the training at the peak learning rate, before it falls."""
     patience: int = Field(1, ge=1, le=MOST)
     """plateau: validations without a better loss before the rate is cut and the best weights are taken up again."""
     factor: float = Field(0.25, gt=0, lt=1)

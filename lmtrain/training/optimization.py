@@ -80,6 +80,7 @@ def learning_rate(
     name: str,
     warmup_steps: int,
     final_fraction: float,
+    hold_fraction: float = 0.0,
     rise_fraction: float = 0.3,
     cut: float = 1.0,
 ) -> float:
@@ -91,19 +92,22 @@ def learning_rate(
         name: cosine (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983), linear, constant, plateau (cut
             where validation stalls), or one_cycle (Smith and Topin 2018, https://arxiv.org/abs/1708.07120: a rise from
             1/25 over `rise_fraction` of the training, then a fall, both by half a cosine).
+        hold_fraction: of cosine and linear, share of the training before the fall (Hagele et al. 2024,
+            https://arxiv.org/abs/2405.18392).
         cut: what plateau's cuts have left of the rate.
     """
     rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     progress = min(1.0, progress)
+    falling = max(0.0, progress - hold_fraction) / (1 - hold_fraction)  # 0..1
     match name:
         case "one_cycle" if progress < rise_fraction:
             return lr * rise * (1 / 25 + (1 - 1 / 25) * (1 - _fall(progress / rise_fraction)))
         case "one_cycle":
             fall = _fall((progress - rise_fraction) / (1 - rise_fraction))
         case "cosine":
-            fall = _fall(progress)
+            fall = _fall(falling)
         case "linear":
-            fall = 1 - progress
+            fall = 1 - falling
         case "plateau":
             return lr * rise * max(cut, final_fraction)
         case _:

@@ -211,6 +211,7 @@ class Trainer:
             name=schedule.name,
             warmup_steps=schedule.warmup_steps,
             final_fraction=schedule.final_fraction,
+            hold_fraction=schedule.hold_fraction,
             rise_fraction=schedule.rise_fraction,
             cut=self.state.cut,
         )
