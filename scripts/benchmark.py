@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from lmtrain.data.batching import Batch, EpochSampler, Rows, make_batch
 from lmtrain.data.tokenizer import IdsTokenizer
 from lmtrain.inference.generation import generate
+from lmtrain.inference.prompts import Script
 from lmtrain.model.language_model import LanguageModel, count_events, lay_out
 from lmtrain.model.output import FullOutput
 from lmtrain.runtime import autocast, choose_device, choose_precision, keep_freed_memory
@@ -253,9 +254,11 @@ def generation(shape: Shape, count: int, device: torch.device) -> Work:
     model = make_model(shape, device).eval()
     tokenizer = IdsTokenizer(shape.vocab_size - 2, pad_id=0)
     given = [" ".join(map(str, prompt)) for prompt in prompts(count, shape.vocab_size - 2)]
-    written = sum(len(each.completion.split()) for each in generate(model, tokenizer, given, max_tokens=WRITTEN))
+    written = sum(
+        len(each.completion.split()) for each in generate(model, Script(tokenizer), given, max_tokens=WRITTEN)
+    )
     assert written > 0.9 * WRITTEN * count
-    return Work(lambda: generate(model, tokenizer, given, max_tokens=WRITTEN), written)
+    return Work(lambda: generate(model, Script(tokenizer), given, max_tokens=WRITTEN), written)
 
 
 def corpus_training(tokens: int, device: torch.device) -> Work:

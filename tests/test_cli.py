@@ -16,7 +16,7 @@ import torch
 
 from lmtrain import checkpoint
 from lmtrain.cli import _run as command_line
-from lmtrain.cli import escape
+from lmtrain.cli.terminal import escape
 from lmtrain.training.start import train
 
 COMMAND = [sys.executable, "-m", "lmtrain"]
@@ -69,7 +69,8 @@ def test_train_then_generate_and_evaluate(corpus):
     figures = json.loads(lmtrain("evaluate", "--json").stdout)
     assert set(figures) == {
         "tokens", "nats_per_token", "perplexity", "bits_per_character", "bits_per_byte", "unknown_tokens",
-        "backward_perplexity", "fill_accuracy",
+        "backward_perplexity", "fill_accuracy", "perplexity_without_end_tokens", "perplexity_without_unknown_tokens",
+        "backward_bits_per_character",
     }  # fmt: skip
     assert json.loads(
         lmtrain("evaluate", "runs/config", "valid.txt", "--json", "--batch-size", 2).stdout

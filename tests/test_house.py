@@ -37,7 +37,18 @@ FLOORS = [
     ],
     ["data.tokenizer", "data.reading", "data.corpus", "data.batching", "data.streaming", "data.preparation"],
     ["run"],
-    ["inference.generation", "inference.scoring", "inference.adaptation", "inference.trained_model"],
+    [
+        "inference.prompts",
+        "inference.sampling",
+        "inference.generation",
+        "inference.beam",
+        "inference.filling",
+        "inference.scoring",
+        "inference.vectors",
+        "inference.export",
+        "inference.adaptation",
+        "inference.trained_model",
+    ],
     [
         "training.muon",
         "training.optimization",
@@ -50,13 +61,13 @@ FLOORS = [
         "training.start",
         "training.report",
     ],
-    ["cli", "__main__"],
+    ["cli.terminal", "cli.training", "cli.generation", "cli.inference", "cli", "__main__"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 FILES = {
     ".".join(path.relative_to(ROOT / "lmtrain").with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "lmtrain").rglob("*.py"))
-    if path.name != "__init__.py" or path.parent.name == "config"  # other folders import nothing of their own
+    if path.name != "__init__.py" or path.parent.name in ("config", "cli")  # other folders import nothing of their own
 }
 
 

@@ -79,9 +79,7 @@ def test_it_has_the_matrices_of_recurrence_and_projections_and_nothing_else(tied
 def test_a_model_learns_with_it():
     torch.manual_seed(3)
     model = LanguageModel(8, embedding_size=8, hidden_size=16)
-    optimizers = build_optimizers(
-        model, name="muon", lr=0.05, betas=(0.9, 0.99), weight_decay=0.01, muon_rate=1.0
-    )
+    optimizers = build_optimizers(model, name="muon", lr=0.05, betas=(0.9, 0.99), weight_decay=0.01, muon_rate=1.0)
     tokens, lengths = torch.tensor([[1, 4, 5, 6, 7, 4, 2], [1, 7, 6, 4, 5, 5, 2]]).t(), torch.tensor([7, 7])
     losses = []
     for _ in range(80):

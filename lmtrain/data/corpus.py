@@ -214,7 +214,8 @@ def _write(source: Source, tokenizer: Tokenizer, directory: Path) -> StoreCounts
             if not texts:
                 continue
             flat, lengths = encode_block(tokenizer, block, texts)
-            framed, ends = _frame(flat, lengths, tokenizer, source.stream)
+            start = None if source.stream else tokenizer.bos_id
+            framed, ends = frame(flat, lengths, tokenizer.eos_id, start)
             newlines = len(texts)
             if source.stream and following is None and not block.ended:  # no newline, no end token
                 framed, newlines = framed[:-1], newlines - 1
@@ -257,16 +258,16 @@ def encode_block(tokenizer: Tokenizer, block: Block, texts: Sequence[str]) -> tu
         raise
 
 
-def _frame(flat: Ids, lengths: Ids, tokenizer: Tokenizer, stream: bool) -> tuple[Ids, Ids]:
-    """Put `<bos>` before (but not in a stream) and `<eos>` behind each sequence; also returns where each one ends."""
-    more = 1 if stream else 2
+def frame(flat: Ids, lengths: Ids, end: int, start: int | None) -> tuple[Ids, Ids]:
+    """Put a start token before (None: nothing) and an end token behind each sequence; also where each one ends."""
+    more = 1 if start is None else 2
     ends = (lengths + more).cumsum()
     framed = np.empty(int(ends[-1]), np.int64)
     inner = np.ones(len(framed), bool)
     starts = ends - lengths - more
-    framed[ends - 1], inner[ends - 1] = tokenizer.eos_id, False
-    if not stream:
-        framed[starts], inner[starts] = tokenizer.bos_id, False
+    framed[ends - 1], inner[ends - 1] = end, False
+    if start is not None:
+        framed[starts], inner[starts] = start, False
     framed[inner] = flat
     return framed, ends
 

@@ -93,7 +93,7 @@ def read_texts(paths: Sequence[str], format: str = "auto", jsonl_field: str = "t
     for path in paths:
         before = os.stat(path) if os.path.exists(path) else None
         kind = resolve_format(path, format)
-        for block in _read_lines(path):
+        for block in _read_lines(path, _chunks(path)):
             if kind == "jsonl":
                 block = _records(block, jsonl_field)
             yield block._replace(blank=sum(not text.strip() for text in block.texts))
@@ -102,9 +102,14 @@ def read_texts(paths: Sequence[str], format: str = "auto", jsonl_field: str = "t
             raise DataError(f"{path}: the file changed while it was read; start again when it is at rest")
 
 
-def _read_lines(path: str) -> Iterator[Block]:
+def read_lines_of(handle: IO[bytes], name: str) -> Iterator[Block]:
+    """The lines of what is open already, such as standard input; raises DataError as `read_texts`, under this name."""
+    return _read_lines(name, iter(lambda: handle.read(BLOCK_BYTES), b""))
+
+
+def _read_lines(path: str, chunks: Iterator[bytes]) -> Iterator[Block]:
     line, offset, carried = 1, 0, b""
-    for chunk in _chunks(path):
+    for chunk in chunks:
         if offset == 0 and not carried and chunk.startswith(codecs.BOM_UTF8):
             chunk, offset = chunk.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         whole, newline, rest = chunk.rpartition(b"\n")

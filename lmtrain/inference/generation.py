@@ -1,18 +1,20 @@
-"""Greedy text, for a batch of ragged prompts, each row until its own end token.
+"""Text that a model writes: greedy or drawn at random, for a batch of ragged prompts, each row until its own end.
 
-Shapes: B prompts that still run, V vocabulary.
+Shapes: B rows that still run, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lmtrain.data.batching import make_batch
-from lmtrain.data.tokenizer import Tokenizer, normalise
+from lmtrain.inference.prompts import Script
+from lmtrain.inference.sampling import Sampling, draw, draws
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.output import argmax
 from lmtrain.model.states import State, select
@@ -22,110 +24,197 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Generation:
-    """What the model wrote after one prompt."""
+    """What the model wrote to one prompt."""
 
     prompt: str
     completion: str
-    text: str  # both
-    finished: bool  # it met its end token
-    log_probability: float  # of the completion given the prompt, its end token included, natural logarithm
+    text: str  # both, in the order in which they are read
+    finished: bool  # it met its end token, or a text to stop at
+    log_probability: float  # of the tokens written given the prompt, under the model as it is, natural logarithm
+    tokens: list[tuple[str, float]]  # written, in that order, an end token included, each with its log-probability
+
+
+@dataclass
+class Written:
+    """The tokens of one row, in the order in which they were written."""
+
+    prompt: list[int]  # as it was read
+    ids: list[int] = field(default_factory=list)  # without the end token
+    log_probabilities: list[float] = field(default_factory=list)  # with that of the end token
+    finished: bool = False
 
 
 @torch.inference_mode()
 def generate(
-    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], *, max_tokens: int, stream: bool = False
+    model: LanguageModel,
+    script: Script,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    count: int = 1,
+    stop: Sequence[str] = (),
 ) -> list[Generation]:
-    """Continue each prompt with its most probable next token, until the end token or `max_tokens`.
+    """Continue each prompt until the end token, one of the texts to stop at, or `max_tokens`.
 
     Args:
-        prompts: texts; an empty one starts from `<bos>` alone.
-        stream: the model has learnt one long text: it starts from `<eos>`, an end token is a newline, and the text goes
-            on behind it until `max_tokens`.
+        prompts: texts; an empty one starts from nothing.
+        sampling: how a token is chosen; None: always the most probable one.
+        count: texts to each prompt, one after the other in the result.
+        stop: texts that end a completion, and are cut off with what stands behind them.
 
     Raises:
         DataError: kind ids, and a prompt that is not ids.
     """
-    device = model.embedding.weight.device
+    texts = [text for text in prompts for _ in range(count)]
+    numbers = _numbers(texts)
     results = []
-    for start in range(0, len(prompts), ROWS_AT_ONCE):
-        texts = prompts[start : start + ROWS_AT_ONCE]
-        encoded = [_encode(tokenizer, text, stream) for text in texts]
-        written = _Greedy(model, tokenizer, len(encoded), stream).run(encoded, max_tokens, device)
-        for text, prompt, (ids, finished, log_probability) in zip(texts, encoded, written, strict=True):
-            completion = _completion(tokenizer, prompt, ids)
-            if text[-1:].isspace() and tokenizer.separator == " ":
-                completion = completion.removeprefix(" ")
-            results.append(Generation(text, completion, text + completion, finished, log_probability))
+    for start in range(0, len(texts), ROWS_AT_ONCE):
+        block = slice(start, start + ROWS_AT_ONCE)
+        part = texts[block]
+        writer = _Writer(model, script, part, numbers[block], sampling, stop)
+        for _ in writer.steps(max_tokens):
+            pass
+        results += [written_out(script, text, row, stop) for text, row in zip(part, writer.rows, strict=True)]
     return results
 
 
-def _encode(tokenizer: Tokenizer, text: str, stream: bool) -> list[int]:
-    """What the model reads first, and the ids of a prompt; in a stream a newline is an end token."""
-    lines = normalise(text).split("\n") if stream else [normalise(text)]
-    first, *lines_after = map(tokenizer.encode, lines)
-    start = tokenizer.eos_id if stream else tokenizer.bos_id
-    return [start, *first, *(token for line in lines_after for token in (tokenizer.eos_id, *line))]
+@torch.inference_mode()
+def stream(
+    model: LanguageModel,
+    script: Script,
+    prompt: str,
+    *,
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """The completion of one prompt as it comes, forward; arguments as `generate`.
+
+    Only whole characters come out, and nothing that may turn out to be the beginning of a text to stop at.
+    """
+    writer = _Writer(model, script, [prompt], [0], sampling, stop)
+    shown = ""
+    for _ in writer.steps(max_tokens):
+        text = _cut(script, script.completion(prompt, writer.rows[0].prompt, writer.rows[0].ids), stop)
+        text = text.rstrip("\ufffd")  # the bytes of a character that is not whole yet
+        text = text[: len(text) - _begun(text, stop)]
+        if len(text) > len(shown) and text.startswith(shown):
+            yield text[len(shown) :]
+            shown = text
+    rest = written_out(script, prompt, writer.rows[0], stop).completion
+    if rest != shown and rest.startswith(shown):
+        yield rest[len(shown) :]
 
 
-def _completion(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
-    """The text of ids behind a prompt, with the white space that belongs between the two."""
-    before, whole = _decode(tokenizer, prompt[1:]), _decode(tokenizer, prompt[1:] + ids)
-    return whole.removeprefix(before) if whole.startswith(before) else _decode(tokenizer, ids)
+def _numbers(texts: Sequence[str]) -> list[int]:
+    """How many equal texts stand before each."""
+    seen, numbers = Counter[str](), []
+    for text in texts:
+        numbers.append(seen[text])
+        seen[text] += 1
+    return numbers
 
 
-def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The text of ids, an end token among them being a newline."""
-    lines: list[list[int]] = [[]]
-    for token in ids:
-        if token == tokenizer.eos_id:
-            lines.append([])
-        else:
-            lines[-1].append(token)
-    return "\n".join(map(tokenizer.decode, lines))
+def written_out(script: Script, text: str, row: Written, stop: Sequence[str] = ()) -> Generation:
+    """A row as text."""
+    completion = _cut(script, script.completion(text, row.prompt, row.ids), stop)
+    whole = text + completion if script.direction == "forward" else completion + text
+    names = [script.name(token) for token in row.ids]
+    if len(row.log_probabilities) > len(names):
+        assert script.end is not None
+        names.append(script.name(script.end))
+    tokens = list(zip(names, row.log_probabilities, strict=True))
+    return Generation(text, completion, whole, row.finished, sum(row.log_probabilities), tokens)
 
 
-class _Greedy:
-    """One batch of prompts on its way; rows that have met their end token leave it."""
+def _cut(script: Script, completion: str, stop: Sequence[str]) -> str:
+    """A completion up to the first of the texts to stop at; backward, from the last one on."""
+    for text in stop:
+        if text in completion:
+            backward = script.direction == "backward"
+            completion = completion.rpartition(text)[2] if backward else completion.partition(text)[0]
+    return completion
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, count: int, stream: bool) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.end = None if stream else tokenizer.eos_id  # a stream has none
-        self.written: list[list[int]] = [[] for _ in range(count)]
-        self.finished = [False] * count
-        self.log_probability = [0.0] * count
-        # these never follow anything
-        self.never = torch.tensor([tokenizer.pad_id, tokenizer.bos_id], device=model.embedding.weight.device)
 
-    def run(
-        self, prompts: list[list[int]], max_tokens: int, device: torch.device
-    ) -> list[tuple[list[int], bool, float]]:
-        batch = make_batch(prompts, self.tokenizer.pad_id)
+def _begun(text: str, stop: Sequence[str]) -> int:
+    """How many of a text's last characters may be the beginning of a text to stop at."""
+    lengths = (size for each in stop for size in range(1, len(each)) if text.endswith(each[:size]))
+    return max(lengths, default=0)
+
+
+class _Writer:
+    """One batch of prompts on its way; rows that have met their end leave it."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        script: Script,
+        texts: Sequence[str],
+        numbers: Sequence[int],
+        sampling: Sampling | None,
+        stop: Sequence[str],
+    ) -> None:
+        self.model, self.script, self.texts, self.sampling, self.stop = model, script, texts, sampling, stop
+        self.rows = [Written(script.encode(text)) for text in texts]
+        self.device = model.embedding.weight.device
+        self.never = torch.tensor(script.never, device=self.device)
+        self.generators = []
+        if sampling is not None:
+            numbered = zip(self.rows, numbers, strict=True)
+            self.generators = [draws(sampling.seed, row.prompt, number) for row, number in numbered]
+
+    def steps(self, max_tokens: int) -> Iterator[None]:
+        """Write a token to each row that runs, again and again; pause after each round."""
+        batch = make_batch([row.prompt for row in self.rows], self.script.tokenizer.pad_id)
         running = batch.order.tolist()  # the caller's row of each row that still runs
-        logits, state = self.model.read_prompts(batch.tokens.to(device), batch.lengths)
+        logits, state = self.model.read_prompts(batch.tokens.to(self.device), batch.lengths, self.script.direction)
         for step in range(max_tokens):
             tokens, running, state = self._take(logits, running, state)
+            yield
             if not running or step == max_tokens - 1:
                 break
-            logits, state = self.model(tokens.unsqueeze(0), state)
+            logits, state = self.model(tokens.unsqueeze(0), state, self.script.direction)
             logits = logits.squeeze(0)
-        return list(zip(self.written, self.finished, self.log_probability, strict=True))
 
     def _take(self, logits: Tensor, running: list[int], state: State) -> tuple[Tensor, list[int], State]:
-        """Note each row's best token (B,) and drop the rows that end with it."""
+        """Choose each row's next token (B,), note it, and drop the rows that end with it."""
         log_probabilities = logits.log_softmax(-1).index_fill_(1, self.never, -torch.inf)  # (B, V)
-        tokens = argmax(log_probabilities)
-        best = log_probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        tokens = self._choose(logits, log_probabilities, running)
+        chosen = log_probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)
         going_on = []  # places among the rows that run
-        for place, (row, token, log_probability) in enumerate(
-            zip(running, tokens.tolist(), best.tolist(), strict=True)
+        for place, (number, token, log_probability) in enumerate(
+            zip(running, tokens.tolist(), chosen.tolist(), strict=True)
         ):
-            self.log_probability[row] += log_probability
-            if token == self.end:
-                self.finished[row] = True
-            else:
-                self.written[row].append(token)
+            row = self.rows[number]
+            row.log_probabilities.append(log_probability)
+            if token != self.script.end:
+                row.ids.append(token)
+            row.finished = token == self.script.end or self._stops(number)
+            if not row.finished:
                 going_on.append(place)
         if len(going_on) == len(running):
             return tokens, running, state
         places = torch.tensor(going_on, dtype=torch.int64, device=tokens.device)
         return tokens[places], [running[place] for place in going_on], select(state, places)
+
+    def _choose(self, logits: Tensor, log_probabilities: Tensor, running: list[int]) -> Tensor:
+        if self.sampling is None:
+            return argmax(log_probabilities)
+        seen = None
+        if self.sampling.repetition_penalty != 1:
+            seen = torch.zeros_like(logits, dtype=torch.bool)
+            for place, number in enumerate(running):
+                seen[place, self.rows[number].prompt + self.rows[number].ids] = True
+        allowed = logits.index_fill(1, self.never, -torch.inf)
+        if self.sampling.temperature == 0:
+            return argmax(self.sampling.penalised(allowed, seen))
+        found = self.sampling.probabilities(allowed, seen)
+        return draw(found, [self.generators[number] for number in running]).to(logits.device)
+
+    def _stops(self, number: int) -> bool:
+        if not self.stop:
+            return False
+        row = self.rows[number]
+        completion = self.script.completion(self.texts[number], row.prompt, row.ids)
+        return any(text in completion for text in self.stop)

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import heapq
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from lmtrain.config import Config
 from lmtrain.data.corpus import Source, open_store
 from lmtrain.data.preparation import evaluation_batches, source_of
+from lmtrain.data.reading import Block
 from lmtrain.data.tokenizer import Tokenizer, normalise
 from lmtrain.errors import ConfigError, DataError
-from lmtrain.inference import generation, scoring
+from lmtrain.inference import export, generation, scoring
 from lmtrain.inference.adaptation import Cache, Dynamic, evaluate_dynamically, evaluate_with_cache
+from lmtrain.inference.beam import Beams, search
+from lmtrain.inference.filling import Filling, fill
 from lmtrain.inference.generation import Generation
-from lmtrain.inference.scoring import Evaluation
-from lmtrain.model.language_model import LanguageModel
+from lmtrain.inference.prompts import Script
+from lmtrain.inference.sampling import Sampling
+from lmtrain.inference.scoring import Evaluation, Score
+from lmtrain.inference.vectors import embed, save
+from lmtrain.metrics import Tally
+from lmtrain.model.language_model import Direction, LanguageModel
 from lmtrain.run import find_run, load_run
 from lmtrain.runtime import choose_device
+
+LINES_AT_ONCE = 4096
+COMPARED_TOKENS = 5000
 
 
 class TrainedModel:
@@ -26,17 +40,184 @@ class TrainedModel:
     def __init__(self, run: Path, config: Config, tokenizer: Tokenizer, model: LanguageModel, step: int) -> None:
         self.run, self.config, self.tokenizer, self.model, self.step = run, config, tokenizer, model, step
 
-    def generate(self, prompts: Sequence[str] = ("",), max_tokens: int | None = None) -> list[Generation]:
-        """Continue each prompt greedily until its end token, at most `max_tokens` tokens (default: the config's).
+    def generate(
+        self,
+        prompts: Sequence[str] = ("",),
+        max_tokens: int | None = None,
+        *,
+        sampling: Sampling | None = None,
+        beams: Beams | None = None,
+        count: int = 1,
+        stop: Sequence[str] = (),
+        backward: bool = False,
+    ) -> list[Generation]:
+        """Continue each prompt until its end token, at most `max_tokens` tokens (default: the config's).
 
         A run on a stream goes on behind the end of a line, until `max_tokens`.
 
+        Args:
+            sampling: draw tokens at random; None: take the most probable one.
+            beams: search for the most probable text.
+            count: texts to each prompt, one after the other: drawn anew, or the best of a search.
+            stop: texts that end a completion, and are cut off.
+            backward: write what comes before the prompts.
+
         Raises:
+            ConfigError: settings that do not go together, or with this run.
             DataError: a run on ids, and a prompt that is not ids.
         """
+        script = self._script("backward" if backward else "forward")
         limit = self.config.generation.max_tokens if max_tokens is None else max_tokens
+        if count > 1 and beams is None and (sampling is None or sampling.temperature == 0):
+            raise ConfigError(
+                f"count {count}: the most probable text is one; draw at random (temperature), or use beams"
+            )
+        if beams is None:
+            return generation.generate(
+                self.model, script, prompts, max_tokens=limit, sampling=sampling, count=count, stop=stop
+            )
+        if sampling is not None or stop:
+            raise ConfigError("beams: a search draws nothing at random and has no text to stop at; leave those out")
+        if count > beams.width:
+            raise ConfigError(f"count {count}: a search of {beams.width} beams finds no more than {beams.width} texts")
+        return search(self.model, script, prompts, max_tokens=limit, beams=beams, count=count)
+
+    def stream(
+        self,
+        prompt: str = "",
+        max_tokens: int | None = None,
+        *,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """The completion of one prompt as it comes, in whole characters; arguments as `generate`."""
+        limit = self.config.generation.max_tokens if max_tokens is None else max_tokens
+        script = self._script("forward")
+        return generation.stream(self.model, script, prompt, max_tokens=limit, sampling=sampling, stop=stop)
+
+    def score(
+        self,
+        texts: Iterable[str] | Iterable[Block],
+        direction: Literal["forward", "backward", "both"] = "forward",
+        each: bool = False,
+    ) -> Iterator[Score]:
+        """How probable each text is, one after the other, in memory that does not grow with their number.
+
+        Args:
+            texts: a line each, or blocks of lines as `read_texts` gives them.
+            direction: both: the mean of the two log-probabilities.
+            each: give every token's own, too; of one direction.
+
+        Raises:
+            ConfigError: a direction that the run does not have, or `each` of both.
+            DataError: a run on ids, and a text that is not ids.
+        """
+        if direction == "both" and each:
+            raise ConfigError("a token's own log-probability is one direction's: forward or backward")
+        script = self._script("forward" if direction == "forward" else "backward")
+        length = self.config.batching.max_length
+        return scoring.score(self.model, script, _blocks(texts), direction=direction, each=each, max_length=length)
+
+    def embed(self, texts: Iterable[str] | Iterable[Block], path: str | Path) -> int:
+        """Write the vectors of each text to an .npz file that `numpy.load` reads; returns how many texts there were.
+
+        The file holds `ids` (T,), `lengths` (texts,), `output` (T, D*H), the last layer's state after each token, and
+        `h_n` (texts, num_layers*D, H), T being the tokens of all texts; see `lmtrain.inference.vectors.Vectors`.
+
+        Raises:
+            ConfigError: the file is there already, or the run's layers differ in size.
+            DataError: a run on ids, and a text that is not ids.
+        """
+        return save(path, embed(self.model, self._script("forward"), _blocks(texts)))
+
+    def export(
+        self, path: str | Path, format: Literal["onnx", "safetensors"] = "onnx", int8: bool = False
+    ) -> list[str]:
+        """Write the model for other programs into a new folder, with its tokenizer.json; returns what to tell of it.
+
+        Args:
+            format: onnx: model.onnx, one step of the forward direction with its state in and out (`onnx_model` has its
+                inputs and outputs). safetensors: model.safetensors, weights by the names of torch.nn (`torch_weights`).
+            int8: with onnx: products in 8-bit whole numbers; size, speed and change in perplexity are measured.
+
+        Raises:
+            ConfigError: the folder is there already, a package is missing, or a model that has no such form.
+        """
+        target = Path(path)
+        if os.path.lexists(target):
+            raise ConfigError(f"{target}: is there already; name a new folder")
+        if format == "safetensors":
+            from safetensors.torch import save as saved
+
+            if int8:
+                raise ConfigError("int8 is for onnx; safetensors holds the weights as they are")
+            tensors = export.torch_weights(self.model)
+            export.write(target, self.tokenizer, {"model.safetensors": saved(tensors)})
+            return [f"{target}/model.safetensors: {len(tensors)} tensors"]
+        content = export.onnx_model(self.model, self.tokenizer).SerializeToString()
+        told: list[str] = []
+        if int8:
+            with tempfile.TemporaryDirectory(prefix="lmtrain-") as scratch:
+                apart = export.onnx_model(self.model, self.tokenizer, tied=False)  # each product has 8 bits of its own
+                small = export.quantised(apart.SerializeToString(), Path(scratch))
+            told, content = self._compare(content, small), small
+        export.write(target, self.tokenizer, {"model.onnx": content})
+        return [f"{target}/model.onnx: {len(content) / 1e6:.1f} MB", *told]
+
+    def _compare(self, before: bytes, after: bytes) -> list[str]:
+        """What 8 bits change: size, speed of one text, and perplexity on the beginning of the run's own text."""
+        rows = list(self._beginning(COMPARED_TOKENS))
+        told = [f"int8: {len(before) / 1e6:.1f} MB -> {len(after) / 1e6:.1f} MB"]
+        rates, perplexities = [], []
+        for content in (before, after):
+            steps, tally = export.Steps(content), Tally()
+            start_s = time.perf_counter()
+            for row in rows:
+                tally.add(-export.log_probability(steps, row), len(row) - 1)
+            rates.append(tally.tokens / (time.perf_counter() - start_s))
+            perplexities.append(tally.perplexity)
+        if not rows:
+            return [*told, "int8: speed and perplexity are not measured: the run's own text is not here"]
+        return [
+            *told,
+            f"int8: {rates[0]:,.0f} -> {rates[1]:,.0f} tokens/s, one text at a time, one thread",
+            f"int8: perplexity {perplexities[0]:.4f} -> {perplexities[1]:.4f} on {tally.tokens:,} tokens of its text",
+        ]
+
+    def _beginning(self, tokens: int) -> Iterator[list[int]]:
+        """The first rows of the text that `evaluate` reads, each with its start and its end; a stream is one row."""
         stream = self.config.batching.mode == "stream"
-        return generation.generate(self.model, self.tokenizer, prompts, max_tokens=limit, stream=stream)
+        row = [self.tokenizer.eos_id if stream else self.tokenizer.bos_id]
+        try:
+            for block in self._source(None).blocks():
+                for text in block.texts:
+                    if not stream and not text.strip():
+                        continue
+                    ids = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+                    row, tokens = [*row, *ids], tokens - len(ids)
+                    if not stream or tokens <= 0:
+                        yield row
+                        row = row[:1]
+                    if tokens <= 0:
+                        return
+        except (ConfigError, DataError):
+            return  # a run that was copied elsewhere, without its text
+        if len(row) > 1:
+            yield row
+
+    def fill(self, text: str, top: int = 5, tokens: int = 1) -> list[Filling]:
+        """The best fillings of the blank `____`, best first, of up to so many tokens.
+
+        Raises:
+            ConfigError: no blank or several, or a run of one direction.
+            DataError: a run on ids, and a text that is not ids.
+        """
+        return fill(self.model, self.tokenizer, text, top=top, tokens=tokens)
+
+    def _script(self, direction: Direction) -> Script:
+        if direction == "backward" and not self.model.bidirectional:
+            raise ConfigError("this run reads in one direction; backward takes two (model.bidirectional: true)")
+        return Script(self.tokenizer, self.config.batching.mode == "stream", direction)
 
     def unknown_tokens(self, text: str) -> int:
         """How many of a text's tokens the vocabulary does not know; in a stream a newline is an end token."""
@@ -74,7 +255,10 @@ class TrainedModel:
         with tempfile.TemporaryDirectory(prefix="lmtrain-") as scratch:
             store = open_store(self._source(paths), self.tokenizer, scratch)
             batches, columns = evaluation_batches(self.config, store, self.tokenizer, 1, batch_size)
-            result = scoring.evaluate(self.model, batches, columns, store.counts)
+            left_out = {"end_tokens": [self.tokenizer.eos_id]}
+            if self.tokenizer.unk_id is not None:
+                left_out["unknown_tokens"] = [self.tokenizer.unk_id]
+            result = scoring.evaluate(self.model, batches, columns, store.counts, left_out)
             if cache is not None:
                 batches, _ = evaluation_batches(self.config, store, self.tokenizer, 1)
                 result.adapted["cache"] = evaluate_with_cache(self.model, batches, cache)
@@ -82,6 +266,24 @@ class TrainedModel:
                 batches, _ = evaluation_batches(self.config, store, self.tokenizer, 1, steps=dynamic.steps)
                 result.adapted["dynamic"] = evaluate_dynamically(self.model, batches, dynamic)
             return result
+
+    def worst_lines(self, paths: Sequence[str] | None = None, count: int = 10) -> list[tuple[str, Score, str]]:
+        """The lines that cost most nats a token, worst first: where each stands, its score, its text.
+
+        Each line is read by itself, of the files that `evaluate` would read; blank ones are left out.
+
+        Raises:
+            ConfigError, DataError: as `evaluate`.
+        """
+
+        def lines() -> Iterator[tuple[float, str, Score, str]]:
+            for block in self._source(paths).blocks():
+                for text, found in zip(block.texts, self.score([block]), strict=True):
+                    if text.strip():
+                        yield -found.log_probability / found.tokens, f"{block.path}:{found.line}", found, text
+
+        worst = heapq.nlargest(count, lines(), key=lambda line: line[0])
+        return [(place, found, text) for _, place, found, text in worst]
 
     def _source(self, paths: Sequence[str] | None) -> Source:
         if paths:
@@ -97,6 +299,22 @@ class TrainedModel:
         if own is None:
             raise ConfigError("the run names neither a test nor a validation set; name a file to evaluate")
         return own
+
+
+def _blocks(texts: Iterable[str] | Iterable[Block]) -> Iterator[Block]:
+    """Texts in blocks; blocks as they are."""
+    lines: list[str] = []
+    first = 1
+    for text in texts:
+        if isinstance(text, Block):
+            yield text
+            continue
+        lines.append(normalise(text))
+        if len(lines) == LINES_AT_ONCE:
+            yield Block("texts", first, lines)
+            first, lines = first + len(lines), []
+    if lines:
+        yield Block("texts", first, lines)
 
 
 def load(

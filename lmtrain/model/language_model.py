@@ -25,7 +25,8 @@ from lmtrain.model.packing import PackedRows, pack_rows
 from lmtrain.model.recurrence import Backend, Cell, RecurrentStack
 from lmtrain.model.states import State
 
-Objective = Literal["forward", "backward", "fill"]
+Direction = Literal["forward", "backward"]
+Objective = Literal[Direction, "fill"]
 
 
 class Events(NamedTuple):
@@ -197,52 +198,56 @@ class LanguageModel(nn.Module):
         if isinstance(self.output, FullOutput):
             nn.init.zeros_(self.output.bias)
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Read on to the right: tokens (L, B), rows of equal length -> logits (L, B, V) of each next token, state."""
-        (length, count), stack = tokens.shape, self.recurrence.stacks[0]
-        assert isinstance(stack, RecurrentStack)
+    def forward(
+        self, tokens: Tensor, state: State | None = None, direction: Direction = "forward"
+    ) -> tuple[Tensor, State]:
+        """Read on: tokens (L, B), rows of equal length -> logits (L, B, V) of what comes after each, and the state.
+
+        Args:
+            direction: backward: tokens come in the order in which that stack reads them, last one first, and what
+                comes after a token is the token before it.
+        """
+        (length, count), stack = tokens.shape, self.stack(direction)
         embedded = self.embedding(tokens)  # (L, B, E)
         if length == 1:
             states, end = stack.step(embedded[0], state)
         else:
             states, end = stack(embedded.flatten(0, 1), pack_rows(torch.full((count,), length)), state)
-        projected = self.projections["of_forward"](states)
+        projected = self.projections[f"of_{direction}"](states)
         if self.ngrams:
             place = torch.arange(length * count, device=tokens.device)
             lengths = torch.full((count,), length)
-            direct, history = self._direct_forward(tokens, lengths, place // count, place % count, state)
+            direct, history = self._direct(direction, tokens, lengths, place // count, place % count, state)
             projected, end = projected + direct, end + history
         return self._logits(projected).unflatten(0, tokens.shape), end
 
-    def read_prompts(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, State]:
-        """Ragged prompts: tokens (L, B), lengths (B,) on CPU, longest first -> logits (B, V) after each, state."""
+    def read_prompts(self, tokens: Tensor, lengths: Tensor, direction: Direction = "forward") -> tuple[Tensor, State]:
+        """Ragged prompts: tokens (L, B) as `forward` takes them, lengths (B,) on CPU, longest first -> logits (B, V)
+        after each, state."""
         rows = pack_rows(lengths)
-        states, end = self.recurrence.stacks[0](self.embedding(tokens[rows.time, rows.row]), rows)
-        projected = self.projections["of_forward"](states[rows.last])
+        states, end = self.stack(direction)(self.embedding(tokens[rows.time, rows.row]), rows)
+        projected = self.projections[f"of_{direction}"](states[rows.last])
         if self.ngrams:
             last, row = (lengths - 1).to(tokens.device), torch.arange(len(lengths), device=tokens.device)
-            direct, history = self._direct_forward(tokens, lengths, last, row, None)
+            direct, history = self._direct(direction, tokens, lengths, last, row, None)
             projected, end = projected + direct, end + history
         return self._logits(projected), end
 
-    def _direct_forward(
-        self, tokens: Tensor, lengths: Tensor, time: Tensor, row: Tensor, state: State | None
+    def stack(self, direction: Direction) -> RecurrentStack:
+        """The layers that read in a direction."""
+        stack = self.recurrence.stacks[0 if direction == "forward" else 1]
+        assert isinstance(stack, RecurrentStack)
+        return stack
+
+    def _direct(
+        self, direction: Direction, tokens: Tensor, lengths: Tensor, time: Tensor, row: Tensor, state: State | None
     ) -> tuple[Tensor, State]:
         """What the n-grams that end at given tokens say of the next one, (N, P), and what a state holds of them behind
         the stack's own; `lengths` (B,) are of the tokens that are read."""
-        ngrams = self.ngrams["of_forward"]
+        ngrams = self.ngrams[f"of_{direction}"]
         assert isinstance(ngrams, NgramEmbedding)
         context = ngrams.context_of(tokens, None if state is None else state[-1][0])
         return ngrams(context, time, row), ((ngrams.history_after(context, lengths),),)
-
-    def _direct_backward(self, tokens: Tensor, lengths: Tensor, back: Tensor, row: Tensor) -> Tensor:
-        """The same of the token before: n-grams begin at their token, and go on behind it."""
-        ngrams = self.ngrams["of_backward"]
-        assert isinstance(ngrams, NgramEmbedding)
-        real = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) < lengths.to(tokens.device)
-        context = ngrams.context_of(torch.where(real, tokens, -1).flip(0))  # behind a row's end there is nothing
-        direct: Tensor = ngrams(context, len(tokens) - 1 - back, row)
-        return direct
 
     def _logits(self, states: Tensor) -> Tensor:
         if isinstance(self.output, FullOutput):
@@ -269,7 +274,7 @@ class LanguageModel(nn.Module):
         states["forward"], end = self._run("forward", tokens[time, row], rows, lookups, penalties, state)
         targets: dict[Objective, Tensor] = {"forward": tokens[time + 1, row]}
         if self.ngrams:
-            direct["forward"], history = self._direct_forward(tokens, rows.lengths, time, row, state)
+            direct["forward"], history = self._direct("forward", tokens, rows.lengths, time, row, state)
             end += history
         if self.bidirectional:
             back = places.read_back.to(device)
@@ -280,7 +285,10 @@ class LanguageModel(nn.Module):
             states["fill"] = torch.cat(sides, 1)  # (M, 2H)
             targets["fill"] = targets["forward"][before]
             if direct:
-                direct["backward"] = self._direct_backward(tokens, lengths, back, row)
+                real = torch.arange(len(tokens), device=device).unsqueeze(1) < lengths.to(device)
+                flipped = torch.where(real, tokens, -1).flip(0)  # behind a row's end there is nothing
+                last = len(tokens) - 1
+                direct["backward"], _ = self._direct("backward", flipped, rows.lengths, last - back, row, None)
                 direct["fill"] = direct["forward"][before] + direct["backward"][behind]
         read = {name: self.projections[f"of_{name}"](states[name]) for name in self.objectives}  # (events, P)
         read |= {name: read[name] + found for name, found in direct.items()}
@@ -288,7 +296,7 @@ class LanguageModel(nn.Module):
 
     def _run(
         self,
-        direction: Objective,
+        direction: Direction,
         tokens: Tensor,
         rows: PackedRows,
         lookups: Lookups,
@@ -298,8 +306,7 @@ class LanguageModel(nn.Module):
         """Read packed tokens (N,) in one direction -> the states (N, H), dropped out, and the state at rows' ends."""
         embedded = drop_words(lookups(tokens), tokens, self.vocab_size, self.word_dropout, self.training)  # (N, E)
         embedded = self._drop(embedded, rows, self.input_dropout)
-        stack = self.recurrence.stacks[0 if direction == "forward" else 1]
-        states, end = stack(embedded, rows, state)
+        states, end = self.stack(direction)(embedded, rows, state)
         dropped = self._drop(states, rows, self.output_dropout)
         if self.training and (self.activation_penalty or self.temporal_penalty):
             penalties[direction] = self._penalty(states, dropped, rows)

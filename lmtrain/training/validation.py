@@ -5,6 +5,7 @@ from __future__ import annotations
 from lmtrain.config import Config
 from lmtrain.data.preparation import Corpora, evaluation_batches
 from lmtrain.inference.generation import generate
+from lmtrain.inference.prompts import Script
 from lmtrain.inference.scoring import evaluate
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.training.figures import LossWeights, validation_figures
@@ -29,13 +30,8 @@ class Validation:
         prompts = self.config.logging.sample_prompts
         if not prompts:
             return []
-        written = generate(
-            self.model,
-            self.corpora.tokenizer,
-            prompts,
-            max_tokens=self.config.generation.max_tokens,
-            stream=self.config.batching.mode == "stream",
-        )
+        script = Script(self.corpora.tokenizer, stream=self.config.batching.mode == "stream")
+        written = generate(self.model, script, prompts, max_tokens=self.config.generation.max_tokens)
         return [{"prompt": each.prompt, "text": each.text} for each in written]
 
 

@@ -1,0 +1,92 @@
+"""The command line: parse, call one function, print. Torch is imported inside the commands that need it."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from lmtrain.cli import generation, inference, training
+from lmtrain.cli.terminal import silence_stdout, tell
+from lmtrain.errors import LmtrainError
+
+app = typer.Typer(
+    name="lmtrain",
+    help="Train recurrent language models (LSTM, GRU, RNN; one direction or two) from a YAML file, and use them.",
+    epilog="Start with: lmtrain train configs/quickstart.yaml && lmtrain generate",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"lmtrain {installed('lmtrain')}")
+        raise typer.Exit
+
+
+for command in (
+    training.train,
+    generation.generate,
+    inference.evaluate,
+    inference.score,
+    inference.fill,
+    inference.embed,
+    inference.export,
+    training.check,
+):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run a command and leave with its exit code; a user's mistake is a line for each fault, never a traceback."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an encoding that lacks a character is no reason to stop
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        return int(code or 0)
+    except LmtrainError as error:
+        for fault in error.faults:
+            tell(fault)
+        return error.exit_code
+    except TyperException as error:
+        message = error.format_message()
+        tell(message if "\n" in message else f"lmtrain: {message} (lmtrain --help)")
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        silence_stdout()
+        return 0
+    except OSError as error:
+        tell(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}")
+        silence_stdout()
+        return 5
+    except (MemoryError, RuntimeError) as error:
+        if "torch" in sys.modules or isinstance(error, MemoryError):
+            from lmtrain.runtime import out_of_memory
+
+            if (memory := out_of_memory(error, "the model or its batches are too large for this machine")) is not None:
+                tell(str(memory))
+                return memory.exit_code
+        raise

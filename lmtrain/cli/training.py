@@ -1,0 +1,74 @@
+"""`lmtrain train` and `lmtrain check`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lmtrain.cli.terminal import DeviceOption, silence_stdout, tell
+
+if TYPE_CHECKING:
+    from lmtrain.cli.terminal import Device
+    from lmtrain.config import Config
+    from lmtrain.training.tracking import Progress
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE ...]", help="Config keys to change: model.hidden_size=256"),
+]
+
+
+def train(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    run_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The run directory, new or empty; default runs_dir/name."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the last good checkpoint; afresh where there is none."),
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Train the model that a config describes."""
+    settings = _load(config, overrides, device)
+    from lmtrain.training.start import train as run_training
+
+    result = run_training(settings, run_dir, resume=resume, progress=_progress())
+    words = ", ".join(f"{tag.partition('/')[2]} {value:.4f}" for tag, value in result.figures.items())
+    with suppress(OSError):  # trained is trained, whether or not it can be told
+        if words:
+            print(
+                f"{'training' if result.best_step is None else f'best validation (step {result.best_step})'}: {words}"
+            )
+        print(f"{result.run}: {result.step} steps. Next: lmtrain generate {result.run}", flush=True)
+        return
+    silence_stdout()
+
+
+def _load(config: str, overrides: list[str] | None, device: Device | None) -> Config:
+    """The config with its overrides; `--device` is one more."""
+    from lmtrain.config import load_config
+
+    more = [] if device is None else [f"training.device={device}"]
+    return load_config(config, [*(overrides or []), *more])
+
+
+def check(config: ConfigArgument, overrides: OverridesArgument = None, device: DeviceOption = None) -> None:
+    """Report the faults of the config and of every data file at once, and what the data holds; trains nothing."""
+    settings = _load(config, overrides, device)
+    from lmtrain.training.report import describe
+
+    for line in describe(settings, tell):
+        print(line)
+
+
+def _progress() -> Progress:
+    from lmtrain.training.tracking import Bar, Lines
+
+    return Bar() if sys.stderr.isatty() else Lines()

@@ -1,0 +1,138 @@
+"""Lines as vectors: the states of the recurrent layers, token by token and at each line's ends.
+
+Shapes: D directions, H size of the layers, T tokens of all lines together.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lmtrain.data.batching import Ints, cut_batches, gather
+from lmtrain.data.corpus import encode_block, frame
+from lmtrain.data.reading import Block
+from lmtrain.errors import ConfigError
+from lmtrain.inference.prompts import Script
+from lmtrain.model.language_model import Direction, LanguageModel
+from lmtrain.model.packing import pack_rows
+
+READ_TOKENS = 8192  # padded tokens a batch
+
+Floats = NDArray[np.float32]
+
+
+class Vectors(NamedTuple):
+    """Of a block of lines; the members of the file that `save` writes are these of all lines, one behind the other."""
+
+    ids: Ints  # (T,) token ids
+    lengths: Ints  # (lines,) tokens of each line
+    output: Floats  # (T, D*H) the last layer's state after each token, forward beside backward
+    h_n: Floats  # (lines, num_layers*D, H) after the last token in reading order: by layer, forward before backward
+
+
+@torch.inference_mode()
+def embed(model: LanguageModel, script: Script, blocks: Iterable[Block]) -> Iterator[Vectors]:
+    """The vectors of every line, a block at a time.
+
+    The forward stack reads `<bos> t1 .. tn`, the backward one `<eos> tn .. t1`, as in training. So of a line
+    output[-1, :H] is the forward last layer's h_n, and output[0, H:] the backward one's.
+
+    Raises:
+        ConfigError: layers that differ in size have no h_n of one shape.
+        DataError: kind ids, and a line that is not ids, with its place.
+    """
+    if len(set(model.recurrence.hidden_sizes)) > 1:
+        raise ConfigError(f"layers of the sizes {list(model.recurrence.hidden_sizes)} have no h_n of one shape")
+    tokenizer = script.tokenizer
+    starts: dict[Direction, int] = {"forward": tokenizer.eos_id if script.stream else tokenizer.bos_id}
+    if model.bidirectional:
+        starts["backward"] = tokenizer.eos_id
+    for block in blocks:
+        flat, lengths = encode_block(tokenizer, block, block.texts)
+        place = np.arange(len(flat)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        mirrored = np.repeat(lengths.cumsum(), lengths) - 1 - place  # each line's tokens, last one first
+        outputs, ends = [], []
+        for direction, start in starts.items():
+            read = flat if direction == "forward" else flat[mirrored]
+            output, end = _read(model, direction, read, lengths, start, tokenizer.pad_id)
+            outputs.append(output if direction == "forward" else output[mirrored])
+            ends.append(end)
+        h_n = np.stack(ends, 2).reshape(len(lengths), -1, ends[0].shape[2])  # (lines, layers, D, H) first
+        yield Vectors(flat, lengths, np.concatenate(outputs, 1), h_n)
+
+
+def _read(
+    model: LanguageModel, direction: Direction, flat: Ints, lengths: Ints, start: int, pad_id: int
+) -> tuple[Floats, Floats]:
+    """One stack over lines whose tokens come in its reading order: (T, H) after each, (lines, layers, H) at the end."""
+    device, stack = model.embedding.weight.device, model.stack(direction)
+    framed, ends = frame(flat, lengths, pad_id, start)  # the token behind a line is not read
+    begins, size = ends - lengths - 2, model.recurrence.hidden_sizes[-1]
+    output = np.empty((len(framed), size), np.float32)
+    last = np.empty((len(lengths), len(stack.hidden_sizes), size), np.float32)
+    order = np.argsort(-lengths, kind="stable")
+    for first, end in cut_batches(lengths[order] + 1, None, READ_TOKENS):
+        lines = order[first:end]
+        batch = gather(framed, begins[lines], lengths[lines] + 1, pad_id)
+        rows = pack_rows(batch.lengths)
+        lines = lines[batch.order.numpy()]
+        tokens = batch.tokens[rows.time, rows.row].to(device)
+        states, state = stack(model.embedding(tokens), rows)
+        output[begins[lines][rows.row.numpy()] + rows.time.numpy()] = states.float().cpu().numpy()
+        last[lines] = torch.stack([layer[0] for layer in state], 1).float().cpu().numpy()
+    inner = np.ones(len(framed), bool)
+    inner[begins], inner[ends - 1] = False, False
+    return output[inner], last
+
+
+def save(path: str | Path, blocks: Iterable[Vectors]) -> int:
+    """Write the vectors of all lines to an .npz file, in memory that does not grow with them; returns the lines.
+
+    `numpy.load` reads it: ids (T,), lengths (lines,), output (T, D*H), h_n (lines, num_layers*D, H).
+
+    Raises:
+        ConfigError: the file is there already.
+    """
+    target = Path(path)
+    try:
+        handle = open(target, "xb")  # noqa: SIM115  # the place is taken before the work begins
+    except FileExistsError:
+        raise ConfigError(f"{target}: is there already; name a new file") from None
+    try:
+        with handle, tempfile.TemporaryDirectory(prefix="lmtrain-", dir=target.parent) as scratch:
+            return _write(handle, Path(scratch), blocks)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _write(target: IO[bytes], scratch: Path, blocks: Iterable[Vectors]) -> int:
+    """Gather each member in a file of its own, as how long it gets is known at its end, and then all in one."""
+    kinds: dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]] = {}
+    counts = dict.fromkeys(Vectors._fields, 0)
+    with ExitStack() as stack:
+        parts = {name: stack.enter_context(open(scratch / name, "wb")) for name in Vectors._fields}
+        for vectors in blocks:
+            for name, values in vectors._asdict().items():
+                parts[name].write(np.ascontiguousarray(values).data)
+                kinds[name], counts[name] = (values.dtype, values.shape[1:]), counts[name] + len(values)
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for name, (dtype, shape) in kinds.items():
+            header = {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": False,
+                "shape": (counts[name], *shape),
+            }
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member, open(scratch / name, "rb") as content:
+                np.lib.format.write_array_header_2_0(member, header)
+                shutil.copyfileobj(content, member)
+    return counts["lengths"]
