@@ -1,17 +1,20 @@
 """Generation and evaluation: greedy is greedy, batches change nothing, sums are sums."""
 
+import doctest
 import json
 import math
 
+import numpy
 import pytest
 import torch
 
+import lmtrain
 from lmtrain.data.corpus import Source, open_store
 from lmtrain.data.tokenizer import IdsTokenizer, train_tokenizer
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import Script
-from lmtrain.inference.trained_model import load
+from lmtrain.inference.trained_model import TrainedModel, load
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.training.start import train
 from tests.conftest import ROOT
@@ -177,3 +180,17 @@ def test_samples_are_written_at_each_validation(small):
     assert len(samples) == 2
     assert [sample["prompt"] for sample in samples[-1]] == ["", "a b"]
     assert samples[-1][1]["text"] == load(run).generate(["a b"])[0].text
+
+
+def test_what_the_docstrings_say(small):
+    """The examples of `TrainedModel`, on a run of two directions."""
+    model = load(train(small("training.max_steps=3")).run)
+    globs = {"model": model, "lmtrain": lmtrain, "numpy": numpy}
+    found = doctest.DocTestFinder(recurse=False)
+    tried = 0
+    for name, method in vars(TrainedModel).items():
+        for example in found.find(method, name, globs=dict(globs)):
+            outcome = doctest.DocTestRunner().run(example)
+            assert outcome.failed == 0
+            tried += outcome.attempted
+    assert tried >= 12

@@ -62,6 +62,12 @@ class TrainedModel:
             stop: texts that end a completion, and are cut off.
             backward: write what comes before the prompts.
 
+        >>> [each.text for each in model.generate(["a", "b"], max_tokens=0)]
+        ['a', 'b']
+        >>> drawn = model.generate(["a"], sampling=lmtrain.Sampling(temperature=0.7, top_k=5, seed=1), count=3)
+        >>> [each.prompt for each in drawn]
+        ['a', 'a', 'a']
+
         Raises:
             ConfigError: settings that do not go together, or with this run.
             DataError: a run on ids, and a prompt that is not ids.
@@ -90,7 +96,11 @@ class TrainedModel:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
-        """The completion of one prompt as it comes, in whole characters; arguments as `generate`."""
+        """The completion of one prompt as it comes, in whole characters; arguments as `generate`.
+
+        >>> "".join(model.stream("a")) == model.generate(["a"])[0].completion
+        True
+        """
         limit = self.config.generation.max_tokens if max_tokens is None else max_tokens
         script = self._script("forward")
         return generation.stream(self.model, script, prompt, max_tokens=limit, sampling=sampling, stop=stop)
@@ -108,6 +118,9 @@ class TrainedModel:
             direction: both: the mean of the two log-probabilities.
             each: give every token's own, too; of one direction.
 
+        >>> [(each.line, each.tokens) for each in model.score(["a b", "c"])]  # end tokens counted
+        [(1, 3), (2, 2)]
+
         Raises:
             ConfigError: a direction that the run does not have, or `each` of both.
             DataError: a run on ids, and a text that is not ids.
@@ -124,6 +137,11 @@ class TrainedModel:
         The file holds `ids` (T,), `lengths` (texts,), `output` (T, D*H), the last layer's state after each token, and
         `h_n` (texts, num_layers*D, H), T being the tokens of all texts; see `lmtrain.inference.vectors.Vectors`.
 
+        >>> model.embed(["a b", "c"], "vectors.npz")
+        2
+        >>> numpy.load("vectors.npz")["output"].shape  # three tokens, two directions of 8
+        (3, 16)
+
         Raises:
             ConfigError: the file is there already, or the run's layers differ in size.
             DataError: a run on ids, and a text that is not ids.
@@ -139,6 +157,9 @@ class TrainedModel:
             format: onnx: model.onnx, one step of the forward direction with its state in and out (`onnx_model` has its
                 inputs and outputs). safetensors: model.safetensors, weights by the names of torch.nn (`torch_weights`).
             int8: with onnx: products in 8-bit whole numbers; size, speed and change in perplexity are measured.
+
+        >>> model.export("weights", "safetensors")
+        ['weights/model.safetensors: 24 tensors']
 
         Raises:
             ConfigError: the folder is there already, a package is missing, or a model that has no such form.
@@ -208,6 +229,10 @@ class TrainedModel:
     def fill(self, text: str, top: int = 5, tokens: int = 1) -> list[Filling]:
         """The best fillings of the blank `____`, best first, of up to so many tokens.
 
+        >>> best, second = model.fill("a ____ b", top=2)
+        >>> best.filled == f"a {best.text} b", best.probability >= second.probability
+        (True, True)
+
         Raises:
             ConfigError: no blank or several, or a run of one direction.
             DataError: a run on ids, and a text that is not ids.
@@ -240,6 +265,9 @@ class TrainedModel:
             batch_size: rows at once, of a text whose rows begin anew; the figures do not depend on it.
             cache, dynamic: score a text that goes on in these ways, too; the result has them beside the plain figures.
 
+        >>> sorted(model.evaluate(["valid.txt"]).tallies)
+        ['backward', 'fill', 'forward']
+
         Raises:
             ConfigError: what does not go with how this run reads text.
             DataError: a fault of the text, or no text at all.
@@ -271,6 +299,9 @@ class TrainedModel:
         """The lines that cost most nats a token, worst first: where each stands, its score, its text.
 
         Each line is read by itself, of the files that `evaluate` would read; blank ones are left out.
+
+        >>> [place.partition(":")[0] for place, _, _ in model.worst_lines(["valid.txt"], 2)]
+        ['valid.txt', 'valid.txt']
 
         Raises:
             ConfigError, DataError: as `evaluate`.
