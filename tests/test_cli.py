@@ -85,7 +85,10 @@ def test_prompts_from_a_file_and_from_standard_input(run, corpus):
     by_stdin = lmtrain("generate", run, "--prompts", "-", "--max-tokens", 4, input="a b\nc\n")
     assert by_file.stdout == by_stdin.stdout
     assert len(by_file.stdout.splitlines()) == 2
-    assert "note: prompt 'a zebra': 1 of its tokens unknown" in lmtrain("generate", run, "--prompt", "a zebra").stderr
+    assert (
+        "note: prompt 'a zebra': 'zebra' unknown to the model, read as <unk>"
+        in lmtrain("generate", run, "--prompt", "a zebra").stderr
+    )
 
 
 def test_check_reports_the_data_and_trains_nothing(corpus):

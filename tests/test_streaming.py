@@ -195,7 +195,7 @@ def test_figures_do_not_depend_on_bptt_and_one_column_is_exact(stream, tmp_path)
     assert whole.figures()["backward_perplexity"] is None
     with pytest.raises(ConfigError, match="one row at a time"):
         model.evaluate(["valid.txt"], batch_size=3)
-    assert model.unknown_tokens("a\nb zzz\nc") == 1
+    assert model.unknown_tokens("a\nb zzz\nc") == ["zzz"]
     (written,) = model.generate(["a\nb c"], max_tokens=30)
     assert written.text.startswith("a\nb c")
     assert not written.finished  # a stream has no end

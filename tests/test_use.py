@@ -147,6 +147,8 @@ def test_a_mistake_is_one_line(runs, shell, arguments, code, said):
 
 
 def test_unknown_tokens_are_named(shell):
-    assert "1 of its tokens unknown to the model" in shell("generate", "two", "--prompt", "zzz a").stderr
-    assert "1 of the text's tokens unknown to the model" in shell("fill", "two", "zzz ____").stderr
-    assert "2 of the text" not in shell("fill", "two", "a ____").stderr
+    assert "prompt 'zzz a': 'zzz' unknown to the model" in shell("generate", "two", "--prompt", "zzz a").stderr
+    assert "note: 'zzz', 'yy' unknown to the model" in shell("fill", "two", "zzz yy ____ zzz").stderr
+    assert shell("fill", "two", "a ____").stderr == ""
+    many = shell("generate", "two", "--prompt", " ".join(f"z{number}" for number in range(9))).stderr
+    assert "'z4' and 4 more unknown" in many

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmtrain.cli.terminal import DeviceOption, JsonOption, RawOption, RunArgument, check_text, escape, print_json, tell
+from lmtrain.cli.terminal import (
+    DeviceOption,
+    JsonOption,
+    RawOption,
+    RunArgument,
+    check_text,
+    escape,
+    named,
+    print_json,
+    tell,
+)
 from lmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,7 +103,7 @@ def generate(
     model = lmtrain.load(run, device or "auto", tell)
     for text in texts:
         if unknown := model.unknown_tokens(text):
-            tell(f"note: prompt {text[:60]!r}: {unknown} of its tokens unknown to the model, read as <unk>")
+            tell(f"note: prompt {text[:60]!r}: {named(unknown)} unknown to the model, read as <unk>")
     plain = raw or not sys.stdout.isatty()
     if stream:
         start = (texts or [""])[0]

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmtrain.cli.terminal import DeviceOption, JsonOption, RawOption, RunArgument, check_text, escape, print_json, tell
+from lmtrain.cli.terminal import (
+    DeviceOption,
+    JsonOption,
+    RawOption,
+    RunArgument,
+    check_text,
+    escape,
+    named,
+    print_json,
+    tell,
+)
 from lmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -224,7 +234,7 @@ def fill(
 
     model = lmtrain.load(run, device or "auto", tell)
     if unknown := model.unknown_tokens(text.replace("____", " ")):
-        tell(f"note: {unknown} of the text's tokens unknown to the model, read as <unk>")
+        tell(f"note: {named(unknown)} unknown to the model, read as <unk>")
     for filling in model.fill(text, top, tokens):
         if as_json:
             print_json({"text": filling.text, "probability": filling.probability})

@@ -60,3 +60,10 @@ def check_text(name: str, text: str) -> None:
     """Raises ConfigError where an argument is no text."""
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ConfigError(f"{name} {text[:60]!r}: not text (a NUL, or bytes that are not UTF-8)")
+
+
+def named(unknown: list[str]) -> str:
+    """The first few of the words or characters."""
+    different = list(dict.fromkeys(unknown))
+    more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+    return ", ".join(repr(part[:40]) for part in different[:5]) + more

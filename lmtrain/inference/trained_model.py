@@ -244,11 +244,18 @@ class TrainedModel:
             raise ConfigError("this run reads in one direction; backward takes two (model.bidirectional: true)")
         return Script(self.tokenizer, self.config.batching.mode == "stream", direction)
 
-    def unknown_tokens(self, text: str) -> int:
-        """How many of a text's tokens the vocabulary does not know; in a stream a newline is an end token."""
-        lines = normalise(text).split("\n") if self.config.batching.mode == "stream" else [normalise(text)]
-        unknown = -1 if self.tokenizer.unk_id is None else self.tokenizer.unk_id
-        return sum(self.tokenizer.encode(line).count(unknown) for line in lines)
+    def unknown_tokens(self, text: str) -> list[str]:
+        """The words or characters of a text that the vocabulary does not know; in a stream a newline is an end token.
+
+        >>> model.unknown_tokens("a zebra b")
+        ['zebra']
+        """
+        unknown = self.tokenizer.unk_id
+        text = normalise(text).replace("\n", " " if self.tokenizer.separator else "")
+        if unknown is None or unknown not in self.tokenizer.encode(text):
+            return []
+        parts = text.split() if self.tokenizer.separator else list(text)
+        return [part for part in parts if unknown in self.tokenizer.encode(part)]
 
     def evaluate(
         self,
