@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from lmtrain.cli import _run as command_line
 from lmtrain.config import Config, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -72,3 +74,17 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def small(corpus: Path) -> Callable[..., Config]:
     """The small configuration, with overrides."""
     return lambda *overrides: load_config("config.yaml", overrides)
+
+
+@pytest.fixture
+def shell(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The command line without a process of its own, where there are many of them to run."""
+
+    def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["lmtrain", *map(str, arguments)])
+        capfd.readouterr()
+        code = command_line()
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(sys.argv, code, said.out, said.err)
+
+    return run

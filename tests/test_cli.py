@@ -15,26 +15,11 @@ import pytest
 import torch
 
 from lmtrain import checkpoint
-from lmtrain.cli import _run as command_line
 from lmtrain.cli.terminal import escape
 from lmtrain.training.start import train
 
 COMMAND = [sys.executable, "-m", "lmtrain"]
 IDS = ["tokenizer.kind=ids", "tokenizer.vocab_size=9", "logging.sample_prompts=[]"]
-
-
-@pytest.fixture
-def shell(capfd, monkeypatch):
-    """The command line without a process of its own, where there are many of them to run."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lmtrain", *map(str, arguments)])
-        capfd.readouterr()
-        code = command_line()
-        said = capfd.readouterr()
-        return subprocess.CompletedProcess(sys.argv, code, said.out, said.err)
-
-    return run
 
 
 def lmtrain(*arguments, **settings):

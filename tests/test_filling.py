@@ -88,17 +88,15 @@ def test_a_run_of_one_direction_fills_no_blank():
         fill(untrained(IDS), IDS, "1 ____")
 
 
-def test_score_and_fill_from_the_command_line(corpus, small, capfd, monkeypatch):
-    from lmtrain.cli import _run
+def test_score_and_fill_from_the_command_line(corpus, small, shell):
     from lmtrain.training.start import train
 
     run = train(small("training.max_steps=3")).run
 
     def said(*arguments):
-        monkeypatch.setattr("sys.argv", ["lmtrain", *map(str, arguments)])
-        capfd.readouterr()
-        assert _run() == 0
-        return capfd.readouterr().out
+        done = shell(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     (first, *_) = [json.loads(line) for line in said("fill", run, "a ____ b", "--json").splitlines()]
     assert set(first) == {"text", "probability"}

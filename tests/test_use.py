@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from lmtrain.cli import _run as command_line
 from lmtrain.training.start import train
 
 
@@ -28,18 +27,9 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def shell(runs, capfd, monkeypatch):
+@pytest.fixture(autouse=True)
+def there(runs, monkeypatch):
     monkeypatch.chdir(runs)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lmtrain", *map(str, arguments)])
-        capfd.readouterr()
-        code = command_line()
-        said = capfd.readouterr()
-        return subprocess.CompletedProcess(sys.argv, code, said.out, said.err)
-
-    return run
 
 
 def rows(done):

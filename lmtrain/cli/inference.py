@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from lmtrain.inference.scoring import Score
     from lmtrain.inference.trained_model import TrainedModel
 
+SourceArgument = Annotated[
+    str | None, typer.Argument(metavar="[FILE|-]", help="Text, a line each; left out, standard input.")
+]
+
 
 class Directions(StrEnum):
     forward = "forward"
@@ -106,14 +110,12 @@ def evaluate(
 
 def _worst(place: str, found: Score, text: str) -> dict[str, Any]:
     """One of the worst lines."""
-    return {"place": place, "nats_per_token": -found.log_probability / found.tokens, "text": text}
+    return {"place": place, "nats_per_token": found.nats_per_token, "text": text}
 
 
 def score(
     run: RunArgument = None,
-    source: Annotated[
-        str | None, typer.Argument(metavar="[FILE|-]", help="Text, a line each; left out, standard input.")
-    ] = None,
+    source: SourceArgument = None,
     direction: Annotated[
         Directions, typer.Option(help="How to read; both: the mean of the two log-probabilities.")
     ] = Directions.forward,
@@ -123,8 +125,7 @@ def score(
     device: DeviceOption = None,
 ) -> None:
     """Print the log-probability of every line: how likely the model finds it."""
-    if run is not None and source is None and (run == "-" or Path(run).is_file()):  # the newest run is meant
-        run, source = None, run
+    run, source = _run_and_source(run, source)
     import lmtrain
 
     model = lmtrain.load(run, device or "auto", tell)
@@ -148,29 +149,31 @@ def score(
             print(f"  {value / unit:10.4f}  {escape(repr(text)[1:-1])}")
 
 
+def _run_and_source(run: str | None, source: str | None) -> tuple[str | None, str | None]:
+    """A file where the run may stand: the newest run is meant."""
+    alone = run is not None and source is None and (run == "-" or Path(run).is_file())
+    return (None, run) if alone else (run, source)
+
+
 def _lines(source: str | None, model: TrainedModel) -> Iterator[Block]:
     """The lines of a file or of standard input, a block at a time."""
-    from lmtrain.data.reading import read_lines_of, read_texts
+    from lmtrain.data.reading import read_lines_of
 
     if source is None or source == "-":
         return read_lines_of(sys.stdin.buffer, "standard input")
-    data = model.config.data
-    return read_texts([source], "ids" if model.tokenizer.kind == "ids" else data.format, data.jsonl_field)
+    return model.read(source)
 
 
 def embed(
     run: RunArgument = None,
-    source: Annotated[
-        str | None, typer.Argument(metavar="[FILE|-]", help="Text, a line each; left out, standard input.")
-    ] = None,
+    source: SourceArgument = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="OUT.npz", help="The file to write; a new one.")
     ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Write every line as vectors: ids, lengths, output (a state a token) and h_n (a state a line), for numpy.load."""
-    if run is not None and source is None and (run == "-" or Path(run).is_file()):  # the newest run is meant
-        run, source = None, run
+    run, source = _run_and_source(run, source)
     if output is None:
         raise ConfigError("embed: name the file to write: -o OUT.npz")
     if not output.endswith(".npz"):

@@ -189,8 +189,14 @@ class Feed:
         self._thread.shutdown(cancel_futures=True)
 
 
+def sorted_parts(lengths: Ints, max_tokens: int, batch_size: int | None = None) -> Iterator[Ints]:
+    """The rows of each batch; each row once, longest first: the cheapest order where order does not matter."""
+    order = np.argsort(-lengths, kind="stable")
+    for start, end in cut_batches(lengths[order], batch_size, max_tokens):
+        yield order[start:end]
+
+
 def sorted_batches(rows: Rows, max_tokens: int, pad_id: int, batch_size: int | None = None) -> Iterator[Batch]:
-    """Every row once, longest first: the cheapest order where order does not matter, as in evaluation."""
-    order = np.argsort(-rows.lengths, kind="stable")
-    for start, end in cut_batches(rows.lengths[order], batch_size, max_tokens):
-        yield rows.batch(order[start:end], pad_id)
+    """Every row once, longest first, as in evaluation."""
+    for part in sorted_parts(rows.lengths, max_tokens, batch_size):
+        yield rows.batch(part, pad_id)

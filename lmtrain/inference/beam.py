@@ -15,12 +15,10 @@ from torch import Tensor
 
 from lmtrain.data.batching import make_batch
 from lmtrain.errors import ConfigError
-from lmtrain.inference.generation import Generation, Written, written_out
+from lmtrain.inference.generation import ROWS_AT_ONCE, Generation, Written, written_out
 from lmtrain.inference.prompts import Script
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import select
-
-ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _propose(
     """Fillings of one token to several that go on well from one side, in the order of the text."""
     tokenizer, device = script.tokenizer, model.embedding.weight.device
     backward = script.direction == "backward"
-    prompt = [tokenizer.eos_id, *reversed(side)] if backward else [tokenizer.bos_id, *side]
+    prompt = [script.start, *(reversed(side) if backward else side)]
     never = torch.tensor(_never(tokenizer), device=device)
     logits, state = model.read_prompts(
         torch.tensor(prompt, device=device).unsqueeze(1), torch.tensor([len(prompt)]), script.direction

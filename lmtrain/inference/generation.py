@@ -207,8 +207,6 @@ class _Writer:
             for place, number in enumerate(running):
                 seen[place, self.rows[number].prompt + self.rows[number].ids] = True
         allowed = logits.index_fill(1, self.never, -torch.inf)
-        if self.sampling.temperature == 0:
-            return argmax(self.sampling.penalised(allowed, seen))
         found = self.sampling.probabilities(allowed, seen)
         return draw(found, [self.generators[number] for number in running]).to(logits.device)
 

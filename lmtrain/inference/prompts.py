@@ -30,6 +30,11 @@ class Script:
         return self.tokenizer.eos_id if self.direction == "forward" else self.tokenizer.bos_id
 
     @property
+    def start(self) -> int:
+        """The token that is read first."""
+        return self.tokenizer.bos_id if self.direction == "forward" and not self.stream else self.tokenizer.eos_id
+
+    @property
     def never(self) -> list[int]:
         """Tokens that never follow in this direction."""
         start = self.tokenizer.bos_id if self.direction == "forward" else self.tokenizer.eos_id
@@ -40,9 +45,7 @@ class Script:
         lines = normalise(text).split("\n") if self.stream else [normalise(text)]
         first, *lines_after = map(self.tokenizer.encode, lines)
         inner = [*first, *(token for line in lines_after for token in (self.tokenizer.eos_id, *line))]
-        if self.direction == "backward":
-            return [self.tokenizer.eos_id, *reversed(inner)]
-        return [self.tokenizer.eos_id if self.stream else self.tokenizer.bos_id, *inner]
+        return [self.start, *(inner if self.direction == "forward" else reversed(inner))]
 
     def completion(self, text: str, prompt: Sequence[int], written: Sequence[int]) -> str:
         """The text of what was written to a prompt, with the white space that belongs between the two.

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmtrain.data.batching import Batch, Ints, Rows, cut_batches
+from lmtrain.data.batching import Batch, Ints, Rows, sorted_parts
 from lmtrain.data.corpus import StoreCounts, encode_block, frame
 from lmtrain.data.reading import Block
 from lmtrain.inference.prompts import Script
@@ -128,9 +128,14 @@ class Score:
     each: list[tuple[str, float]]  # every token that was predicted, in the order of the text; empty unless asked for
 
     @property
+    def nats_per_token(self) -> float:
+        """What a token costs on average."""
+        return -self.log_probability / self.tokens
+
+    @property
     def perplexity(self) -> float:
-        """exp(-log-probability per token)."""
-        return perplexity(-self.log_probability / self.tokens)
+        """exp(nats per token); infinite where that overflows."""
+        return perplexity(self.nats_per_token)
 
 
 @dataclass
@@ -164,7 +169,7 @@ def score(
     """
     tokenizer = script.tokenizer
     directions: list[Direction] = ["forward", "backward"] if direction == "both" else [direction]
-    start = tokenizer.eos_id if script.stream else tokenizer.bos_id
+    start = replace(script, direction="forward").start  # a row reads start to end, whichever end is predicted
     for block in blocks:
         flat, ends = frame(*encode_block(tokenizer, block, block.texts), tokenizer.eos_id, start)
         offsets = np.concatenate([[0], ends])
@@ -193,9 +198,7 @@ def _nats_of_tokens(
     """What each token costs, (T,), the mean over the directions; 0 where a direction does not predict it."""
     device = model.embedding.weight.device
     nats = np.zeros(len(rows.flat))
-    order = np.argsort(-rows.lengths, kind="stable")
-    for first, end in cut_batches(rows.lengths[order], None, SCORED_TOKENS):
-        indices = order[first:end]
+    for indices in sorted_parts(rows.lengths, SCORED_TOKENS):
         batch = rows.batch(indices, pad_id)
         starts: Ints = rows.starts[indices][batch.order.numpy()]
         events = model.read(batch.tokens.to(device), batch.lengths).events

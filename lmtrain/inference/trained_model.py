@@ -207,8 +207,8 @@ class TrainedModel:
 
     def _beginning(self, tokens: int) -> Iterator[list[int]]:
         """The first rows of the text that `evaluate` reads, each with its start and its end; a stream is one row."""
-        stream = self.config.batching.mode == "stream"
-        row = [self.tokenizer.eos_id if stream else self.tokenizer.bos_id]
+        script = self._script("forward")
+        row, stream = [script.start], script.stream
         try:
             for block in self._source(None).blocks():
                 for text in block.texts:
@@ -314,14 +314,17 @@ class TrainedModel:
             ConfigError, DataError: as `evaluate`.
         """
 
-        def lines() -> Iterator[tuple[float, str, Score, str]]:
+        def lines() -> Iterator[tuple[str, Score, str]]:
             for block in self._source(paths).blocks():
                 for text, found in zip(block.texts, self.score([block]), strict=True):
                     if text.strip():
-                        yield -found.log_probability / found.tokens, f"{block.path}:{found.line}", found, text
+                        yield f"{block.path}:{found.line}", found, text
 
-        worst = heapq.nlargest(count, lines(), key=lambda line: line[0])
-        return [(place, found, text) for _, place, found, text in worst]
+        return heapq.nlargest(count, lines(), key=lambda line: line[1].nats_per_token)
+
+    def read(self, path: str) -> Iterator[Block]:
+        """The lines of a file, as this run reads its own, for `score` and `embed`; raises DataError with the place."""
+        return self._source([path]).blocks()
 
     def _source(self, paths: Sequence[str] | None) -> Source:
         if paths:

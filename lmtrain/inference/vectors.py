@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmtrain.data.batching import Ints, cut_batches, gather
+from lmtrain.data.batching import Ints, gather, sorted_parts
 from lmtrain.data.corpus import encode_block, frame
 from lmtrain.data.reading import Block
 from lmtrain.errors import ConfigError
@@ -53,7 +53,7 @@ def embed(model: LanguageModel, script: Script, blocks: Iterable[Block]) -> Iter
     if len(set(model.recurrence.hidden_sizes)) > 1:
         raise ConfigError(f"layers of the sizes {list(model.recurrence.hidden_sizes)} have no h_n of one shape")
     tokenizer = script.tokenizer
-    starts: dict[Direction, int] = {"forward": tokenizer.eos_id if script.stream else tokenizer.bos_id}
+    starts: dict[Direction, int] = {"forward": script.start}
     if model.bidirectional:
         starts["backward"] = tokenizer.eos_id
     for block in blocks:
@@ -79,9 +79,7 @@ def _read(
     begins, size = ends - lengths - 2, model.recurrence.hidden_sizes[-1]
     output = np.empty((len(framed), size), np.float32)
     last = np.empty((len(lengths), len(stack.hidden_sizes), size), np.float32)
-    order = np.argsort(-lengths, kind="stable")
-    for first, end in cut_batches(lengths[order] + 1, None, READ_TOKENS):
-        lines = order[first:end]
+    for lines in sorted_parts(lengths + 1, READ_TOKENS):
         batch = gather(framed, begins[lines], lengths[lines] + 1, pad_id)
         rows = pack_rows(batch.lengths)
         lines = lines[batch.order.numpy()]
