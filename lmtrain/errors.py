@@ -5,19 +5,22 @@ The command line prints `faults`, one a line, and leaves with `exit_code`; anyth
 bug and shows its traceback.
 """
 
+from lmtrain.lines import escape
+
 
 class LmtrainError(Exception):
     """A fault that is not a bug of lmtrain: what is wrong, where, and the mend.
 
     Args:
-        *faults: one line each; all that were found, so that they can be mended at once.
+        *faults: one line each; all that were found, so that they can be mended at once. What they quote may hold any
+            character; control characters are written out.
     """
 
     exit_code = 1
 
     def __init__(self, *faults: str) -> None:
-        super().__init__("\n".join(faults))
-        self.faults = faults
+        self.faults = tuple(escape(fault, kept="") for fault in faults)
+        super().__init__("\n".join(self.faults))
 
 
 class ConfigError(LmtrainError):
@@ -66,3 +69,19 @@ class StoppedError(LmtrainError):
     def __init__(self, signal_number: int, *faults: str) -> None:
         super().__init__(*faults)
         self.exit_code = 128 + signal_number
+
+
+def out_of_memory(error: BaseException, mend: str) -> OutOfMemoryError | None:
+    """The error to raise in place of one that says memory ran out, in any of the ways in which Python, PyTorch and the
+    loader of libraries do; else None."""
+    signs = [
+        "can't allocate memory",
+        "not enough memory",
+        "bad_alloc",
+        "out of memory",
+        "cannot allocate memory",
+        "failed to map segment",
+        "can't start new thread",
+    ]
+    said = isinstance(error, RuntimeError | ImportError | OSError) and any(sign in str(error).lower() for sign in signs)
+    return OutOfMemoryError(f"out of memory: {mend}") if said or isinstance(error, MemoryError) else None

@@ -1,4 +1,4 @@
-"""The run directory: its layout, the lock on it, and the trained model in it.
+"""The run directory: its layout, the lock on it, and what of it can be judged before torch is imported.
 
 runs/NAME/
   config.yaml  environment.json  tokenizer.json  metrics.jsonl  events.out.tfevents...
@@ -13,20 +13,19 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from lmtrain import checkpoint
 from lmtrain.config import Config, dump_config, load_config
 from lmtrain.data import tokenizer as tokenizers
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, StorageError
-from lmtrain.model.language_model import LanguageModel
+from lmtrain.files import read_json, read_text, write_atomically
+
+USED = ("model.safetensors", "state.json")  # what a trained model is made of
 
 
 class RunDirectory:
@@ -35,6 +34,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._judged: tuple[Config, Tokenizer] | None = None
 
     def holds_run(self) -> bool:
         """Whether training was ever started here."""
@@ -63,25 +63,25 @@ class RunDirectory:
     def write_start(self, config: Config, tokenizer: Tokenizer, environment: dict[str, Any]) -> None:
         """What a run has from its first moment on; the config comes last, since it makes the directory a run."""
         self.checkpoints.mkdir(exist_ok=True)
-        checkpoint.write_atomically(self.path / "tokenizer.json", tokenizer.dumps().encode())
+        write_atomically(self.path / "tokenizer.json", tokenizer.dumps().encode())
         self.write_environment(environment)
         self.write_config(config)
 
     def write_config(self, config: Config) -> None:
-        checkpoint.write_atomically(self.path / "config.yaml", dump_config(config).encode())
+        write_atomically(self.path / "config.yaml", dump_config(config).encode())
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         text = json.dumps(environment, indent=1, ensure_ascii=False) + "\n"
-        checkpoint.write_atomically(self.path / "environment.json", text.encode(errors="backslashreplace"))
+        write_atomically(self.path / "environment.json", text.encode(errors="backslashreplace"))
 
     def point(self, name: str, content: dict[str, Any]) -> None:
         """Write `best` or `last`.json."""
-        checkpoint.write_atomically(self.path / f"{name}.json", (json.dumps(content) + "\n").encode())
+        write_atomically(self.path / f"{name}.json", (json.dumps(content) + "\n").encode())
 
     def pointed(self, name: str) -> int | None:
         """The step that `best` or `last`.json names; None where there is no such file, or none that can be read."""
         try:
-            step = checkpoint.read_json(self.path / f"{name}.json").get("step")
+            step = read_json(self.path / f"{name}.json").get("step")
         except ArtefactError:
             return None
         return step if type(step) is int and step >= 0 else None
@@ -98,18 +98,53 @@ class RunDirectory:
                 if not stat.S_ISDIR(path.lstat().st_mode) and not stat.S_ISREG(path.lstat().st_mode):
                     raise ArtefactError(f"{path}: not a regular file; a run directory holds nothing else")
 
-    def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer; raises ArtefactError."""
-        path = self.path / "tokenizer.json"
-        return tokenizers.loads(checkpoint.read_text(path), str(path))
+    def judged(self, parts: tuple[str, ...] = USED) -> tuple[Config, Tokenizer]:
+        """The run's configuration and tokenizer, after a look at all that takes neither torch nor much time.
 
-    def config(self) -> Config:
-        """The run's configuration; raises ArtefactError."""
+        Args:
+            parts: of a checkpoint; where there are checkpoints, one must have them, of the size its manifest says.
+
+        Raises:
+            ArtefactError: a link, a broken config or tokenizer, or checkpoints none of which could be used.
+        """
+        if self._judged is None:
+            self.refuse_links()
+            self._judged = self._config(), self._tokenizer()
+            problems: list[str] = []
+            for step in self.candidates():
+                try:
+                    checkpoint.survey(self.checkpoints, step, parts)
+                    break
+                except checkpoint.NewerFormatError:
+                    raise
+                except ArtefactError as error:
+                    problems.extend(error.faults)
+            else:
+                if problems:
+                    raise unusable(problems)
+        return self._judged
+
+    def candidates(self) -> list[int]:
+        """The steps whose models may be used, the best first, then the last, then the others, newest first."""
+        wanted = [step for step in (self.pointed("best"), self.pointed("last")) if step is not None]
+        return list(dict.fromkeys([*wanted, *checkpoint.steps(self.checkpoints)]))
+
+    def _tokenizer(self) -> Tokenizer:
+        path = self.path / "tokenizer.json"
+        return tokenizers.loads(read_text(path), str(path))
+
+    def _config(self) -> Config:
         path = self.path / "config.yaml"
         try:
             return load_config(path, check_files=False)
         except ConfigError as error:
             raise ArtefactError(*error.faults) from None
+
+
+def unusable(problems: list[str]) -> ArtefactError:
+    """What to raise where every checkpoint has its problem."""
+    mend = "no checkpoint can be used: take a copy of the run, or train a new one"
+    return ArtefactError(*problems[:-1], f"{problems[-1]}; {mend}")
 
 
 def create_run(config: Config, run_dir: str | None) -> RunDirectory:
@@ -133,7 +168,15 @@ def create_run(config: Config, run_dir: str | None) -> RunDirectory:
             return RunDirectory(path)
 
 
-def refuse_full(run_dir: str) -> None:
+def refuse_read_only(path: str | Path) -> None:
+    """Raises StorageError, before anything long is begun, where no run could be written."""
+    standing = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
+    if not os.access(standing, os.W_OK):
+        why = "read-only file system" if os.statvfs(standing).f_flag & os.ST_RDONLY else "permission denied"
+        raise StorageError(f"{standing}: {why}; a run is written there: name another place")
+
+
+def refuse_full(run_dir: str | Path) -> None:
     """Nothing is ever overwritten: raises ConfigError where a directory named for a new run has something in it."""
     path = Path(run_dir)
     if path.exists() and (not path.is_dir() or not _as_good_as_empty(path)):
@@ -191,109 +234,7 @@ def find_run(run: str | Path | None, runs_dir: str = "runs") -> RunDirectory:
     return found
 
 
-def build_model(config: Config, vocab_size: int) -> LanguageModel:
-    """The model that a configuration describes, with fresh weights."""
-    model = config.model
-    return LanguageModel(
-        vocab_size,
-        embedding_size=model.embedding_size,
-        hidden_size=model.hidden_size,
-        num_layers=model.num_layers,
-        layer_sizes=model.layer_sizes,
-        cell=model.cell,
-        bidirectional=model.bidirectional,
-        dropout=model.dropout,
-        residual=model.residual,
-        layer_norm=model.layer_norm,
-        ngrams=model.ngrams,
-        ngram_buckets=model.ngram_buckets,
-        tie_weights=model.tie_weights,
-        output=model.output,
-        backend=model.backend,
-        sampled_tokens=config.training.sampled_tokens,
-        frequent_tokens=config.training.frequent_tokens,
-        **config.regularization.model_dump(),
-    )
-
-
-def weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The model's weights by name; tied ones once."""
-    return dict(model.named_parameters())
-
-
-def check_weights(config: Config, vocab_size: int, tensors: dict[str, Tensor], name: str) -> None:
-    """Hold saved weights against a configuration before any memory is taken for its model.
-
-    Raises:
-        ArtefactError: a tensor missing, unknown, of another shape or type, or not finite.
-    """
-    with torch.device("meta"):  # shapes without memory
-        own = weights(build_model(config, vocab_size))
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())
-        raise ArtefactError(f"{name}: {'missing' if odd[0] in own else 'unknown'} tensor {odd[0]!r}")
-    for key, parameter in own.items():
-        saved = tensors[key]
-        if saved.shape != parameter.shape or saved.dtype != parameter.dtype:
-            raise ArtefactError(
-                f"{name}: tensor {key!r} is {_kind(saved)}, the run's config and tokenizer want {_kind(parameter)}"
-            )
-        if not bool(torch.isfinite(saved).all()):
-            raise ArtefactError(f"{name}: tensor {key!r} holds values that are not finite")
-
-
-@torch.no_grad()
-def load_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
-    """Put saved weights, checked before, into a model."""
-    for key, parameter in weights(model).items():
-        parameter.copy_(tensors[key])
-
-
 def check_tokenizer(tokenizer: Tokenizer, state: dict[str, Any], name: str) -> None:
     """The weights belong to one vocabulary; raises ArtefactError where this is another."""
     if state.get("tokenizer") != tokenizer.fingerprint():
         raise ArtefactError(f"{name}: was trained with another tokenizer than the run's tokenizer.json")
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-class Loaded(NamedTuple):
-    """A trained model as it comes out of its run."""
-
-    run: RunDirectory
-    config: Config
-    tokenizer: Tokenizer
-    model: LanguageModel
-    step: int
-
-
-def load_run(run: RunDirectory, device: torch.device, notify: Callable[[str], None]) -> Loaded:
-    """The run's best model, else its last one, in evaluation mode; a damaged checkpoint is passed over and named.
-
-    Raises:
-        ArtefactError: no checkpoint that is whole, or files that don't fit together.
-    """
-    run.refuse_links()
-    config, tokenizer = run.config(), run.tokenizer()
-    wanted = [step for step in (run.pointed("best"), run.pointed("last")) if step is not None]
-    candidates = list(dict.fromkeys([*wanted, *checkpoint.steps(run.checkpoints)]))
-    if not candidates:
-        raise ArtefactError(f"{run.path}: no checkpoint yet; train it further with --resume")
-    problems: list[str] = []
-    for step in candidates:
-        name = str(checkpoint.home_of(run.checkpoints, step) / "model.safetensors")
-        try:
-            saved = checkpoint.load(run.checkpoints, step, ("model.safetensors", "state.json"))
-            check_weights(config, tokenizer.vocab_size, saved.model, name)
-            check_tokenizer(tokenizer, saved.state, name)
-        except ArtefactError as error:
-            problems.extend(error.faults)
-            continue
-        for problem in problems:
-            notify(f"passed over: {problem}")
-        model = build_model(config, tokenizer.vocab_size)
-        load_weights(model, saved.model)
-        return Loaded(run, config, tokenizer, model.to(device).eval(), step)
-    raise ArtefactError(*problems)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmtrain.errors import ConfigError, OutOfMemoryError
+from lmtrain.errors import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h: mallopt(3)
 
@@ -133,15 +133,6 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def out_of_memory(error: BaseException, mend: str) -> OutOfMemoryError | None:
-    """The error to raise in place of one that says memory ran out, in PyTorch's several ways; else None."""
-    signs = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if memory or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)):
-        return OutOfMemoryError(f"out of memory: {mend}")
-    return None
 
 
 @contextmanager

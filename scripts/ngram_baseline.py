@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--characters", action="store_true", help="of characters, whatever the run's tokens are")
     given = parser.parse_args(arguments)
     run = RunDirectory(given.run)
-    config, tokenizer = run.config(), run.tokenizer()
+    config, tokenizer = run.judged()
     if given.characters:
         texts = source_of(config, "train")
         assert texts is not None

@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.config.schema import BatchingConfig
 from lmtrain.data.batching import EpochSampler, Feed, Rows, make_batch, sorted_batches
+from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
 from tests.conftest import shared
 
 LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=80).map(np.array)
@@ -96,14 +97,38 @@ def test_evaluation_reads_every_row_once(lengths, batch_size):
     ]
 
 
-def test_resuming_an_epoch_takes_no_replay():
-    """The state of a pass is (epoch, next batch): a fresh sampler goes on at any batch."""
-    lengths = np.random.default_rng(1).integers(2, 30, 61)
-    whole = [batch.tolist() for epoch in range(2) for batch in sampler_of(lengths).epoch(epoch)]
-    for cut in range(len(whole)):
-        epoch, next_batch = divmod(cut, len(whole) // 2)
-        rest = [batch.tolist() for batch in sampler_of(lengths).epoch(epoch)[next_batch:]]
-        assert rest == whole[cut : (epoch + 1) * len(whole) // 2]
+def feed_of(kind, lengths, epoch=0, next_batch=0):
+    """A feed of groups of two batches and all that is below it, made afresh."""
+    rows = Rows(stored(lengths), max_length=9)
+    columns = min(3, len(rows))
+    stream = Stream(rows.flat, 0, min(3, len(rows.flat)))
+    source, sampler = {
+        "sentences": (rows, sampler_of(rows.lengths)),
+        "lines": (rows, LinesSampler(rows, columns)),
+        "stream": (stream, StreamSampler(stream, bptt=5, random_bptt=False, seed=7)),
+        "random stream": (stream, StreamSampler(stream, bptt=5, random_bptt=True, seed=7)),
+    }[kind]
+    return Feed(source, sampler, 0, 2, epoch, next_batch)
+
+
+def taken(feed, count):
+    """(epoch, batches of the epoch up to here, the batches' numbers) of the next groups."""
+    groups = [feed.take() for _ in range(count)]
+    feed.close()
+    return [(g.epoch, g.end, [[part.tolist() for part in batch] for batch in g.batches]) for g in groups]
+
+
+@pytest.mark.parametrize("kind", ["sentences", "lines", "stream", "random stream"])
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(2, 25), min_size=1, max_size=25).map(np.array))
+def test_from_every_batch_fresh_objects_go_on_as_if_never_stopped(kind, lengths):
+    """The state of a pass is (epoch, next batch), whatever the sampler; to resume takes no replay."""
+    feed = feed_of(kind, lengths)
+    an_epoch = -(-feed.peek().epoch_batches // 2)
+    whole = taken(feed, 5 * an_epoch)
+    assert whole[-1][0] > 0
+    for place, (epoch, end, _) in enumerate(whole[:-3]):
+        assert taken(feed_of(kind, lengths, epoch, end), 3) == whole[place + 1 : place + 4]
 
 
 def test_rows_need_at_least_one_token():

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.config import Config, dump_config, load_config
+from lmtrain.config.contradictions import contradictions
 from lmtrain.errors import ConfigError
-from lmtrain.run import build_model
+from lmtrain.trained import build_model
 from tests.conftest import ROOT, SHARED
 
 TEMPLATES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -77,107 +78,6 @@ def test_five_faults_at_the_command_line_before_torch_is_imported(directory):
 D = "data: {train: t.txt}\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        ("", "c.yaml:1:1: empty"),
-        ("- a\n", "c.yaml:1:1: not a mapping"),
-        ("# nothing\n", "c.yaml:1:1: empty"),
-        ("data:\n\ttrain: t.txt\n", "c.yaml:2:1: found character '\\t' that cannot start any token (indent"),
-        (D + "data: {train: t.txt}\n", "c.yaml:2:1: data: the key stands twice (first at c.yaml:1:1)"),
-        (D + "model: {cell: gru, cell: rnn}", "c.yaml:2:20: model.cell: the key stands twice (first at c.yaml:2:9)"),
-        (D + "layers: 3\n", "c.yaml:2:1: layers: no such key"),
-        (D + "hidden_size: 3\n", "c.yaml:2:1: hidden_size: no such key (did you mean 'model.hidden_size'?)"),
-        (D + "optimizer: {lr: fast}\n", "c.yaml:2:13: optimizer.lr: should be a valid number, not \"fast\""),
-        (D + "yes: no\n", "c.yaml:2:1: yes: no such key"),
-        (D + "seed: true\n", "c.yaml:2:1: seed: should be a valid integer, not true"),
-        (D + "seed: 1.5\n", "c.yaml:2:1: seed: should be a valid integer, not 1.5"),
-        (D + "optimizer: {lr: .nan}\n", "c.yaml:2:13: optimizer.lr: should be a finite number, not NaN"),
-        (D + "optimizer: {lr: .inf}\n", "c.yaml:2:13: optimizer.lr: should be a finite number, not Infinity"),
-        (D + "optimizer: {lr: 1e999}\n", "c.yaml:2:13: optimizer.lr: should be a finite number, not Infinity"),
-        (D + "model: {hidden_size: 0}\n", "c.yaml:2:9: model.hidden_size: should be greater than or equal to 1, not 0"),
-        (D + "model: {hidden_size: -4}\n", "c.yaml:2:9: model.hidden_size: should be greater than or equal to 1"),
-        (D + "model: {bidirectional: no}\n", "c.yaml:2:9: model.bidirectional: should be a valid boolean, not \"no\""),
-        (D + "model: {output: adaptive}\n", "c.yaml:2:9: model.output: adaptive has output weights of its own"),
-        (D + "model: 3\n", "c.yaml:2:1: model: a section: keys and values belong below it"),
-        (D + "name: !!python/object:os.system x\n", "c.yaml:2:7: tag 'tag:yaml.org,2002:python/object:os.system'"),
-        (D + "x: &a [1]\ny: [*a, *a]\n", "c.yaml:2:4: anchor &a"),
-        (D + "model:\n  <<: {cell: gru}\n", "c.yaml:3:3: a merge key"),
-        ("a: " + "[" * 500 + "]" * 500, "c.yaml:1:19: nested more than 16 deep"),
-        ("{" * 500, "c.yaml:1:2: a key is a word"),
-        (D + "seed: " + "9" * 5000, "c.yaml:2:7: a number of 5000 characters"),
-        (D + "name: a\0b\n", "c.yaml:2:8: a control character (U+0000)"),
-        (D + "name: a\x1bb\n", "c.yaml:2:8: a control character (U+001B)"),
-        (D + "---\n" + D, "c.yaml:2:1: a second document"),
-        (D + 'runs_dir: "a\\0b"\n', "c.yaml:2:11: a NUL or half a surrogate pair"),
-        (D + 'runs_dir: "\\ud800"\n', "c.yaml:2:11: a NUL or half a surrogate pair"),
-        (D + 'name: "\\UFFFFFFFF"\n', "c.yaml"),
-        (D + "batching: {max_length: 100000000000000000000}\n", "c.yaml:2:12: batching.max_length: should be less"),
-        (D + "tokenizer: {kind: bpe, vocab_size: 50}\n", "c.yaml:2:24: tokenizer.vocab_size: should be 261 or more"),
-        (D + "name: ../../x\n", "c.yaml:2:1: name: should be a plain file name"),
-        (D + "name: a/b\n", "c.yaml:2:1: name: should be a plain file name"),
-        ("data: {train: nowhere.txt}\n", "c.yaml:1:8: data.train: nowhere.txt: no such file"),
-        ("data: {train: t.txt, test: '*.nothing'}\n", "c.yaml:1:22: data.test: *.nothing: no such file"),
-        ("data: {train: []}\n", "c.yaml:1:8: data.train: should have at least 1 item"),
-        ("data: {train: [t.txt, 3]}\n", "c.yaml:1:23: data.train.1: should be a valid string, not 3"),
-        ("model: {cell: gru}\n", "c.yaml:1:1: data: missing"),
-        ("data: {valid: t.txt}\n", "c.yaml:1:1: data.train: missing"),
-        (D + "tokenizer: {kind: file}\n", "c.yaml:2:1: tokenizer.path: goes with tokenizer.kind: file"),
-        (D + "tokenizer: {kind: file, path: x.json}\n", "c.yaml:2:25: tokenizer.path: x.json: no such file"),
-        (D + "tokenizer: {kind: ids, vocab_size: 5, pad_id: 5}\n", "c.yaml:2:39: tokenizer.pad_id: should be below"),
-        ("data: {train: t.txt, format: ids}\n", "c.yaml:1:22: data.format: ids goes with tokenizer.kind: ids"),
-        ("data: {train: t.txt, valid: t.txt, valid_fraction: 0.1}\n", "c.yaml:1:36: data.valid_fraction: data.valid"),
-        (D + "batching: {mode: stream}\nmodel: {bidirectional: true}\n", "c.yaml:3:9: model.bidirectional: a stream"),
-        (D + "training: {patience: 3}\n", "c.yaml:2:12: training.patience: needs a validation set"),
-        (D + "training: {loss_weights: {forward: 0}}\n", "c.yaml:2:12: training.loss_weights: all are zero"),
-    ],
-)  # fmt: skip
-def test_a_fault_is_one_line_at_its_place(text, fault):
-    found = faults(text)
-    assert [line for line in found if line.startswith(fault)], found
-    assert all("\n" not in line for line in found)
-
-
-def test_faults_of_all_kinds_come_together():
-    text = "data: {train: nowhere.txt}\nmodel: {cel: gru}\nbatching: {random_bptt: true}\n"
-    assert len(faults(text, "seed=x", "nonsense", "model.dropout=1")) == 6
-
-
-def test_a_faulty_required_key_hides_no_other_fault():
-    found = faults("name: a/b\ndata: {valid: nowhere.txt}\ntokenizer: {kind: flie, path: x.json}\n")
-    keys = [line.split(": ")[1] for line in found]
-    assert keys == ["name", "data.train", "tokenizer.kind", "data.valid", "tokenizer.path"]
-
-
-def test_very_many_faults_are_told_in_part_and_in_time():
-    found = faults(D + "".join(f"key{n}: 1\n" for n in range(20000)))
-    assert len(found) == 51
-    assert found[-1] == "c.yaml: 19950 more faults"
-
-
-def test_two_directions_in_a_stream_are_refused():
-    found = faults(D + "batching: {mode: stream}\nmodel: {bidirectional: true}\n")
-    assert len(found) == 1
-    assert "c.yaml:3:9: model.bidirectional: a stream has no right end" in found[0]
-
-
-@pytest.mark.parametrize(
-    ("override", "fault"),
-    [
-        ("model.hidden_size", "command line: 'model.hidden_size': an override is KEY=VALUE"),
-        ("=3", "command line: '=3': an override is KEY=VALUE"),
-        ("model.hiden_size=3", "command line: model.hiden_size: no such key (did you mean 'hidden_size'?)"),
-        ("modle.cell=gru", "command line: modle: no such key (did you mean 'model'?)"),
-        ("model.cell.x=gru", "command line: model.cell: should be"),
-        ("seed.x=3", "command line: seed.x: seed is not a section"),
-        ("model.cell=[", "command line: model.cell=:1:2:"),
-        ("seed=9.5", "command line: seed: should be a valid integer, not 9.5"),
-    ],
-)
-def test_a_faulty_override_is_named(override, fault):
-    assert faults(D + "seed: 3\n", override)[0].startswith(fault)
-
-
 def test_precedence_is_defaults_then_file_then_command_line():
     config = load(D + "model: {hidden_size: 7, cell: gru}\noptimizer:\n", "model.hidden_size=9", "optimizer.lr=1e-2")
     assert (config.model.num_layers, config.model.cell, config.model.hidden_size) == (2, "gru", 9)
@@ -210,30 +110,63 @@ def test_templates_use_every_kind_of_text_and_both_cells(monkeypatch):
     assert {"lstm", "gru"} <= {config.model.cell for config in configs}
 
 
-SECTIONS = st.fixed_dictionaries(
-    {},
-    optional={
-        "name": st.text(
-            st.characters(exclude_categories=["Cc", "Cs"], exclude_characters="/."), min_size=1, max_size=9
-        ),
-        "seed": st.integers(0, 2**63 - 1),
-        "optimizer": st.fixed_dictionaries({"lr": st.floats(1e-30, 1e30), "weight_decay": st.just(0)}),
-        "model": st.fixed_dictionaries({"cell": st.sampled_from(["lstm", "gru"]), "bidirectional": st.booleans()}),
-        "logging": st.fixed_dictionaries(
-            {"sample_prompts": st.lists(st.text(st.characters(exclude_categories=["Cc", "Cs"])))}
-        ),
-    },
-)
+SCHEMA = Config.model_json_schema()
+LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 
 
-@settings(max_examples=150, deadline=None)
-@given(tree=SECTIONS)
+def values_of(schema):
+    """Any value that a part of the schema takes by itself."""
+    match schema:
+        case {"$ref": reference}:
+            return values_of(SCHEMA["$defs"][reference.rpartition("/")[2]])
+        case {"enum": options}:
+            return st.sampled_from(options)
+        case {"anyOf": options}:
+            return st.one_of(map(values_of, options))
+        case {"type": "null"}:
+            return st.none()
+        case {"type": "boolean"}:
+            return st.booleans()
+        case {"type": "integer"}:
+            return st.integers(schema["minimum"], schema.get("maximum"))
+        case {"type": "number"}:
+            least, most = (schema.get(f"exclusive{end}", schema.get(end.lower())) for end in ("Minimum", "Maximum"))
+            open_ends = {f"exclude_{end[:3].lower()}": f"exclusive{end}" in schema for end in ("Minimum", "Maximum")}
+            return st.floats(least, most, allow_infinity=False, **open_ends)
+        case {"type": "array"}:
+            least = schema.get("minItems", 0)
+            return st.lists(values_of(schema["items"]), min_size=least, max_size=max(least, 2))
+        case {"type": "string", "pattern": pattern}:
+            return st.from_regex(pattern, fullmatch=True, alphabet=LETTERS).filter(lambda text: len(text) <= 200)
+        case {"type": "string"}:
+            return st.text(LETTERS, max_size=20)
+        case {"type": "object"}:
+            keys = {key: values_of(part) for key, part in schema["properties"].items()}
+            needed = {key: keys.pop(key) for key in schema.get("required", [])}
+            return st.fixed_dictionaries(needed, optional=keys)
+    raise AssertionError(schema)
+
+
+def agreeing(tree):
+    """The configuration of a tree, without the keys that contradict each other."""
+    config = Config.model_validate(tree)
+    while found := [path for path, _ in contradictions(config)]:
+        for section, key in found:
+            if tree.get(section, {}).pop(key, None) is None:  # what it contradicts is elsewhere in its section
+                tree[section] = {"train": ["t.txt"]} if section == "data" else {}
+        config = Config.model_validate(tree)
+    return config
+
+
+@settings(max_examples=100, deadline=None)
+@given(tree=values_of(SCHEMA))
 def test_dumped_and_loaded_it_is_the_same(tree):
-    config = Config.model_validate({"name": "x", "data": {"train": ["t.txt"]}} | tree)
+    config = agreeing(tree)
     text = dump_config(config)
-    assert load(text) == config
-    assert yaml.safe_load(text)["seed"] == config.seed  # other programs read it alike
-    assert yaml.safe_load(text)["name"] == config.name
+    with open("c.yaml", "wb") as handle:
+        handle.write(text.encode())
+    assert load_config("c.yaml", check_files=False) == config
+    assert yaml.safe_load(text) == config.model_dump()  # other programs read it alike
 
 
 @settings(max_examples=300, deadline=1000)
@@ -243,21 +176,6 @@ def test_any_bytes_are_a_config_or_a_config_error(data):
         handle.write(data)
     with contextlib.suppress(ConfigError):
         load_config("c.yaml")
-
-
-@pytest.mark.parametrize("name", ["missing.yaml", "."])
-def test_a_file_that_is_none(name):
-    with pytest.raises(ConfigError, match=r"no such file|is a directory"):
-        load_config(name)
-
-
-def test_too_large_and_not_utf_8(directory):
-    (directory / "big.yaml").write_text("#" * (1 << 20) + "\n")
-    (directory / "latin.yaml").write_bytes(D.encode() + b"name: caf\xe9\n")
-    with pytest.raises(ConfigError, match=r"big\.yaml: over 1 MiB"):
-        load_config("big.yaml")
-    with pytest.raises(ConfigError, match=r"latin\.yaml:2:10: byte 30 is not UTF-8"):
-        load_config("latin.yaml")
 
 
 def test_the_readme_s_table_is_the_schema_s():

@@ -2,15 +2,19 @@
 
 import fcntl
 import gzip
+import json
 import os
 import resource
 import subprocess
 import sys
 import threading
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from lmtrain.data import reading
 from lmtrain.data.corpus import Source, open_store
@@ -32,6 +36,27 @@ def sequences(store):
 def test_lines_come_out_clean(tmp_path):
     content = "\ufeffone\r\ntwo\r\n\r\n  \nde\u0301ja\u0300 \u1112\u1161\u11ab\u1100\u1173\u11af\nlast".encode()
     assert texts(tmp_path, content) == ["one", "two", "déjà 한글", "last"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n")), min_size=1),
+    format=st.sampled_from(["text", "jsonl"]),
+    kind=st.sampled_from(["char", "byte"]),
+)
+def test_any_unicode_text_comes_back_out_of_the_store_in_nfc(tmp_path_factory, lines, format, kind):
+    folder = tmp_path_factory.mktemp("text")
+    written = [json.dumps({"text": line}) for line in lines] if format == "jsonl" else lines
+    (folder / "t").write_bytes("".join(f"{line}\n" for line in written).encode())
+    if format == "text":
+        lines = [line.removesuffix("\r") for line in [lines[0].removeprefix("\ufeff"), *lines[1:]]]
+    wanted = [unicodedata.normalize("NFC", line) for line in lines if line.strip()]
+    assume(wanted)
+    source = Source((str(folder / "t"),), format=format)
+    tokenizer = train_tokenizer(kind, source.texts(), vocab_size=1 << 20)
+    store = open_store(source, tokenizer, folder / "cache")
+    assert [tokenizer.decode(ids) for ids in sequences(store)] == wanted
+    assert store.counts.blank == len(lines) - len(wanted)
 
 
 def test_a_separator_of_another_kind_is_no_line_end(tmp_path):
@@ -111,7 +136,7 @@ def test_two_builders_at_once_both_get_a_whole_store(tmp_path):
         subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE) for _ in range(3)
     ]
     assert [builder.communicate()[0] for builder in builders] == [b"20000\n"] * 3
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 1
 
 
 def test_what_a_killed_builder_left_is_removed_and_a_living_one_s_is_not(tmp_path):

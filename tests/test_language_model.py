@@ -92,20 +92,34 @@ def test_a_changed_token_changes_no_logit_that_must_not_depend_on_it(cell, num_l
     assert {place for objective, b, place in targets if objective == "fill" and b == 0} == set(range(1, lengths[0] + 1))
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("output", ["full", "adaptive"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-@settings(max_examples=15, deadline=None)
-@given(rows=st.lists(st.lists(st.integers(3, 10), max_size=7), min_size=1, max_size=6))
-def test_packed_loss_is_the_sum_over_single_rows(cell, output, rows):
-    model = model_of(cell, output=output, tie_weights=output == "full").double()
-    together = model.loss(*framed(*rows)[:2]).parts
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(3, 10), max_size=7), min_size=1, max_size=6),
+    backend=st.sampled_from(["packed", "torch"]),
+    chance=st.randoms(),
+)
+def test_packed_loss_is_the_sum_over_single_rows(cell, output, bidirectional, rows, backend, chance):
+    model = model_of(cell, bidirectional=bidirectional, output=output, tie_weights=output == "full", backend=backend)
+    model.double()
+    batch = framed(*rows)
+    together = model.loss(*batch[:2]).parts
     alone = [model.loss(*framed(row)[:2]).parts for row in rows]
+    assert set(together) == ({"forward", "backward", "fill"} if bidirectional else {"forward"})
     for objective, part in together.items():
         total = sum(float(each[objective].nats) for each in alone)
         assert float(part.nats) == pytest.approx(total, rel=1e-5)
         assert part.tokens == sum(each[objective].tokens for each in alone)
-    counted = count_events(framed(*rows).lengths)
-    assert {objective: part.tokens for objective, part in together.items()} == counted
+    assert {objective: part.tokens for objective, part in together.items()} == {
+        objective: count for objective, count in count_events(batch.lengths).items() if objective in together
+    }
+    shuffled = framed(*chance.sample(rows, len(rows)))
+    places = torch.arange(len(shuffled.tokens))[:, None]
+    shuffled.tokens[places >= shuffled.lengths] = chance.randrange(VOCABULARY)  # whatever the padding
+    for objective, part in model.loss(*shuffled[:2]).parts.items():
+        assert float(part.nats) == pytest.approx(float(together[objective].nats), rel=1e-9)
 
 
 def test_padding_does_not_change_a_row():

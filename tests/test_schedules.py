@@ -12,7 +12,7 @@ from lmtrain import checkpoint
 from lmtrain.errors import ConfigError
 from lmtrain.inference.trained_model import load
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.run import weights
+from lmtrain.trained import weights
 from lmtrain.training.averaging import Averaging
 from lmtrain.training.optimization import learning_rate
 from lmtrain.training.start import train

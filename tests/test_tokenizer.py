@@ -18,15 +18,22 @@ def tokenizer_of(kind, texts=TEXTS, **settings):
     return train_tokenizer(kind, texts, **{"vocab_size": 400, "min_frequency": 1} | settings)
 
 
+BYTES = tokenizer_of("byte")
 SUBWORDS = [tokenizer_of("bpe"), tokenizer_of("unigram")]
 
 
-@given(st.lists(UNICODE.filter(bool), min_size=1))
-def test_char_and_byte_come_back_as_they_were(texts):
-    for kind in ("char", "byte"):
-        tokenizer = tokenizer_of(kind, texts)
-        for text in texts:
-            assert tokenizer.decode(tokenizer.encode(text)) == text
+@given(text=UNICODE)
+def test_bytes_come_back_as_they_were_whatever_the_text(text):
+    assert loads(BYTES.dumps()).decode(BYTES.encode(text)) == text
+    assert len(BYTES.encode(text)) == len(text.encode())
+
+
+@given(texts=st.lists(UNICODE.filter(bool), min_size=1), chance=st.randoms())
+def test_known_characters_come_back_as_they_were_in_any_order(texts, chance):
+    tokenizer = tokenizer_of("char", texts, vocab_size=1 << 20)
+    for text in [*texts, "".join(chance.choices("".join(texts), k=20))]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.unk_id not in tokenizer.encode(text)
 
 
 @settings(max_examples=50, deadline=None)

@@ -11,8 +11,9 @@ import typer
 from typer.exceptions import TyperException
 
 from lmtrain.cli import generation, inference, training
-from lmtrain.cli.terminal import silence_stdout, tell
-from lmtrain.errors import LmtrainError
+from lmtrain.cli.terminal import silence_stdout
+from lmtrain.errors import LmtrainError, out_of_memory
+from lmtrain.lines import escape, say
 
 app = typer.Typer(
     name="lmtrain",
@@ -67,26 +68,23 @@ def _run() -> int:
         return int(code or 0)
     except LmtrainError as error:
         for fault in error.faults:
-            tell(fault)
+            say(fault)
         return error.exit_code
     except TyperException as error:
         message = error.format_message()
-        tell(message if "\n" in message else f"lmtrain: {message} (lmtrain --help)")
+        say(message if "\n" in message else f"lmtrain: {message} (lmtrain --help)")
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:  # whoever reads our output has seen enough
         silence_stdout()
         return 0
-    except OSError as error:
-        tell(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}")
+    except (MemoryError, RuntimeError, ImportError, OSError) as error:
+        if (memory := out_of_memory(error, "the model or its batches are too large for this machine")) is not None:
+            say(str(memory))
+            return memory.exit_code
+        if not isinstance(error, OSError):
+            raise
+        say(escape(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}", kept=""))
         silence_stdout()
         return 5
-    except (MemoryError, RuntimeError) as error:
-        if "torch" in sys.modules or isinstance(error, MemoryError):
-            from lmtrain.runtime import out_of_memory
-
-            if (memory := out_of_memory(error, "the model or its batches are too large for this machine")) is not None:
-                tell(str(memory))
-                return memory.exit_code
-        raise

@@ -14,12 +14,12 @@ from lmtrain.cli.terminal import (
     RawOption,
     RunArgument,
     check_text,
-    escape,
+    load_model,
     named,
     print_json,
-    tell,
 )
 from lmtrain.errors import ConfigError
+from lmtrain.lines import decode, escape, say
 
 if TYPE_CHECKING:
     from lmtrain.inference.beam import Beams
@@ -34,7 +34,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text to go on with; repeatable.")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="FILE|-", help="A file of prompts, one a line.")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest text, where no end token comes before.")
+        int | None, typer.Option(min=1, max=1 << 31, help="Longest text, where no end token comes before.")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Draw at random: below 1 the safer, above 1 the wilder; 0: greedy.")
@@ -52,7 +52,9 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed draws the same texts; default 0.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Texts to each prompt, of a drawing or a search.")] = 1,
-    beams: Annotated[int | None, typer.Option(min=1, help="Search for the most probable text, N at a time.")] = None,
+    beams: Annotated[
+        int | None, typer.Option(min=1, max=1 << 16, help="Search for the most probable text, N at a time.")
+    ] = None,
     length_penalty: Annotated[
         float | None, typer.Option(min=0.0, help="With beams: rank by log-probability / tokens ** this; default 0.")
     ] = None,
@@ -98,12 +100,10 @@ def generate(
             "--stream prints one text as it comes; leave out other prompts, --count, --beams, --backward, --json and "
             "--show-probabilities"
         )
-    import lmtrain
-
-    model = lmtrain.load(run, device or "auto", tell)
+    model = load_model(run, device)
     for text in texts:
         if unknown := model.unknown_tokens(text):
-            tell(f"note: prompt {text[:60]!r}: {named(unknown)} unknown to the model, read as <unk>")
+            say(f"note: prompt {text[:60]!r}: {named(unknown)} unknown to the model, read as <unk>")
     plain = raw or not sys.stdout.isatty()
     if stream:
         start = (texts or [""])[0]
@@ -178,7 +178,7 @@ def _read_prompts(source: str) -> list[str]:
     if len(data) > LARGEST_PROMPTS_BYTES:
         raise ConfigError(f"--prompts {source}: over {LARGEST_PROMPTS_BYTES >> 20} MiB; cut it into parts")
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts {source}: byte {error.start} is not UTF-8") from None
+        text = decode(data, f"--prompts {source}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []

@@ -17,12 +17,12 @@ from lmtrain.cli.terminal import (
     RawOption,
     RunArgument,
     check_text,
-    escape,
+    load_model,
     named,
     print_json,
-    tell,
 )
 from lmtrain.errors import ConfigError
+from lmtrain.lines import escape, say
 
 if TYPE_CHECKING:
     from lmtrain.data.reading import Block
@@ -80,10 +80,9 @@ def evaluate(
     if run is not None and Path(run).is_file():  # a file where the run may stand: the newest run is meant
         paths = [run, *paths]
         run = None
-    import lmtrain
+    model = load_model(run, device)
     from lmtrain.inference.adaptation import Cache, Dynamic
 
-    model = lmtrain.load(run, device or "auto", tell)
     figures: dict[str, Any] = model.evaluate(
         paths,
         batch_size,
@@ -126,9 +125,7 @@ def score(
 ) -> None:
     """Print the log-probability of every line: how likely the model finds it."""
     run, source = _run_and_source(run, source)
-    import lmtrain
-
-    model = lmtrain.load(run, device or "auto", tell)
+    model = load_model(run, device)
     unit = {"e": 1.0, "2": math.log(2), "10": math.log(10)}[base.value]
     for found in model.score(_lines(source, model), direction.value, each=tokens):
         log_probability = found.log_probability / unit
@@ -180,11 +177,9 @@ def embed(
         raise ConfigError(f"-o {output}: an .npz file is written; name it so")
     if Path(output).exists():
         raise ConfigError(f"{output}: is there already; name a new file")
-    import lmtrain
-
-    model = lmtrain.load(run, device or "auto", tell)
+    model = load_model(run, device)
     count = model.embed(_lines(source, model), output)
-    tell(f"{output}: vectors of {count:,} lines")
+    say(f"{output}: vectors of {count:,} lines")
 
 
 class ExportFormat(StrEnum):
@@ -212,10 +207,8 @@ def export(
         raise ConfigError(f"{output}: is there already; name a new folder")
     if int8 and format == ExportFormat.safetensors:
         raise ConfigError("--int8 is for --format onnx; safetensors holds the weights as they are")
-    import lmtrain
-
-    for line in lmtrain.load(run, device or "auto", tell).export(output, format.value, int8):
-        tell(line)
+    for line in load_model(run, device).export(output, format.value, int8):
+        say(line)
 
 
 def fill(
@@ -233,11 +226,9 @@ def fill(
     if text is None:
         raise ConfigError("fill: name a text with one blank: lmtrain fill 'the ____ sat'")
     check_text("text", text)
-    import lmtrain
-
-    model = lmtrain.load(run, device or "auto", tell)
+    model = load_model(run, device)
     if unknown := model.unknown_tokens(text.replace("____", " ")):
-        tell(f"note: {named(unknown)} unknown to the model, read as <unk>")
+        say(f"note: {named(unknown)} unknown to the model, read as <unk>")
     for filling in model.fill(text, top, tokens):
         if as_json:
             print_json({"text": filling.text, "probability": filling.probability})

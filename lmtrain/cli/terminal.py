@@ -1,18 +1,19 @@
-"""What the commands share: the options they have in common, and how they write to a terminal."""
+"""What the commands share: the options they have in common, the run they load, what they print."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-import unicodedata
-from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lmtrain.errors import ConfigError
+from lmtrain.lines import is_text, say
+
+if TYPE_CHECKING:
+    from lmtrain.inference.trained_model import TrainedModel
 
 
 class Device(StrEnum):
@@ -29,21 +30,15 @@ RawOption = Annotated[bool, typer.Option("--raw", help="Leave control characters
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")]
 
 
-def escape(text: str) -> str:
-    """Text whose control characters are written out (`\\x1b`), so that it can't drive a terminal."""
+def load_model(run: str | None, device: Device | None) -> TrainedModel:
+    """The model of a run; what can be told to be no run of ours is refused before torch is imported."""
+    from lmtrain.run import find_run
 
-    def written_out() -> Iterator[str]:
-        for character in text:
-            if unicodedata.category(character) == "Cc" and character not in "\n\t":
-                yield f"\\x{ord(character):02x}"
-            else:
-                yield character
+    found = find_run(run)
+    found.judged()
+    import lmtrain
 
-    return "".join(written_out())
-
-
-def tell(line: str) -> None:
-    print(escape(line), file=sys.stderr, flush=True)
+    return lmtrain.load(found, device or "auto", say)
 
 
 def silence_stdout() -> None:
@@ -58,7 +53,7 @@ def print_json(row: dict[str, Any]) -> None:
 
 def check_text(name: str, text: str) -> None:
     """Raises ConfigError where an argument is no text."""
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_text(text):
         raise ConfigError(f"{name} {text[:60]!r}: not text (a NUL, or bytes that are not UTF-8)")
 
 

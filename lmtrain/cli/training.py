@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmtrain.cli.terminal import DeviceOption, silence_stdout, tell
+from lmtrain.cli.terminal import DeviceOption, silence_stdout
+from lmtrain.errors import ConfigError
+from lmtrain.lines import escape, say
 
 if TYPE_CHECKING:
     from lmtrain.cli.terminal import Device
@@ -37,6 +40,11 @@ def train(
 ) -> None:
     """Train the model that a config describes."""
     settings = _load(config, overrides, device)
+    if resume:
+        from lmtrain.run import find_resumable
+
+        if (run := find_resumable(settings, run_dir)) is not None:
+            run.judged()  # before torch is imported
     from lmtrain.training.start import train as run_training
 
     result = run_training(settings, run_dir, resume=resume, progress=_progress())
@@ -59,13 +67,29 @@ def _load(config: str, overrides: list[str] | None, device: Device | None) -> Co
     return load_config(config, [*(overrides or []), *more])
 
 
-def check(config: ConfigArgument, overrides: OverridesArgument = None, device: DeviceOption = None) -> None:
-    """Report the faults of the config and of every data file at once, and what the data holds; trains nothing."""
-    settings = _load(config, overrides, device)
-    from lmtrain.training.report import describe
+def check(
+    config: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run directory.")],
+    overrides: OverridesArgument = None,
+    device: DeviceOption = None,
+) -> None:
+    """Report the faults of a config and of every data file at once, and what the data holds; or of a run's files."""
+    if os.path.isdir(config):
+        if overrides or device:
+            raise ConfigError(f"check {config}: a run is checked as it is; leave out what would change it")
+        from lmtrain.run import find_run
 
-    for line in describe(settings, tell):
-        print(line)
+        run = find_run(config)
+        run.judged()
+        from lmtrain.training.inspection import inspect
+
+        lines = inspect(run)
+    else:
+        settings = _load(config, overrides, device)
+        from lmtrain.training.report import describe
+
+        lines = describe(settings, say)
+    for line in lines:
+        print(escape(line))
 
 
 def _progress() -> Progress:

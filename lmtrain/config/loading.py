@@ -19,6 +19,7 @@ from lmtrain.config.located_yaml import Located, parse, read
 from lmtrain.config.located_yaml import Path as KeyPath
 from lmtrain.config.schema import Config, Section
 from lmtrain.errors import ConfigError
+from lmtrain.lines import is_text
 
 MOST_FAULTS = 50
 
@@ -55,7 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files:
         doubtful = {path[:1] for path in found}  # sections where a contradiction may be a fault's shadow
         others = [*contradictions(config), *(_missing_files(config) if check_files else [])]
         faults += [
-            f"{located.place(key)}: {_dotted(key)}: {what}"
+            f"{located.place(key)}: {_dotted(key if key in located.places else key[:2])}: {what}"
             for key, what in others
             if key[:1] not in doubtful or "no such file" in what
         ]
@@ -94,7 +95,7 @@ def _override(located: Located, override: str) -> Iterator[str]:
     """Put one KEY=VALUE into the tree; yields what is wrong with it."""
     key, equals, text = override.partition("=")
     path = tuple(key.split("."))
-    if not equals or not all(path):
+    if not equals or not all(path) or not is_text(key):
         yield f"command line: {override!r}: an override is KEY=VALUE, for instance model.hidden_size=256"
         return
     try:
@@ -200,8 +201,9 @@ def _remove(tree: Any, path: KeyPath) -> None:
 
 def _missing_files(config: Config) -> Iterator[tuple[KeyPath, str]]:
     for key in ("train", "valid", "test"):
-        for pattern in getattr(config.data, key) or []:
+        for number, pattern in enumerate(getattr(config.data, key) or []):
             if not os.path.lexists(pattern) and not glob.glob(pattern, recursive=True):
-                yield ("data", key), f"{pattern}: no such file (paths are relative to {os.getcwd()})"
-    if config.tokenizer.path is not None and not os.path.isfile(config.tokenizer.path):
-        yield ("tokenizer", "path"), f"{config.tokenizer.path}: no such file"
+                yield ("data", key, number), f"{pattern}: no such file (paths are relative to {os.getcwd()})"
+    path = config.tokenizer.path
+    if path is not None and not os.path.isfile(path):
+        yield ("tokenizer", "path"), f"{path}: {'not a regular file' if os.path.exists(path) else 'no such file'}"

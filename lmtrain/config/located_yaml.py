@@ -16,10 +16,12 @@ from typing import Any
 import yaml
 
 from lmtrain.errors import ConfigError
+from lmtrain.lines import decode, is_text
 
 LARGEST_BYTES = 1 << 20
 DEEPEST = 16
 LONGEST_NUMBER = 64
+MOST_EVENTS = 10_000  # keys, values, beginnings and ends: some twenty times what all the keys take
 
 Path = tuple[str | int, ...]
 
@@ -65,8 +67,12 @@ def parse(text: str, name: str) -> Located:
         before = text[: error.position]
         place = f"{name}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
         raise ConfigError(f"{place}: a control character (U+{ord(text[error.position]):04X}); remove it") from None
-    except (ValueError, OverflowError) as error:  # an escape beyond Unicode
-        raise ConfigError(*faults, f"{name}: {str(error)[:100]}") from None
+    except (ValueError, OverflowError):
+        beyond = re.search(r"\\U(?!0010|000)[0-9A-Fa-f]{8}", text)
+        assert beyond is not None  # else a bug
+        before = text[: beyond.start()]
+        place = f"{name}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+        raise ConfigError(*faults, f"{place}: an escape beyond Unicode ({beyond[0]})") from None
     if faults:
         raise ConfigError(*faults)
     return located
@@ -88,11 +94,9 @@ def read(path: str) -> str:
     if len(data) > LARGEST_BYTES:
         raise ConfigError(f"{path}: over {LARGEST_BYTES >> 20} MiB; is this a configuration file?")
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = data[: error.start]
-        line, column = before.count(b"\n") + 1, len(before) - before.rfind(b"\n")
-        raise ConfigError(f"{path}:{line}:{column}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        return decode(data, path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 class _Builder:
@@ -107,7 +111,9 @@ class _Builder:
         self.documents = 0
 
     def build(self) -> list[str]:
-        for event in yaml.parse(self.text, Loader=yaml.SafeLoader):
+        for number, event in enumerate(yaml.parse(self.text, Loader=yaml.SafeLoader)):
+            if number > MOST_EVENTS:
+                raise ConfigError(*self.faults[:1], self._line(event, "too long; is this a configuration file?"))
             match event:
                 case yaml.DocumentStartEvent():
                     self.documents += 1
@@ -150,7 +156,7 @@ class _Builder:
 
     def _scalar(self, event: Any) -> None:
         if isinstance(self._top(), dict) and self.key is None:
-            key: str = event.value
+            key = self._text(event)
             self.key_place = self._line(event, "").removesuffix(": ")
             if key in self._top():
                 dotted = ".".join(map(str, (*self.open[-1][1], key)))
@@ -162,11 +168,15 @@ class _Builder:
             return
         self._add(self._value(event), event)
 
-    def _value(self, event: Any) -> Any:
+    def _text(self, event: Any) -> str:
         text: str = event.value
-        if "\0" in text or (not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)):
-            self._fault(event, "a NUL or half a surrogate pair in a text")
-            return ""
+        if is_text(text):
+            return text
+        self._fault(event, "a NUL or half a surrogate pair in a text")
+        return ""
+
+    def _value(self, event: Any) -> Any:
+        text = self._text(event)
         if event.style is not None:  # quoted or block text
             return text
         if text in _WORDS:

@@ -215,7 +215,7 @@ class ValidationConfig(Section):
 class CheckpointConfig(Section):
     every_steps: int | None = Field(500, ge=1, le=MOST)
     """Optimizer steps between saves."""
-    every_minutes: float | None = Field(10, gt=0)
+    every_minutes: float | None = Field(10.0, gt=0)
     """Minutes between saves, whichever comes first."""
     keep: int = Field(2, ge=1, le=MOST)
     """Newest checkpoints kept, beside the best one."""

@@ -21,14 +21,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmtrain.data.reading import Block, content_hash, expand, read_texts, resolve_format
 from lmtrain.data.tokenizer import Ids, Tokenizer
-from lmtrain.errors import DataError
+from lmtrain.errors import ArtefactError, DataError, StorageError
+from lmtrain.files import read_sealed, reason, sealed, sync_directory
 
 FORMAT = 1
 ARRAYS = ("tokens", "offsets", "hashes")
@@ -102,19 +103,19 @@ class StoreCounts:
         return self.tokens if self.stream else self.tokens - self.sequences
 
 
-UNREADABLE = (OSError, ValueError, TypeError, KeyError)  # what a store that is not whole raises
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, ArtefactError)  # what a store that is not whole raises
 
 
 class TokenStore:
     """A whole store, memory-mapped. `tokens` (T,), `offsets` (sequences + 1,), `hashes` (sequences,).
 
     Raises:
-        OSError, ValueError, TypeError, KeyError: not there, or not as it was written.
+        OSError, ValueError, TypeError, KeyError, ArtefactError: not there, or not as it was written.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.counts = StoreCounts(**json.loads((directory / "store.json").read_text()))
+        self.counts = StoreCounts(**read_sealed(directory / "store.json"))
         self.tokens: NDArray[np.unsignedinteger] = self._map("tokens", self.counts.dtype, self.counts.tokens)
         self.offsets: NDArray[np.uint64] = self._map("offsets", "uint64", self.counts.sequences + 1)
         self.hashes: NDArray[np.uint64] = self._map("hashes", "uint64", self.counts.sequences)
@@ -145,7 +146,10 @@ def open_store(
     home = cache / source.key(tokenizer.fingerprint())
     with suppress(*UNREADABLE):  # then it is built again
         return TokenStore(home)
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{cache}: can't be made: {reason(error)}; set data.cache_dir") from None
     _remove_abandoned(cache)
     announce(f"reading {', '.join(source.files)}")
     with _building(cache, home) as directory:
@@ -157,30 +161,50 @@ def open_store(
             raise DataError(f"{', '.join(source.files)}: {empty}")
         if source.key(tokenizer.fingerprint()) != home.name:
             raise DataError(f"{', '.join(source.files)}: changed while it was read; start again when it is at rest")
-    return TokenStore(home)
+    try:
+        return TokenStore(home)
+    except UNREADABLE:
+        raise StorageError(f"{home}: holds other bytes than were written; is there room, is the disk sound?") from None
 
 
 @contextmanager
 def _building(cache: Path, home: Path) -> Iterator[Path]:
-    """A directory to build in, renamed to `home` at the end; of two builders the first to end wins."""
-    directory = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
-    directory.chmod(0o755)  # mkdtemp's are for one user alone
-    lock = Path(f"{directory}.lock")
+    """A directory to build in, renamed to `home` at the end; of two builders the first to end wins.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    lock = directory = None
     try:
-        with open(lock, "w") as handle:
+        descriptor, name = tempfile.mkstemp(prefix=".building-", suffix=".lock", dir=cache)  # before what it guards
+        lock = Path(name)
+        with open(descriptor, "w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
+            directory = lock.with_suffix("")
+            directory.mkdir()
             yield directory
-            try:
-                directory.rename(home)
-            except OSError:
-                try:
-                    TokenStore(home)
-                except UNREADABLE:  # what stands there is broken: put ours in its place
-                    shutil.rmtree(home)
-                    directory.rename(home)
+            _put(directory, home)
+    except OSError as error:
+        raise StorageError(f"{cache}: the token store can't be written: {reason(error)}") from None
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        lock.unlink(missing_ok=True)
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+        if lock is not None:
+            lock.unlink(missing_ok=True)
+
+
+def _put(directory: Path, home: Path) -> None:
+    """A store that is whole into its place, unless one is there."""
+    with open(home.parent / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # nobody replaces a store that somebody else has just put there
+        try:
+            directory.rename(home)
+        except OSError:
+            try:
+                TokenStore(home)
+            except UNREADABLE:  # what stands there is broken
+                shutil.rmtree(home)
+                directory.rename(home)
 
 
 def _remove_abandoned(cache: Path) -> None:
@@ -206,7 +230,15 @@ def _write(source: Source, tokenizer: Tokenizer, directory: Path) -> StoreCounts
     totals = dict.fromkeys(("sequences", "tokens", "unknown_tokens", "characters", "bytes", "blank", "longest"), 0)
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(directory / f"{name}.bin", "wb")) for name in ARRAYS}
-        np.zeros(1, "<u8").tofile(files["offsets"])
+        checksums = dict.fromkeys(ARRAYS, 0)
+
+        def put(name: str, values: NDArray[Any], kind: str) -> None:
+            # not by tofile, which buffers on its own and says nothing where that can't be written
+            data = values.astype(np.dtype(kind).newbyteorder("<")).data.cast("B")
+            files[name].write(data)
+            checksums[name] = zlib.crc32(data, checksums[name])  # of what should be there, not of what is
+
+        put("offsets", np.zeros(1), "u8")
         for block, following in pairwise(chain(source.blocks(), [None])):
             assert block is not None
             texts = block.texts if source.stream else [text for text in block.texts if text.strip()]
@@ -223,9 +255,9 @@ def _write(source: Source, tokenizer: Tokenizer, directory: Path) -> StoreCounts
                 ends[-1:] = len(framed)
                 if not len(ends):
                     continue
-            framed.astype(np.dtype(dtype).newbyteorder("<")).tofile(files["tokens"])
-            (ends + totals["tokens"]).astype("<u8").tofile(files["offsets"])
-            _hash(framed, ends).tofile(files["hashes"])
+            put("tokens", framed, dtype)
+            put("offsets", ends + totals["tokens"], "u8")
+            put("hashes", _hash(framed, ends), "u8")
             totals["sequences"] += len(ends)
             totals["tokens"] += len(framed)
             totals["unknown_tokens"] += 0 if tokenizer.unk_id is None else int((flat == tokenizer.unk_id).sum())
@@ -235,9 +267,9 @@ def _write(source: Source, tokenizer: Tokenizer, directory: Path) -> StoreCounts
         for handle in files.values():
             handle.flush()
             os.fsync(handle.fileno())
-    checksums = tuple(_checksum(directory / f"{name}.bin") for name in ARRAYS)
-    counts = StoreCounts(**totals, stream=source.stream, dtype=dtype, checksums=checksums)
-    (directory / "store.json").write_text(json.dumps(asdict(counts)))
+    counts = StoreCounts(**totals, stream=source.stream, dtype=dtype, checksums=tuple(checksums.values()))
+    (directory / "store.json").write_bytes(sealed(asdict(counts)))
+    sync_directory(directory)
     return counts
 
 

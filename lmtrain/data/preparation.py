@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmtrain import checkpoint
 from lmtrain.config import Config
 from lmtrain.data import tokenizer as tokenizers
 from lmtrain.data.batching import Batch, EpochSampler, Rows, Sampler, sorted_batches
@@ -16,6 +15,7 @@ from lmtrain.data.corpus import Source, TokenStore, open_store
 from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
 from lmtrain.data.tokenizer import Tokenizer, normalise, train_tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, DataError
+from lmtrain.files import write_atomically
 
 EVALUATION_TOKENS = 8192  # padded tokens a batch
 
@@ -177,7 +177,7 @@ def _tokenizer(config: Config, source: Source, cache: Path, notify: Notify) -> T
             raise DataError(f"{', '.join(source.files)}: {error} (tokenizer.min_frequency)") from None
         raise
     cache.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(stored, tokenizer.dumps().encode())
+    write_atomically(stored, tokenizer.dumps().encode())
     return tokenizer
 
 

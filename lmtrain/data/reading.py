@@ -26,7 +26,7 @@ Format = Literal["text", "jsonl", "ids"]
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE_BYTES = 16 << 20
 # gzip reaches 1,032:1 on zeros; logs and text stay far below this
-BOMB_RATIO, BOMB_BYTES = 400, 256 << 20
+BOMB_RATIO, BOMB_BYTES = 400, 64 << 20
 
 
 class Block(NamedTuple):

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +33,8 @@ FORMAT = 1
 LARGEST_VOCABULARY = 1 << 24
 
 Ids = NDArray[np.int64]
+
+_REDIRECTING = Lock()  # file 2 is the whole process's
 
 
 def normalise(text: str) -> str:
@@ -141,6 +146,29 @@ class WordTokenizer(_Vocabulary):
         return flat, lengths
 
 
+@contextmanager
+def _caught(what: str) -> Iterator[None]:
+    """Whatever the tokenizers library raises, as an ArtefactError.
+
+    Its panics are no `Exception`, and it tells them to file 2 by itself: a user should have one line, and ours.
+    """
+    with _REDIRECTING, open(os.devnull, "w") as unseen:
+        try:
+            shown = os.dup(2)
+        except OSError:  # closed by whoever started us
+            shown = os.dup(unseen.fileno())
+        os.dup2(unseen.fileno(), 2)
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # noqa: BLE001
+            raise ArtefactError(f"{what}: {_first_line(error)}") from None
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+
+
 class SubwordTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library (bpe, unigram, or a tokenizer.json of the user's).
 
@@ -156,12 +184,8 @@ class SubwordTokenizer(Tokenizer):
 
         self.name = name
         self.kind = kind  # type: ignore[misc]  # bpe, unigram and file differ in their origin alone
-        try:
+        with _caught(f"{name}: not a tokenizer of the tokenizers library"):
             self.library = Library.from_str(content)
-        except BaseException as error:  # the library's panics are no Exception
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise ArtefactError(f"{name}: not a tokenizer of the tokenizers library: {_first_line(error)}") from None
         self.library.no_padding()
         self.library.no_truncation()
         self.library.encode_special_tokens = True  # text that looks like a special token is text
@@ -176,16 +200,15 @@ class SubwordTokenizer(Tokenizer):
         self.unk_id = None if unknown_id is None else FIRST + unknown_id
 
     def encode_texts(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        try:
+        with _caught(f"{self.name}: can't encode this text"):
             encoded = [part.ids for part in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except Exception as error:  # noqa: BLE001  # the library has no exceptions of its own
-            raise ArtefactError(f"{self.name}: can't encode this text: {_first_line(error)}") from None
         lengths = np.array([len(ids) for ids in encoded], np.int64)
         flat = np.fromiter(chain.from_iterable(encoded), np.int64, int(lengths.sum()))
         return flat + FIRST, lengths
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.library.decode([int(i) - FIRST for i in ids if i >= FIRST], skip_special_tokens=False)
+        with _caught(f"{self.name}: can't decode these tokens"):
+            text: str = self.library.decode([int(i) - FIRST for i in ids if i >= FIRST], skip_special_tokens=False)
         return text
 
     def state(self) -> dict[str, Any]:
@@ -315,14 +338,16 @@ def loads(content: str, name: str = "tokenizer.json") -> Tokenizer:
         match stored["kind"]:
             case "byte":
                 return ByteTokenizer()
-            case "char":
-                return CharTokenizer([str(token) for token in stored["tokens"]])
-            case "word":
-                return WordTokenizer([str(token) for token in stored["tokens"]])
+            case "char" | "word" as kind:
+                tokens = [str(token) for token in stored["tokens"]]
+                try:
+                    return CharTokenizer(tokens) if kind == "char" else WordTokenizer(tokens)
+                except ArtefactError as error:
+                    raise ArtefactError(f"{name}: {error}") from None
             case "ids":
-                ids, pad_id = int(stored["ids"]), int(stored["pad_id"])
-                if not 0 <= pad_id < ids <= LARGEST_VOCABULARY:
-                    raise ArtefactError(f"{name}: {ids} ids with pad id {pad_id}")
+                ids, pad_id = stored["ids"], stored["pad_id"]
+                if type(ids) is not int or type(pad_id) is not int or not 0 <= pad_id < ids <= LARGEST_VOCABULARY:
+                    raise ArtefactError(f"{name}: {str(ids)[:40]} ids with pad id {str(pad_id)[:40]}")
                 return IdsTokenizer(ids, pad_id)
             case "bpe" | "unigram" | "file":
                 return SubwordTokenizer(json.dumps(stored["tokenizer"]), stored["kind"], name)

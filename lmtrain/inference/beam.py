@@ -20,6 +20,8 @@ from lmtrain.inference.prompts import Script
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import select
 
+WIDEST = 1 << 16  # beams of one prompt
+
 
 @dataclass(frozen=True)
 class Beams:
@@ -36,10 +38,10 @@ class Beams:
     average (Wu et al. 2016, https://arxiv.org/abs/1609.08144, have a like one)."""
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ConfigError(f"beams: should be 1 or greater, not {self.width}")
-        if self.length_penalty < 0:
-            raise ConfigError(f"length_penalty: should be 0 or greater, not {self.length_penalty}")
+        if not 1 <= self.width <= WIDEST:
+            raise ConfigError(f"beams: should be from 1 to {WIDEST}, not {self.width}")
+        if not 0 <= self.length_penalty < math.inf:
+            raise ConfigError(f"length_penalty: should be 0 or greater and finite, not {self.length_penalty}")
 
     def score(self, row: Written) -> float:
         """By what a text is ranked, the greatest first."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lmtrain.data.tokenizer import Tokenizer, normalise
+from lmtrain.errors import DataError
 from lmtrain.model.language_model import Direction
 
 
@@ -41,9 +42,12 @@ class Script:
         return [self.tokenizer.pad_id, start]
 
     def encode(self, text: str) -> list[int]:
-        """A prompt as the model reads it, its start token first."""
+        """A prompt as the model reads it, its start token first; raises DataError where it is none."""
         lines = normalise(text).split("\n") if self.stream else [normalise(text)]
-        first, *lines_after = map(self.tokenizer.encode, lines)
+        try:
+            first, *lines_after = map(self.tokenizer.encode, lines)
+        except DataError as error:
+            raise DataError(f"prompt {text[:60]!r}: {error}") from None
         inner = [*first, *(token for line in lines_after for token in (self.tokenizer.eos_id, *line))]
         return [self.start, *(inner if self.direction == "forward" else reversed(inner))]
 

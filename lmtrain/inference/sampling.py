@@ -6,6 +6,7 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, sound, wanted in (
-            ("repetition_penalty", self.repetition_penalty > 0, "greater than 0"),
-            ("temperature", self.temperature >= 0, "0 or greater"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "greater than 0 and finite"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or greater and finite"),
             ("top_k", self.top_k is None or self.top_k >= 1, "1 or greater"),
             ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),

@@ -27,8 +27,9 @@ from lmtrain.inference.scoring import Evaluation, Score
 from lmtrain.inference.vectors import embed, save
 from lmtrain.metrics import Tally
 from lmtrain.model.language_model import Direction, LanguageModel
-from lmtrain.run import find_run, load_run
+from lmtrain.run import RunDirectory, find_run
 from lmtrain.runtime import choose_device
+from lmtrain.trained import load_run
 
 LINES_AT_ONCE = 4096
 COMPARED_TOKENS = 5000
@@ -359,7 +360,9 @@ def _blocks(texts: Iterable[str] | Iterable[Block]) -> Iterator[Block]:
 
 
 def load(
-    run: str | Path | None = None, device: str = "auto", notify: Callable[[str], None] = lambda line: None
+    run: str | Path | RunDirectory | None = None,
+    device: str = "auto",
+    notify: Callable[[str], None] = lambda line: None,
 ) -> TrainedModel:
     """Load a trained run: the directory named, else the newest under `runs/`.
 
@@ -371,5 +374,6 @@ def load(
         ConfigError: no run to be found, or no such device.
         ArtefactError: not a run, or one that is damaged.
     """
-    loaded = load_run(find_run(run), choose_device(device), notify)
+    found = run if isinstance(run, RunDirectory) else find_run(run)
+    loaded = load_run(found, choose_device(device), notify)
     return TrainedModel(loaded.run.path, loaded.config, loaded.tokenizer, loaded.model, loaded.step)

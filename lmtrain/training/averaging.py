@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.run import weights
+from lmtrain.trained import weights
 
 
 def averaged_weights(model: LanguageModel) -> dict[str, Tensor]:

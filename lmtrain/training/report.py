@@ -14,8 +14,8 @@ from lmtrain.data.preparation import Reading, prepare, source_of
 from lmtrain.data.streaming import Stream
 from lmtrain.data.tokenizer import IdsTokenizer
 from lmtrain.errors import DataError
-from lmtrain.run import build_model
 from lmtrain.runtime import choose_device
+from lmtrain.trained import build_model
 
 
 def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:

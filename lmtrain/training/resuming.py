@@ -1,14 +1,12 @@
-"""What a run needs to go on as if it had never been stopped, and the way of it into checkpoints and back."""
+"""The saves of a run and its return from them, as if it had never been stopped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import TypeAdapter
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lmtrain import checkpoint
@@ -17,11 +15,12 @@ from lmtrain.data.preparation import Corpora
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import CarriedState
-from lmtrain.run import RunDirectory, check_tokenizer, check_weights, load_weights, weights
+from lmtrain.run import RunDirectory, unusable
 from lmtrain.runtime import environment, random_state, set_random_state
+from lmtrain.trained import load_weights, weights
 from lmtrain.training.averaging import Averaging, averaged_weights
-from lmtrain.training.figures import Window
 from lmtrain.training.optimization import optimizer_tensors, set_optimizer_tensors
+from lmtrain.training.saved import Saved, TrainingState, newest_whole, part_of, read_saved
 
 # what may differ when a run is resumed: where it ends, what it shows and keeps, where things lie
 MAY_CHANGE = (
@@ -29,37 +28,6 @@ MAY_CHANGE = (
     "training.max_minutes", "training.patience", "training.device", "training.num_threads", "checkpoint", "logging",
     "validation", "generation",
 )  # fmt: skip
-
-
-@dataclass
-class TrainingState:
-    """Where a run stands; with weights, optimizer and random state this is all that a resume needs."""
-
-    step: int = 0
-    epoch: int = 0
-    next_batch: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_figures: dict[str, float] = field(default_factory=dict)
-    bad_validations: int = 0
-    validation_losses: list[float] = field(default_factory=list)  # while averaging waits for its trigger
-    stale_validations: int = 0  # since the best one, the last cut or the last rollback
-    cut: float = 1.0  # what plateau has left of the learning rate
-    averaged_steps: int | None = None  # None: there is no average
-    validated_step: int = 0
-    elapsed_s: float = 0.0
-    finished: bool = False
-    precision: str = "fp32"
-    window: Window = field(default_factory=Window)
-
-    @classmethod
-    def from_json(cls, state: Any) -> TrainingState:
-        """Out of a checkpoint's state.json; raises ValueError where it is not a state."""
-        found = TypeAdapter(cls).validate_python(state)
-        whole = (found.step, found.epoch, found.next_batch, found.best_step or 0)
-        if min(whole) < 0 or found.precision not in ("fp32", "bf16"):
-            raise ValueError
-        return found
 
 
 class Restored(NamedTuple):
@@ -127,64 +95,49 @@ class Saves:
 
         Raises:
             DataError: the training text is not what it was.
-            ArtefactError: a checkpoint that is whole, and not of this run.
+            ArtefactError: there are checkpoints, and none is whole and of this run.
         """
         checkpoint.remove_leftovers(self.run.checkpoints)
         problems: list[str] = []
-        saved = next(checkpoint.newest_whole(self.run.checkpoints, problems), None)
+        saved = newest_whole(self.run, self.config, self.corpora.tokenizer, problems)
         if saved is None:
             if problems:
-                raise ArtefactError(*problems, f"{self.run.path}: no checkpoint that is whole; train a new run")
+                raise unusable(problems)
             return None
         for problem in problems:
             notify(f"passed over: {problem}")
-        name = str(checkpoint.home_of(self.run.checkpoints, saved.step))
-        check_tokenizer(self.corpora.tokenizer, saved.state, name)
-        try:
-            restored = TypeAdapter(Restored).validate_python(
-                (TrainingState.from_json(saved.state["training"]), saved.state["lengths"], saved.state["environment"])
-            )
-            before = dict(saved.state["data"])
-            if restored.state.step != saved.step or min(restored.lengths.values(), default=0) < 0:
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise ArtefactError(f"{name}: state.json is not a training state") from None
-        for path in sorted(before.keys() | self.corpora.hashes.keys()):
-            if self.corpora.hashes.get(path) != before.get(path):
+        for path in sorted(saved.data.keys() | self.corpora.hashes.keys()):
+            if self.corpora.hashes.get(path) != saved.data.get(path):
                 raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
-        self._load(saved, restored.state.averaged_steps)
+        self._load(saved)
         try:
             if self.carried is not None:
-                self.carried.load(_part(saved, "carried"), self.device)
+                self.carried.load(part_of(saved.training, "carried"), self.device)
             set_random_state(saved.training, self.device)
         except (KeyError, RuntimeError, TypeError, ValueError):
-            raise ArtefactError(f"{name}: training.safetensors is not of this run") from None
-        self._point(restored.state)  # killed between a save and its pointers, a run catches up here
-        self._compare(restored.environment, notify)
-        notify(f"resumed from step {saved.step}")
-        return restored
+            raise ArtefactError(f"{saved.name}/training.safetensors: not of this run") from None
+        self._point(saved.state)  # killed between a save and its pointers, a run catches up here
+        self._compare(saved.environment, notify)
+        notify(f"resumed from step {saved.state.step}")
+        return Restored(saved.state, saved.lengths, saved.environment)
 
-    def _load(self, saved: checkpoint.Checkpoint, averaged_steps: int | None) -> None:
+    def _load(self, saved: Saved) -> None:
         """Weights, their average and the optimizer as they were saved."""
-        name = checkpoint.home_of(self.run.checkpoints, saved.step)
-        vocab_size, own = self.corpora.tokenizer.vocab_size, saved.model
-        check_weights(self.config, vocab_size, saved.model, f"{name}/model.safetensors")
+        own, averaged_steps = saved.model, saved.state.averaged_steps
         try:
             if averaged_steps is not None:
-                own = saved.model | _part(saved, "weights")
-                check_weights(self.config, vocab_size, own, f"{name}/training.safetensors")
+                own = saved.model | part_of(saved.training, "weights")
                 self.averaging.load(saved.model, averaged_steps)
             load_weights(self.model, own)
-            set_optimizer_tensors(self.optimizers, self.model, _part(saved, "optimizer"))
+            set_optimizer_tensors(self.optimizers, self.model, part_of(saved.training, "optimizer"))
         except (KeyError, RuntimeError, TypeError):
-            raise ArtefactError(f"{name}: training.safetensors is not of this run") from None
+            raise ArtefactError(f"{saved.name}/training.safetensors: not of this run") from None
 
     def roll_back(self, step: int, notify: Callable[[str], None]) -> None:
         """Take up the weights, their average and the optimizer of a step that was saved; all else goes on."""
         try:
-            saved = checkpoint.load(self.run.checkpoints, step)
-            self._load(saved, TrainingState.from_json(saved.state["training"]).averaged_steps)
-        except (ArtefactError, KeyError, TypeError, ValueError) as error:
+            self._load(read_saved(self.run, self.config, self.corpora.tokenizer, step))
+        except ArtefactError as error:
             notify(f"warning: going on from the weights as they are: {error}")
 
     def _compare(self, begun_in: dict[str, Any], notify: Callable[[str], None]) -> None:
@@ -195,12 +148,6 @@ class Saves:
                     f"note: {key} is {here[key]}, was {begun_in.get(key)}: the result is no longer bit-identical to an "
                     "uninterrupted run's"
                 )
-
-
-def _part(saved: checkpoint.Checkpoint, name: str) -> dict[str, Tensor]:
-    """The tensors of one part of what training keeps."""
-    prefix = f"{name}/"
-    return {key.removeprefix(prefix): value for key, value in saved.training.items() if key.startswith(prefix)}
 
 
 def check_unchanged(saved: Config, config: Config) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from lmtrain.config import Config, load_config
 from lmtrain.data.preparation import prepare
-from lmtrain.run import create_run, find_resumable, refuse_full
-from lmtrain.runtime import choose_device, environment, keep_freed_memory, noted_signals, out_of_memory
+from lmtrain.errors import out_of_memory
+from lmtrain.run import create_run, find_resumable, refuse_full, refuse_read_only
+from lmtrain.runtime import choose_device, environment, keep_freed_memory, noted_signals
 from lmtrain.training.resuming import check_unchanged
 from lmtrain.training.tracking import Progress, Quiet
 from lmtrain.training.trainer import Trainer, TrainingResult
@@ -45,25 +46,27 @@ def train(
         refuse_full(named)
     if resume and run is None:
         progress.note("nothing to resume yet: starting afresh")
+    tokenizer = None
     if run is not None:
-        run.refuse_links()
-        check_unchanged(run.config(), config)
+        begun_with, tokenizer = run.judged()
+        check_unchanged(begun_with, config)
+    refuse_read_only(run.path if run is not None else named or config.runs_dir)
     device = choose_device(config.training.device)
     keep_freed_memory()
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
-    tokenizer = None if run is None else run.tokenizer()
     corpora = prepare(config, progress.note, tokenizer)  # before the run directory: its faults leave nothing behind
     new = run is None
     run = run or create_run(config, named)
     with run.locked():
         if new:
+            refuse_full(run.path)  # another process may have been quicker
             run.write_start(config, corpora.tokenizer, environment(device))
-        else:
-            run.write_config(config)  # with what may change in a resume
         trainer = None
         try:
             trainer = Trainer(config, run, corpora, device, progress, start_s)
+            if not new:
+                run.write_config(config)  # with what may change in a resume
             with noted_signals() as stopped_by:
                 return trainer.run_to_end(stopped_by, stop_at_step)
         except (RuntimeError, MemoryError) as error:

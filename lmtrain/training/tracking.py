@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import histogram, hparams, scalar, text
 from tqdm import tqdm
+
+from lmtrain.errors import StorageError
+from lmtrain.files import reason
+from lmtrain.lines import say
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents*"
+HISTOGRAM_BINS = 64
 
 Lengths = dict[str, int]  # bytes of each metric file
 
@@ -29,36 +36,53 @@ class Tracker:
 
     Args:
         lengths: of the files at the checkpoint; files it does not name are of steps that will come again.
+
+    Raises:
+        StorageError: here or later, `metrics.jsonl` can't be written.
     """
 
     def __init__(self, run: Path, lengths: Lengths, notify: Callable[[str], None]) -> None:
         self.run, self.notify = run, notify
-        for path in [run / METRICS, *run.glob(EVENTS)]:
-            if path.name not in lengths:
-                path.unlink(missing_ok=True)
-            elif path.exists() and path.stat().st_size > lengths[path.name]:
-                os.truncate(path, lengths[path.name])
-        self.metrics = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115  # until `close`
-        self.board: SummaryWriter | None = None
-        self._on_board(lambda: setattr(self, "board", SummaryWriter(str(run))))
+        try:
+            for path in [run / METRICS, *run.glob(EVENTS)]:
+                if path.name not in lengths:
+                    path.unlink(missing_ok=True)
+                elif path.exists() and path.stat().st_size > lengths[path.name]:
+                    os.truncate(path, lengths[path.name])
+            self.metrics = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115  # until `close`
+        except OSError as error:
+            raise self._fault(error) from None
+        if self.metrics.tell() < lengths.get(METRICS, 0):
+            notify(f"warning: {run / METRICS} is shorter than it was at the checkpoint: rows are missing")
+        self.board: Board | None = None
+        self._on_board(lambda: setattr(self, "board", Board(run)))
+
+    def _fault(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"{self.run / METRICS}: {reason(error)}; the checkpoints are whole: mend that, and --resume goes on"
+        )
 
     def log(self, step: int, epoch: float, values: Mapping[str, Any]) -> None:
         """One row: numbers by tag, and under `samples` what the model wrote."""
         row = {"step": step, "epoch": epoch, **values}
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self.metrics.write(json.dumps(finite, ensure_ascii=False) + "\n")
-        self.metrics.flush()
+        try:
+            self.metrics.write(json.dumps(finite, ensure_ascii=False) + "\n")
+            self.metrics.flush()
+        except OSError as error:
+            raise self._fault(error) from None
         self._on_board(lambda: self._add(step, values))
 
     def _add(self, step: int, values: Mapping[str, Any]) -> None:
-        if self.board is None:
-            return
+        summaries = []
         for tag, value in values.items():
             if tag == "samples":
-                text = "\n\n".join(f"    {sample['text'] or ' '}".replace("\n", "\n    ") for sample in value)
-                self.board.add_text("samples", text, step)
+                lines = "\n\n".join(f"    {sample['text'] or ' '}".replace("\n", "\n    ") for sample in value)
+                summaries.append(text("samples", lines))
             elif value is not None:
-                self.board.add_scalar(tag, value, step)
+                summaries.append(scalar(tag, value))
+        if self.board is not None:
+            self.board.write(step, summaries)
 
     def histograms(self, step: int, model: nn.Module) -> None:
         """The distribution of every weight."""
@@ -67,18 +91,13 @@ class Tracker:
 
     def _add_histogram(self, name: str, values: Tensor, step: int) -> None:
         if self.board is not None:
-            self.board.add_histogram(name, values, step)
+            self.board.write(step, [histogram(name, values.cpu().numpy(), HISTOGRAM_BINS)])
 
     def hyperparameters(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         """The run's settings beside what it reached, for TensorBoard's HPARAMS page."""
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings.items()}
-
-        def add() -> None:
-            if self.board is not None:
-                for summary in hparams(plain, dict(figures)):
-                    self.board.file_writer.add_summary(summary)
-
-        self._on_board(add)
+        if self.board is not None:
+            self._on_board(partial(self.board.write, 0, hparams(plain, dict(figures))))
 
     def _on_board(self, action: Callable[[], object]) -> None:
         """TensorBoard is a convenience: where it can't be written, training goes on without, and says so once."""
@@ -89,15 +108,46 @@ class Tracker:
             self.notify(f"warning: TensorBoard's file can not be written ({error.strerror}); going on without it")
 
     def lengths(self) -> Lengths:
-        """Bytes of each metric file, all of them on disk."""
-        self.metrics.flush()
-        os.fsync(self.metrics.fileno())
-        self._on_board(lambda: self.board and self.board.flush())
-        return {path.name: path.stat().st_size for path in [self.run / METRICS, *self.run.glob(EVENTS)]}
+        """Bytes of each metric file; the rows are on the disk itself."""
+        try:
+            self.metrics.flush()
+            os.fsync(self.metrics.fileno())
+            return {path.name: path.stat().st_size for path in [self.run / METRICS, *self.run.glob(EVENTS)]}
+        except OSError as error:
+            raise self._fault(error) from None
 
     def close(self) -> None:
-        self.metrics.close()
-        self._on_board(lambda: self.board and self.board.close())
+        with suppress(OSError):  # what could not be written has been told
+            self.metrics.close()
+        if self.board is not None:
+            self._on_board(self.board.close)
+
+
+class Board:
+    """TensorBoard's event file. PyTorch's writer has a thread of its own, whose faults come too late and unasked.
+
+    Raises:
+        OSError: here or later, it can't be written.
+    """
+
+    def __init__(self, run: Path) -> None:
+        now_ns = time.time_ns()  # two runs of a second must not meet
+        name = f"{EVENTS.removesuffix('*')}.{now_ns // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
+        self.handle = open(run / f"{name}.{now_ns % 10**9}", "xb")  # noqa: SIM115  # until `close`
+        self.records = RecordWriter(self.handle)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def write(self, step: int, summaries: Iterable[Any]) -> None:
+        """Add summaries, as `torch.utils.tensorboard.summary` makes them."""
+        for summary in summaries:
+            self._write(Event(wall_time=time.time(), step=step, summary=summary))
+        self.handle.flush()
+
+    def _write(self, event: Event) -> None:
+        self.records.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self.handle.close()
 
 
 class Progress(Protocol):
@@ -121,12 +171,6 @@ class Quiet:
     def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
-
-
-def say(line: str) -> None:
-    """A line on standard error; training does not end because nobody listens any more."""
-    with suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
 
 
 class Bar:

@@ -20,12 +20,14 @@ from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.model.language_model import count_events
 from lmtrain.model.states import CarriedState
-from lmtrain.run import RunDirectory, build_model
+from lmtrain.run import RunDirectory
 from lmtrain.runtime import autocast, choose_precision, environment
+from lmtrain.trained import build_model
 from lmtrain.training.averaging import Averaging
 from lmtrain.training.figures import Window, in_words
 from lmtrain.training.optimization import build_optimizers, clip_gradient, learning_rate, set_learning_rate, step
-from lmtrain.training.resuming import Restored, Saves, TrainingState, flatten
+from lmtrain.training.resuming import Restored, Saves, flatten
+from lmtrain.training.saved import TrainingState
 from lmtrain.training.tracking import Progress, Tracker
 from lmtrain.training.validation import Validation, stalled
 

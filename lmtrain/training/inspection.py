@@ -1,0 +1,73 @@
+"""What a run directory holds, and whether all of it is whole: `lmtrain check RUN`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from lmtrain import checkpoint
+from lmtrain.errors import ArtefactError
+from lmtrain.run import RunDirectory
+from lmtrain.training.saved import read_saved
+from lmtrain.training.tracking import METRICS
+
+
+def inspect(run: RunDirectory) -> Iterator[str]:
+    """Lines on every part, as a resume would find it: hashes, seals, formats, shapes, numbers.
+
+    Raises:
+        ArtefactError: at the end, with all that is damaged.
+    """
+    config, tokenizer = run.judged()
+    yield f"{run.path}: {config.model.cell}, vocabulary of {tokenizer.vocab_size:,} ({tokenizer.kind})"
+    faults: list[str] = []
+    whole: list[int] = []
+    rows = 0
+    for step in checkpoint.steps(run.checkpoints):
+        home = checkpoint.home_of(run.checkpoints, step)
+        try:
+            saved = read_saved(run, config, tokenizer, step)
+        except ArtefactError as error:
+            faults.extend(error.faults)
+            continue
+        size = sum((home / name).stat().st_size for name in (*checkpoint.FILES, "manifest.json"))
+        where = "finished" if saved.state.finished else f"epoch {saved.state.epoch + 1}"
+        yield f"{home.name}: whole, {size:,} bytes, {where}"
+        whole.append(step)
+        rows = max(rows, saved.lengths.get(METRICS, 0))
+    for left in sorted(run.checkpoints.glob(".step-*")):
+        yield f"{left.name}: left by a save or a removal that was cut off; a resume tidies it up"
+    faults += _metrics(run.path / METRICS, rows)
+    best = run.pointed("best")
+    used = next((step for step in run.candidates() if step in whole), None)
+    if whole:
+        yield f"lmtrain train --resume goes on from step {whole[0]}"
+        yield f"lmtrain generate takes step {used}{' (the best)' if used == best else ''}"
+    else:
+        yield "no checkpoint yet; lmtrain train --resume starts afresh" if not faults else "no checkpoint is whole"
+    if faults:
+        raise ArtefactError(*faults)
+
+
+def _metrics(path: Path, most: int) -> Iterator[str]:
+    """What is wrong with the rows that a checkpoint counts on; what came after it is cut off at a resume anyway.
+
+    Args:
+        most: bytes of the file at the newest checkpoint.
+    """
+    if not path.exists():
+        if most:
+            yield f"{path}: missing"
+        return
+    if path.stat().st_size < most:
+        yield f"{path}: shorter than it was at the newest checkpoint: rows are missing"
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if (most := most - len(line)) < 0:
+                return
+            try:
+                json.loads(line)
+            except ValueError:
+                yield f"{path}:{number}: not a row of JSON"
+                return
