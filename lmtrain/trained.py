@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lmtrain import checkpoint
 from lmtrain.checkpoint import Kind
@@ -47,11 +49,26 @@ def weights(model: LanguageModel) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
+class _NoStartValues(TorchFunctionMode):
+    """Start values are left out: for weights without memory PyTorch imports its compiler to compute them, seconds."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return given["tensor"] if "tensor" in given else args[0]
+        return function(*args, **given)
+
+
 def weight_kinds(config: Config, vocab_size: int) -> dict[str, Kind]:
     """What the weights of a configuration's model look like, without any memory for them."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoStartValues():
         own = weights(build_model(config, vocab_size))
     return {name: Kind("F32", tuple(weight.shape)) for name, weight in own.items()}
+
+
+def count_weights(config: Config, vocab_size: int) -> int:
+    """How many numbers there are to learn; tied ones once."""
+    return sum(prod(kind.shape) for kind in weight_kinds(config, vocab_size).values())
 
 
 def check_weights(found: Mapping[str, Kind], wanted: Mapping[str, Kind], name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import subprocess
 import sys
@@ -12,12 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from lmtrain.cli import _run as command_line
 from lmtrain.config import Config, load_config
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+
+# a file system in memory, where there is one: thousands of small saves, each of them synced, would wait for the disk
+if os.access("/dev/shm", os.W_OK):
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
+settings.load_profile("untimed")
 
 torch.set_num_threads(1)  # the models here are tiny, and two threads only wait for each other
 

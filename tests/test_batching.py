@@ -119,7 +119,7 @@ def taken(feed, count):
 
 
 @pytest.mark.parametrize("kind", ["sentences", "lines", "stream", "random stream"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(lengths=st.lists(st.integers(2, 25), min_size=1, max_size=25).map(np.array))
 def test_from_every_batch_fresh_objects_go_on_as_if_never_stopped(kind, lengths):
     """The state of a pass is (epoch, next batch), whatever the sampler; to resume takes no replay."""

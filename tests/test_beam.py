@@ -80,7 +80,7 @@ def test_a_wider_beam_finds_no_worse_a_text_than_greedy_on_the_whole():
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"), [((0,), "beams: should be 1"), ((2, -1.0), "length_penalty: should be 0")]
+    ("settings", "said"), [((0,), "beams: should be from 1"), ((2, -1.0), "length_penalty: should be 0")]
 )
 def test_settings_out_of_range_are_refused(settings, said):
     with pytest.raises(ConfigError, match=said):

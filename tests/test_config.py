@@ -158,7 +158,7 @@ def agreeing(tree):
     return config
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tree=values_of(SCHEMA))
 def test_dumped_and_loaded_it_is_the_same(tree):
     config = agreeing(tree)
@@ -169,7 +169,7 @@ def test_dumped_and_loaded_it_is_the_same(tree):
     assert yaml.safe_load(text) == config.model_dump()  # other programs read it alike
 
 
-@settings(max_examples=300, deadline=1000)
+@settings(max_examples=300)
 @given(st.one_of(st.binary(max_size=200), st.text("{}[]:,-?&*!|>'\"%@`#\n\t ab<1.e", max_size=80).map(str.encode)))
 def test_any_bytes_are_a_config_or_a_config_error(data):
     with open("c.yaml", "wb") as handle:

@@ -38,7 +38,7 @@ def test_lines_come_out_clean(tmp_path):
     assert texts(tmp_path, content) == ["one", "two", "déjà 한글", "last"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lines=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n")), min_size=1),
     format=st.sampled_from(["text", "jsonl"]),
@@ -194,7 +194,7 @@ def test_a_share_held_out_by_content(tmp_path):
         ("\ufeff가\n".encode() + b"\xe0", "t.txt", r"t\.txt:2:1: byte 7 is not UTF-8"),
         (b"fine\nno\0\n", "t.txt", r"t\.txt:2:3: a NUL"),
         (b"x" * (17 << 20), "t.txt", r"t\.txt:1: a line of more than 16 MiB"),
-        (gzip.compress(b"line\n" * 1000)[:40], "t.gz", r"t\.gz: broken gzip"),
+        (gzip.compress(b"line\n" * 1000, mtime=0)[:40], "t.gz", r"t\.gz: broken gzip"),
         (b"no gzip", "t.gz", r"t\.gz: broken gzip"),
         (b'{"text": "a"}\n{"text": ]\n', "t.jsonl", r"t\.jsonl:2:10: not JSON"),
         (b'{"txt": "a"}\n', "t.jsonl", r"t\.jsonl:1: no field 'text'.*it has 'txt'"),
@@ -284,7 +284,7 @@ def peak_kib(tmp_path: Path, megabytes: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    assert peak_kib(tmp_path, 40) < peak_kib(tmp_path, 4) + 12 * 1024
+    assert peak_kib(tmp_path, 24) < peak_kib(tmp_path, 4) + 8 * 1024
 
 
 @pytest.mark.slow

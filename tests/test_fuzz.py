@@ -37,7 +37,6 @@ def fuzz(examples, *strategies):
     """Run a test on so many examples, or for as long as LMTRAIN_FUZZ_SECONDS says."""
     how = settings(
         max_examples=examples,
-        deadline=None,
         derandomize=not SECONDS,
         database=None,
         suppress_health_check=list(HealthCheck),

@@ -21,7 +21,7 @@ def test_a_whole_run(run, shell, corpus):
     done = shell("check", "run")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0] == "run: lstm, vocabulary of 12 (word)"
+    assert lines[0] == "run: 2,540 weights, vocabulary 12 (word)"
     assert [line.split(",")[0] for line in lines[1:3]] == ["step-00000007: whole", "step-00000006: whole"]
     assert lines[-2:] == ["lmtrain train --resume goes on from step 7", "lmtrain generate takes step 6 (the best)"]
     assert {path: path.read_bytes() for path in corpus.rglob("*") if path.is_file()} == before

@@ -95,7 +95,7 @@ def test_a_changed_token_changes_no_logit_that_must_not_depend_on_it(cell, num_l
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("output", ["full", "adaptive"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     rows=st.lists(st.lists(st.integers(3, 10), max_size=7), min_size=1, max_size=6),
     backend=st.sampled_from(["packed", "torch"]),

@@ -190,7 +190,7 @@ def test_backward_it_writes_what_comes_before():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"temperature": -1.0}, "temperature: should be 0 or greater, not -1.0"),
+        ({"temperature": -1.0}, "temperature: should be 0 or greater and finite, not -1.0"),
         ({"top_k": 0}, "top_k: should be 1 or greater"),
         ({"top_p": 0.0}, "top_p: should be greater than 0"),
         ({"min_p": 1.5}, "min_p: should be from 0 to 1"),

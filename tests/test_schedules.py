@@ -227,13 +227,17 @@ def test_averaging_does_not_change_in_a_resume(small, tmp_path):
 
 def test_every_schedule_runs_on_a_time_budget(small, tmp_path):
     for name in NAMES:
-        config = small(
-            f"schedule.name={name}", "training.max_minutes=0.03", "training.max_epochs=9999", "logging.every_steps=1",
-            "validation.every_steps=5", "model.bidirectional=false", "logging.sample_prompts=[]",
-        )  # fmt: skip
-        run = train(config, tmp_path / name).run
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+        for minutes in (0.03, 0.3):  # a busy machine may not come to many steps at first
+            config = small(
+                f"schedule.name={name}", f"training.max_minutes={minutes}", "training.max_epochs=9999",
+                "logging.every_steps=1", "validation.every_steps=5", "model.bidirectional=false",
+                "logging.sample_prompts=[]",
+            )  # fmt: skip
+            run = train(config, tmp_path / f"{name}-{minutes}").run
+            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            rates = [row["train/learning_rate"] for row in rows if "train/loss" in row]
+            if len(rates) > 20:
+                break
         assert all(math.isfinite(each) for each in rates)
         if name in ("cosine", "linear", "one_cycle"):
             assert rates[-1] < 0.3 * max(rates)

@@ -33,7 +33,7 @@ def events(batch):
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 90), st.integers(1, 9), st.integers(1, 12), st.booleans(), st.integers(0, 5))
 def test_an_epoch_predicts_every_token_once_from_the_one_before_it(length, columns, bptt, random_bptt, epoch):
     columns = min(columns, length)
@@ -60,7 +60,7 @@ def test_random_chunks_differ_between_epochs():
     assert lengths.std() > 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(2, 6), min_size=1, max_size=30), st.integers(1, 6))
 def test_lines_that_follow_on_are_read_in_order_in_each_column(lengths, columns):
     class Lines:

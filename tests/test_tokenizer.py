@@ -36,7 +36,7 @@ def test_known_characters_come_back_as_they_were_in_any_order(texts, chance):
         assert tokenizer.unk_id not in tokenizer.encode(text)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=UNICODE)
 def test_subwords_come_back_as_they_were_whatever_the_text(text):
     for tokenizer in SUBWORDS:

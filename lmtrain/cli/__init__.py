@@ -53,7 +53,10 @@ for command in (
 
 def main() -> None:
     """Run a command and leave with its exit code; a user's mistake is a line for each fault, never a traceback."""
-    sys.exit(_run())
+    try:
+        sys.exit(_run())
+    except KeyboardInterrupt:  # a second one, while the first was being told
+        os._exit(130)
 
 
 def _run() -> int:

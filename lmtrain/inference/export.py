@@ -5,6 +5,8 @@ Shapes: B rows, H size of a layer, K tokens of n-gram history, P output size, V 
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +16,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from lmtrain.data.tokenizer import Tokenizer
-from lmtrain.errors import ConfigError
+from lmtrain.errors import ConfigError, StorageError
+from lmtrain.files import reason, room, write_synced
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.ngrams import FACTOR, MIX, PRIME, NgramEmbedding
 from lmtrain.model.output import FullOutput
@@ -209,17 +212,25 @@ def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
 
 
 def write(path: Path, tokenizer: Tokenizer, files: dict[str, bytes]) -> None:
-    """A new folder with these files and the tokenizer.
+    """A new folder with these files and the tokenizer, all of them or none.
 
     Raises:
         ConfigError: the folder is there already.
+        StorageError: no room, or another fault of the file system.
     """
+    if path.exists():
+        raise ConfigError(f"{path}: is there already; name a new folder")
+    contents = files | {"tokenizer.json": tokenizer.dumps().encode()}
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        path.mkdir()
-    except FileExistsError:
-        raise ConfigError(f"{path}: is there already; name a new folder") from None
-    for name, content in (files | {"tokenizer.json": tokenizer.dumps().encode()}).items():
-        (path / name).write_bytes(content)
+        beside.mkdir()
+        for name, content in contents.items():
+            write_synced(beside / name, content)
+        beside.rename(path)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        size = sum(map(len, contents.values()))
+        raise StorageError(f"{path}: can't be written: {reason(error)}{room(path.parent, size)}") from None
 
 
 class Steps:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from lmtrain.data.batching import Ints, gather, sorted_parts
 from lmtrain.data.corpus import encode_block, frame
 from lmtrain.data.reading import Block
-from lmtrain.errors import ConfigError
+from lmtrain.errors import ConfigError, StorageError
+from lmtrain.files import reason
 from lmtrain.inference.prompts import Script
 from lmtrain.model.language_model import Direction, LanguageModel
 from lmtrain.model.packing import pack_rows
@@ -99,6 +100,7 @@ def save(path: str | Path, blocks: Iterable[Vectors]) -> int:
 
     Raises:
         ConfigError: the file is there already.
+        StorageError: no room, or another fault of the file system; nothing is left of the file.
     """
     target = Path(path)
     try:
@@ -108,8 +110,10 @@ def save(path: str | Path, blocks: Iterable[Vectors]) -> int:
     try:
         with handle, tempfile.TemporaryDirectory(prefix="lmtrain-", dir=target.parent) as scratch:
             return _write(handle, Path(scratch), blocks)
-    except BaseException:
+    except BaseException as error:
         target.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise StorageError(f"{target}: can't be written: {reason(error)}") from None
         raise
 
 

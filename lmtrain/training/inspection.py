@@ -9,6 +9,7 @@ from pathlib import Path
 from lmtrain import checkpoint
 from lmtrain.errors import ArtefactError
 from lmtrain.run import RunDirectory
+from lmtrain.trained import count_weights
 from lmtrain.training.saved import read_saved
 from lmtrain.training.tracking import METRICS
 
@@ -20,7 +21,8 @@ def inspect(run: RunDirectory) -> Iterator[str]:
         ArtefactError: at the end, with all that is damaged.
     """
     config, tokenizer = run.judged()
-    yield f"{run.path}: {config.model.cell}, vocabulary of {tokenizer.vocab_size:,} ({tokenizer.kind})"
+    count, vocab_size = count_weights(config, tokenizer.vocab_size), tokenizer.vocab_size
+    yield f"{run.path}: {count:,} weights, vocabulary {vocab_size:,} ({tokenizer.kind})"
     faults: list[str] = []
     whole: list[int] = []
     rows = 0

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from lmtrain.config import Config
 from lmtrain.data.corpus import Source, TokenStore, encode_block, open_store
@@ -15,7 +14,7 @@ from lmtrain.data.streaming import Stream
 from lmtrain.data.tokenizer import IdsTokenizer
 from lmtrain.errors import DataError
 from lmtrain.runtime import choose_device
-from lmtrain.trained import build_model
+from lmtrain.trained import count_weights
 
 
 def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
@@ -38,9 +37,7 @@ def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
         if store is not None:
             yield f"{name}: {_store(store)}"
     yield _batches(corpora.reading)
-    with torch.device("meta"):  # shapes without memory
-        model = build_model(config, corpora.tokenizer.vocab_size)
-    weights = sum(parameter.numel() for parameter in model.parameters())
+    weights = count_weights(config, corpora.tokenizer.vocab_size)
     trained_mb = 16 * weights / 1e6  # weights, gradients, two moments
     yield f"model: {weights:,} weights, {4 * weights / 1e6:,.1f} MB; with gradients and optimizer {trained_mb:,.1f} MB"
 

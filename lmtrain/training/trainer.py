@@ -122,10 +122,11 @@ class Trainer:
                 self._log_window()
             self.progress.update(state.step, self._progress(), self.figures)
             improved = self._validate() if self._validation_due() else False
-            stop = bool(stopped_by) or state.step == stop_at_step
+            signalled = bool(stopped_by)  # asked once: a signal that comes while saving is the next step's
+            stop = signalled or state.step == stop_at_step
             if improved or stop or self._save_due():
                 self._save()
-            if stopped_by:
+            if signalled:
                 raise StoppedError(
                     stopped_by[0],
                     f"stopped at step {state.step} by {signal.Signals(stopped_by[0]).name}; the state is saved: "

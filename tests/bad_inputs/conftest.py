@@ -90,10 +90,10 @@ def judge(shell: Callable[..., subprocess.CompletedProcess[str]]) -> Judge:
         expected, before = said.replace("{here}", os.getcwd()) + "\n", listing(left_out)
         for command in [commands] if isinstance(commands, str) else commands:
             forget_peak()
-            held_bytes, started_s = peak_bytes(), time.perf_counter()
+            held_bytes, started_s = peak_bytes(), time.process_time()
             with at_most(5 * LONGEST_S):
                 done = shell(*shlex.split(command))
-            took_s, grown_bytes = time.perf_counter() - started_s, peak_bytes() - held_bytes
+            took_s, grown_bytes = time.process_time() - started_s, peak_bytes() - held_bytes
             assert (done.returncode, done.stdout, done.stderr) == (code, "", expected), command
             assert "Traceback" not in done.stderr
             assert took_s < LONGEST_S

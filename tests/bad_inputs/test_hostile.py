@@ -146,8 +146,8 @@ def listing(home):
 
 @pytest.mark.parametrize("number", range(len(HARMS)), ids=lambda number: HARMS[number].__name__)
 def test_a_hostile_run_is_refused(trained, tmp_path, number):
-    """By two commands, other ones for each."""
-    refused(trained, tmp_path, HARMS[number], [COMMANDS[number % 8], COMMANDS[(number + 3) % 8]])
+    """By one command, another for each; tests beside this one try all of them in this process."""
+    refused(trained, tmp_path, HARMS[number], [COMMANDS[number % 8]])
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_weights_of_another_size_are_refused_before_they_are_read(trained, tmp_p
     weights_of(home / "run").write_bytes(len(header).to_bytes(8, "little") + header.encode())
     os.truncate(weights_of(home / "run"), 8 + len(header) + (48 << 30))
     sealed(home / "run")
-    for command in (COMMANDS[0], COMMANDS[-1]):
+    for command in COMMANDS[-1:]:
         done = subprocess.run(
             [sys.executable, "-c", DRIVER, *command], cwd=home, capture_output=True, text=True, timeout=60
         )

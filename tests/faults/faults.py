@@ -177,6 +177,23 @@ def full(field: Field, chance: random.Random, turn: int) -> int:
     return lost
 
 
+def full_for_others(field: Field, chance: random.Random, turn: int) -> int:
+    """What other commands write: all of it or nothing."""
+    ground = field.ground(chance, 0)
+    ground.stopped(SAVE_EVERY)
+    command, size = (
+        (("embed", "run", "train.txt", "-o", "small/out.npz"), chance.randrange(4 << 10, 40 << 10)),
+        (("export", "run", "--format", "safetensors", "-o", "small/out"), chance.randrange(4 << 10, 12 << 10)),
+    )[turn % 2]
+    with mounted(ground.directory / "small", f"size={size}"):
+        started = ground.start(*command)
+        assert started.wait() == 5, started.said
+        assert re.fullmatch(r"small/out\S*: can't be written: no space left on device.*\n", started.said), started.said
+        assert [*(ground.directory / "small").iterdir()] == []
+    ground.ends_the_same()
+    return 0
+
+
 def out_of_inodes(field: Field, chance: random.Random, turn: int) -> int:
     ground = field.ground(chance)
     with mounted(ground.run, f"nr_inodes={chance.randint(3, 14)}") as change:
@@ -317,8 +334,8 @@ def cut_short(field: Field, chance: random.Random, turn: int) -> int:
     ground, newest, before = _stopped(field, chance)
     for victim in sorted(newest.iterdir()):
         good = victim.read_bytes()
-        for length in range(0, len(good), 4096):
-            victim.write_bytes(good[:length])
+        for length in reversed(range(0, len(good), 4096)):
+            os.truncate(victim, length)
             assert _damaged(ground, newest), (victim.name, length)
         victim.write_bytes(good)
     victim = chance.choice(sorted(newest.iterdir()))
@@ -502,6 +519,7 @@ FAULTS = [
     Fault("6", "SIGHUP", 5, signalled(signal.SIGHUP)),
     Fault("7", "SIGSTOP, SIGCONT", 5, paused),
     Fault("8", "disk full", 20, full),
+    Fault("8b", "disk full, for embed and export", 6, full_for_others),
     Fault("9", "out of inodes", 10, out_of_inodes),
     Fault("10", "fsync fails", 10, failing("fsync", "EIO")),
     Fault("11", "rename fails", 10, failing("rename", "EIO", "EACCES")),

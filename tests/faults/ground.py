@@ -116,6 +116,8 @@ def _command(
         main()
     except SystemExit as left:
         code = left.code
+    except KeyboardInterrupt:
+        code = 130
     except BaseException:  # noqa: BLE001  # a bug of ours, which shows as one
         traceback.print_exc()
     os._exit(code)  # what multiprocessing would do at the end, flushing and joining, no command does
@@ -239,10 +241,10 @@ class Field:
         self.grounds: list[Ground] = []
         self.processes_before = 0
 
-    def ground(self, chance: random.Random) -> Ground:
-        """A fresh one, of either setting."""
+    def ground(self, chance: random.Random, setting: int | None = None) -> Ground:
+        """A fresh one, of either setting or of this one."""
         self.made += 1
-        number = chance.randrange(len(SETTINGS))
+        number = chance.randrange(len(SETTINGS)) if setting is None else setting
         ground = Ground(self.directory / f"ground-{self.made}", SETTINGS[number], self.wanted.get(number))
         self.wanted[number] = ground.wanted
         self.grounds.append(ground)
