@@ -133,12 +133,12 @@ def _chunks(path: str) -> Iterator[bytes]:
             while chunk := handle.read(BLOCK_BYTES):
                 yield chunk
             return
-        packed_bytes, read_bytes = os.fstat(handle.fileno()).st_size, 0
+        read_bytes = 0
         try:
             with gzip.open(handle) as unpacked:
                 while chunk := unpacked.read(BLOCK_BYTES):
                     read_bytes += len(chunk)
-                    if read_bytes > max(BOMB_BYTES, BOMB_RATIO * packed_bytes):
+                    if read_bytes > max(BOMB_BYTES, BOMB_RATIO * handle.tell()):  # by what it was unpacked from so far
                         raise DataError(f"{path}: unpacks to more than {BOMB_RATIO} times its size; unpack it yourself")
                     yield chunk
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
