@@ -98,11 +98,8 @@ class RunDirectory:
                 if not stat.S_ISDIR(path.lstat().st_mode) and not stat.S_ISREG(path.lstat().st_mode):
                     raise ArtefactError(f"{path}: not a regular file; a run directory holds nothing else")
 
-    def judged(self, parts: tuple[str, ...] = USED) -> tuple[Config, Tokenizer]:
+    def judged(self) -> tuple[Config, Tokenizer]:
         """The run's configuration and tokenizer, after a look at all that takes neither torch nor much time.
-
-        Args:
-            parts: of a checkpoint; where there are checkpoints, one must have them, of the size its manifest says.
 
         Raises:
             ArtefactError: a link, a broken config or tokenizer, or checkpoints none of which could be used.
@@ -113,7 +110,7 @@ class RunDirectory:
             problems: list[str] = []
             for step in self.candidates():
                 try:
-                    checkpoint.survey(self.checkpoints, step, parts)
+                    checkpoint.survey(self.checkpoints, step, USED)
                     break
                 except checkpoint.NewerFormatError:
                     raise

@@ -763,7 +763,11 @@ LARGE = {
 @pytest.fixture(scope="module")
 def plain_bytes(trained):
     """The peak of memory of `check` on small, good data."""
-    code, _, held_bytes, _, printed = drive(f"check {trained}/c.yaml data.train={trained}/train.txt data.valid=null")
+    stores = (
+        f"data.cache_dir={trained}/cache"  # a relative one would be in whatever directory the tests are started from
+    )
+    train_text = f"data.train={trained}/train.txt"
+    code, _, held_bytes, _, printed = drive(f"check {trained}/c.yaml {train_text} data.valid=null {stores}")
     assert (code, len(printed)) == (0, 4)
     return held_bytes
 
