@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lmtrain.data.batching import Batch, EpochSampler, Rows, make_batch
+from lmtrain.data.batching import Batch, Rows, make_batch
+from lmtrain.data.sampling import EpochSampler
 from lmtrain.data.tokenizer import IdsTokenizer
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import Script

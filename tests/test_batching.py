@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.config.schema import BatchingConfig
-from lmtrain.data.batching import EpochSampler, Feed, Rows, make_batch, sorted_batches
+from lmtrain.data.batching import Rows, make_batch, sorted_batches
+from lmtrain.data.feeding import Feed
+from lmtrain.data.sampling import EpochSampler
 from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
 from tests.conftest import shared
 

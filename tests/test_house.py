@@ -37,7 +37,16 @@ FLOORS = [
         "runtime",
         "checkpoint",
     ],
-    ["data.tokenizer", "data.reading", "data.corpus", "data.batching", "data.streaming", "data.preparation"],
+    [
+        "data.tokenizer",
+        "data.reading",
+        "data.corpus",
+        "data.preparation",
+        "data.batching",
+        "data.sampling",
+        "data.streaming",
+        "data.feeding",
+    ],
     ["run", "trained"],
     [
         "inference.prompts",

@@ -1,14 +1,12 @@
-"""From stored sequences to padded, length-sorted batches, in an order that can be resumed in O(1).
+"""From stored sequences to padded, length-sorted batches.
 
 Shapes: B rows, L longest row. A row is a stretch of a stored sequence `<bos> t1 .. tn <eos>`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -89,104 +87,6 @@ def cut_batches(sorted_lengths: Ints, batch_size: int | None, max_tokens: int | 
         cuts.append((start, min(start + size, len(sorted_lengths))))
         start += size
     return cuts
-
-
-class BatchSource(Protocol):
-    """What makes a batch out of what a sampler gives: `Rows` of row indices, a `Stream` of a span of steps."""
-
-    def batch(self, part: Any, pad_id: int) -> Batch: ...
-
-
-class Sampler(Protocol):
-    """Which parts of a source each batch of an epoch holds, in order: a function of (seed, epoch) alone."""
-
-    def epoch(self, epoch: int) -> Sequence[Any]: ...
-
-
-class EpochSampler:
-    """Which rows each batch of an epoch holds: a function of (seed, epoch) alone.
-
-    Rows are shuffled, cut into buckets of `bucket_batches` batches, sorted by length within each bucket, cut into
-    batches, and the batches shuffled. The state of a pass is (epoch, next batch); to resume takes no replay.
-    """
-
-    def __init__(
-        self, lengths: Ints, *, batch_size: int | None, max_tokens: int | None, bucket_batches: int, seed: int
-    ) -> None:
-        self.lengths, self.batch_size, self.max_tokens, self.seed = lengths, batch_size, max_tokens, seed
-        rows_a_batch = batch_size or max(1, (max_tokens or 1) // max(1, round(float(lengths.mean()))))
-        self.bucket_rows = rows_a_batch * bucket_batches
-
-    def epoch(self, epoch: int) -> list[Ints]:
-        """The row indices of every batch of an epoch, in order; together each row exactly once."""
-        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        shuffled = random.permutation(len(self.lengths))
-        batches = []
-        for start in range(0, len(shuffled), self.bucket_rows):
-            bucket = shuffled[start : start + self.bucket_rows]
-            bucket = bucket[np.argsort(-self.lengths[bucket], kind="stable")]
-            for first, end in cut_batches(self.lengths[bucket], self.batch_size, self.max_tokens):
-                batches.append(bucket[first:end])
-        return [batches[place] for place in random.permutation(len(batches))]
-
-
-class Group(NamedTuple):
-    """The batches of one optimizer step, and where they stand in their epoch."""
-
-    batches: list[Batch]
-    epoch: int
-    end: int  # number of batches of the epoch up to here, these counted
-    epoch_batches: int  # batches in the epoch
-
-    @property
-    def ends_epoch(self) -> bool:
-        """Whether these are the epoch's last."""
-        return self.end == self.epoch_batches
-
-
-class Feed:
-    """The groups of batches that training takes, epoch after epoch, each made while the step before it runs.
-
-    Args:
-        size: batches in a group; the last one of an epoch may have fewer.
-        epoch, next_batch: where to begin.
-    """
-
-    def __init__(
-        self, source: BatchSource, sampler: Sampler, pad_id: int, size: int, epoch: int = 0, next_batch: int = 0
-    ) -> None:
-        self.waited_s = 0.0  # altogether
-        self._groups = self._walk(source, sampler, pad_id, size, epoch, next_batch)
-        self._thread = ThreadPoolExecutor(1, "lmtrain-batches")
-        self._coming = self._thread.submit(next, self._groups)
-
-    @staticmethod
-    def _walk(
-        source: BatchSource, sampler: Sampler, pad_id: int, size: int, epoch: int, next_batch: int
-    ) -> Iterator[Group]:
-        while True:
-            order = sampler.epoch(epoch)
-            for first in range(next_batch, len(order), size):
-                batches = [source.batch(part, pad_id) for part in order[first : first + size]]
-                yield Group(batches, epoch, first + len(batches), len(order))
-            epoch, next_batch = epoch + 1, 0
-
-    def peek(self) -> Group:
-        """The next group, which stays the next."""
-        start_s = time.perf_counter()
-        group = self._coming.result()
-        self.waited_s += time.perf_counter() - start_s
-        return group
-
-    def take(self) -> Group:
-        """The next group; the one after it is begun."""
-        group = self.peek()
-        self._coming = self._thread.submit(next, self._groups)
-        return group
-
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
 
 
 def sorted_parts(lengths: Ints, max_tokens: int, batch_size: int | None = None) -> Iterator[Ints]:

@@ -126,6 +126,12 @@ class TokenStore:
     def _map(self, name: str, dtype: str, size: int) -> NDArray[np.unsignedinteger]:
         return np.memmap(self.directory / f"{name}.bin", np.dtype(dtype).newbyteorder("<"), "r", shape=(size,))
 
+    def longer_than(self, max_length: int) -> int:
+        """How many sequences have more tokens than that, `<bos>` and `<eos>` not counted."""
+        if self.counts.longest <= max_length:
+            return 0
+        return int((np.diff(self.offsets) > max_length + 2).sum())
+
     def overlap(self, other: TokenStore) -> int:
         """How many of this store's sequences also stand in the other, token for token."""
         return int(np.isin(self.hashes, other.hashes).sum())

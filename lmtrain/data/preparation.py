@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from lmtrain.config import Config
 from lmtrain.data import tokenizer as tokenizers
-from lmtrain.data.batching import Batch, EpochSampler, Rows, Sampler, sorted_batches
 from lmtrain.data.corpus import Source, TokenStore, open_store
-from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
 from lmtrain.data.tokenizer import Tokenizer, normalise, train_tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, DataError
 from lmtrain.files import write_atomically
 
-EVALUATION_TOKENS = 8192  # padded tokens a batch
-
 Notify = Callable[[str], None]
-
-
-class Reading(NamedTuple):
-    """How the training text is read."""
-
-    source: Rows | Stream
-    sampler: Sampler
-    columns: int | None  # that carry their state from batch to batch; None where each row begins anew
 
 
 class Corpora(NamedTuple):
@@ -35,7 +21,6 @@ class Corpora(NamedTuple):
 
     tokenizer: Tokenizer
     train: TokenStore
-    reading: Reading  # of the training text
     valid: TokenStore | None
     hashes: dict[str, str]  # SHA-256 of each file
 
@@ -62,7 +47,7 @@ def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None) 
     """Learn the tokenizer from the training text (unless given) and bring the stores up to date.
 
     Raises:
-        ConfigError: a sample prompt that the tokenizer does not take, or more columns than the text has tokens.
+        ConfigError: a sample prompt that the tokenizer does not take.
         DataError: a fault of the text, with its place.
         ArtefactError: the tokenizer file of kind file can't be used.
     """
@@ -77,77 +62,12 @@ def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None) 
         except DataError as error:
             raise ConfigError(f"logging.sample_prompts: {prompt!r}: {error}") from None
     train = open_store(source, tokenizer, cache, notify)
-    reading = _reading(config, train, tokenizer.eos_id)
     if valid_source is None:
-        return Corpora(tokenizer, train, reading, None, source.hashes())
+        return Corpora(tokenizer, train, None, source.hashes())
     valid = open_store(valid_source, tokenizer, cache, notify)
     for line in _remarks(train, valid, None if train.counts.stream else config.batching.max_length):
         notify(line)
-    return Corpora(tokenizer, train, reading, valid, source.hashes() | valid_source.hashes())
-
-
-def _reading(config: Config, store: TokenStore, eos_id: int) -> Reading:
-    """The batches to train on.
-
-    Raises:
-        ConfigError: a text shorter than its columns are many.
-    """
-    batching = config.batching
-    if batching.mode == "stream":
-        stream = _stream(store, eos_id, batching.batch_size)
-        sampler = StreamSampler(stream, bptt=batching.bptt, random_bptt=batching.random_bptt, seed=config.seed)
-        return Reading(stream, sampler, batching.batch_size)
-    rows = Rows(store, batching.max_length)
-    if batching.carry_state:
-        if len(rows) < batching.batch_size:
-            raise ConfigError(f"batching.batch_size: {batching.batch_size} columns for {len(rows)} rows are too many")
-        return Reading(rows, LinesSampler(rows, batching.batch_size), batching.batch_size)
-    return Reading(
-        rows,
-        EpochSampler(
-            rows.lengths,
-            batch_size=None if batching.max_tokens else batching.batch_size,
-            max_tokens=batching.max_tokens,
-            bucket_batches=batching.bucket_batches,
-            seed=config.seed,
-        ),
-        None,
-    )
-
-
-def _stream(store: TokenStore, eos_id: int, columns: int) -> Stream:
-    if len(store.tokens) < columns:
-        raise ConfigError(f"batching.batch_size: {columns} columns for {len(store.tokens)} tokens are too many")
-    return Stream(store.tokens, eos_id, columns)
-
-
-def evaluation_batches(
-    config: Config,
-    store: TokenStore,
-    tokenizer: Tokenizer,
-    columns: int,
-    batch_size: int | None = None,
-    steps: int | None = None,
-) -> tuple[Iterator[Batch], int | None]:
-    """Every row of a text once, for scoring, and the number of columns that carry their state, or None.
-
-    Args:
-        columns: in which a text that goes on is read, at most.
-        batch_size: rows at once of a text whose rows begin anew.
-        steps: tokens of each column in a batch of a stream; the figures do not depend on it.
-    """
-    batching = config.batching
-    if batching.mode == "stream":
-        stream = Stream(store.tokens, tokenizer.eos_id, min(columns, len(store.tokens)))
-        steps = steps or max(1, EVALUATION_TOKENS // len(stream))
-        spans = stream.spans(np.arange(steps, stream.steps, steps))
-        return (stream.batch(span, tokenizer.pad_id) for span in spans), len(stream)
-    rows = Rows(store, batching.max_length)
-    if batching.carry_state:
-        columns = min(columns, len(rows))
-        parts = LinesSampler(rows, columns).epoch(0)
-        return (rows.batch(part, tokenizer.pad_id) for part in parts), columns
-    return sorted_batches(rows, EVALUATION_TOKENS, tokenizer.pad_id, batch_size), None
+    return Corpora(tokenizer, train, valid, source.hashes() | valid_source.hashes())
 
 
 def _tokenizer(config: Config, source: Source, cache: Path, notify: Notify) -> Tokenizer:
@@ -188,7 +108,7 @@ def _remarks(train: TokenStore, valid: TokenStore, max_length: int | None) -> li
     if shared and max_length is not None:
         lines.append(f"note: {shared:,} of {count:,} validation sequences also stand in the training set")
     for name, store in (("training", train), ("validation", valid)):
-        long = 0 if max_length is None else Rows(store, max_length).split_sequences
+        long = 0 if max_length is None else store.longer_than(max_length)
         unknown = store.counts.unknown_tokens / max(1, store.counts.tokens)
         if unknown > 0.1:
             lines.append(f"note: {unknown:.0%} of the {name} tokens are unknown to the vocabulary")

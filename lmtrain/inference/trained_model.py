@@ -12,7 +12,8 @@ from typing import Literal
 
 from lmtrain.config import Config
 from lmtrain.data.corpus import Source, open_store
-from lmtrain.data.preparation import evaluation_batches, source_of
+from lmtrain.data.feeding import evaluation_batches
+from lmtrain.data.preparation import source_of
 from lmtrain.data.reading import Block
 from lmtrain.data.tokenizer import Tokenizer, normalise
 from lmtrain.errors import ConfigError, DataError

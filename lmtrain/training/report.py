@@ -9,7 +9,8 @@ import numpy as np
 
 from lmtrain.config import Config
 from lmtrain.data.corpus import Source, TokenStore, encode_block, open_store
-from lmtrain.data.preparation import Reading, prepare, source_of
+from lmtrain.data.feeding import Reading, training_reading
+from lmtrain.data.preparation import prepare, source_of
 from lmtrain.data.streaming import Stream
 from lmtrain.data.tokenizer import IdsTokenizer
 from lmtrain.errors import DataError
@@ -36,7 +37,7 @@ def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
     for name, store in stores.items():
         if store is not None:
             yield f"{name}: {_store(store)}"
-    yield _batches(corpora.reading)
+    yield _batches(training_reading(config, corpora.train, corpora.tokenizer.eos_id))
     weights = count_weights(config, corpora.tokenizer.vocab_size)
     trained_mb = 16 * weights / 1e6  # weights, gradients, two moments
     yield f"model: {weights:,} weights, {4 * weights / 1e6:,.1f} MB; with gradients and optimizer {trained_mb:,.1f} MB"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lmtrain.config import Config, load_config
+from lmtrain.data.feeding import training_reading
 from lmtrain.data.preparation import prepare
 from lmtrain.errors import out_of_memory
 from lmtrain.run import create_run, find_resumable, refuse_full, refuse_read_only
@@ -56,6 +57,7 @@ def train(
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
     corpora = prepare(config, progress.note, tokenizer)  # before the run directory: its faults leave nothing behind
+    reading = training_reading(config, corpora.train, corpora.tokenizer.eos_id)
     new = run is None
     run = run or create_run(config, named)
     with run.locked():
@@ -64,7 +66,7 @@ def train(
             run.write_start(config, corpora.tokenizer, environment(device))
         trainer = None
         try:
-            trainer = Trainer(config, run, corpora, device, progress, start_s)
+            trainer = Trainer(config, run, corpora, reading, device, progress, start_s)
             if not new:
                 run.write_config(config)  # with what may change in a resume
             with noted_signals() as stopped_by:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from lmtrain.config import Config
-from lmtrain.data.batching import Batch, Feed
+from lmtrain.data.batching import Batch
+from lmtrain.data.feeding import Feed, Reading
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.model.language_model import count_events
@@ -50,6 +51,7 @@ class Trainer:
         config: Config,
         run: RunDirectory,
         corpora: Corpora,
+        reading: Reading,
         device: torch.device,
         progress: Progress,
         start_s: float,
@@ -57,7 +59,7 @@ class Trainer:
         self.config, self.run, self.corpora = config, run, corpora
         self.device, self.progress, self.start_s = device, progress, start_s
         tokenizer = corpora.tokenizer
-        source, sampler, columns = corpora.reading
+        source, sampler, columns = reading
         torch.manual_seed(config.seed)
         self.model = build_model(config, tokenizer.vocab_size)
         self.model.to(device)

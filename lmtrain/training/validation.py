@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lmtrain.config import Config
-from lmtrain.data.preparation import Corpora, evaluation_batches
+from lmtrain.data.feeding import evaluation_batches
+from lmtrain.data.preparation import Corpora
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import Script
 from lmtrain.inference.scoring import evaluate
