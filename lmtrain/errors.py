@@ -71,6 +71,18 @@ class StoppedError(LmtrainError):
         self.exit_code = 128 + signal_number
 
 
+class PeerError(LmtrainError):
+    """Another of the processes that train together has a fault, and tells of it.
+
+    Args:
+        exit_code: of that fault's kind.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
 def out_of_memory(error: BaseException, mend: str) -> OutOfMemoryError | None:
     """The error to raise in place of one that says memory ran out, in any of the ways in which Python, PyTorch and the
     loader of libraries do; else None."""

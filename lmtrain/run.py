@@ -74,6 +74,14 @@ class RunDirectory:
         text = json.dumps(environment, indent=1, ensure_ascii=False) + "\n"
         write_atomically(self.path / "environment.json", text.encode(errors="backslashreplace"))
 
+    def launch(self) -> str | None:
+        """What torchrun called the processes that began this run; None where it was one alone, or nobody knows."""
+        try:
+            launch = read_json(self.path / "environment.json").get("launch")
+        except ArtefactError:
+            return None
+        return launch if isinstance(launch, str) else None
+
     def point(self, name: str, content: dict[str, Any]) -> None:
         """Write `best` or `last`.json."""
         write_atomically(self.path / f"{name}.json", (json.dumps(content) + "\n").encode())

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,10 +27,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h: mallopt(3)
 
 
 def choose_device(name: str) -> torch.device:
-    """`cuda:0` where there is one and `cpu` otherwise for `auto`; else the device named.
+    """CUDA where there is any and `cpu` otherwise for `auto`; else the device named. Of several processes that torchrun
+    starts on a machine, each has a CUDA device of its own.
 
     Raises:
-        ConfigError: cuda without one.
+        ConfigError: cuda without one, or fewer devices than processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: PyTorch finds no CUDA device here; use cpu or auto")
@@ -39,7 +41,12 @@ def choose_device(name: str) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
-    return torch.device("cuda:0")
+    place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= count:
+        raise ConfigError(f"device cuda: {count} here, too few for the processes; torchrun --nproc-per-node {count}")
+    device = torch.device("cuda", place)
+    torch.cuda.set_device(device)
+    return device
 
 
 def choose_precision(name: str, device: torch.device, size: int) -> tuple[str, str]:
@@ -111,8 +118,17 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a run's result depends on beside its config: versions, device, threads, command, git commit."""
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """A seed for a process that has no random state of its own at a step, 64 bits."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def environment(device: torch.device, processes: int = 1, launch: str | None = None) -> dict[str, Any]:
+    """What a run's result depends on beside its config: versions, device, threads, command, git commit.
+
+    Args:
+        processes, launch: that train together, and what torchrun calls them.
+    """
     return {
         "lmtrain": version("lmtrain"),
         "torch": torch.__version__,
@@ -120,6 +136,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "num_threads": torch.get_num_threads(),
+        "processes": processes,
+        "launch": launch,
         "command": shlex.join(sys.argv),
         "git_commit": _git_commit(),
     }

@@ -211,7 +211,7 @@ def training_step(shape: Shape, model: LanguageModel, precision: str, device: to
     optimizers = build_optimizers(model, name=name, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
 
     def train(batch: Batch) -> None:
-        events = count_events(batch.lengths)
+        events = count_events(len(batch.lengths), int(batch.lengths.sum()))
         with autocast(precision, device):
             losses = model.loss(batch.tokens, batch.lengths, {name: 1 / events[name] for name in model.objectives})
         losses.total.backward()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lmtrain import checkpoint
 
-WALL_CLOCK = ("_per_second", "_s", "data_wait_fraction")  # the metrics that no two runs share
+WALL_CLOCK = ("_per_second", "_s", "wait_fraction")  # the metrics that no two runs share
 
 
 def digest(run: Path) -> str:

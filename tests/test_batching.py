@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lmtrain.config.schema import BatchingConfig
 from lmtrain.data.batching import Rows, make_batch, sorted_batches
-from lmtrain.data.feeding import Feed
+from lmtrain.data.feeding import Feed, Reading
 from lmtrain.data.sampling import EpochSampler
 from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
 from tests.conftest import shared
@@ -110,14 +110,14 @@ def feed_of(kind, lengths, epoch=0, next_batch=0):
         "stream": (stream, StreamSampler(stream, bptt=5, random_bptt=False, seed=7)),
         "random stream": (stream, StreamSampler(stream, bptt=5, random_bptt=True, seed=7)),
     }[kind]
-    return Feed(source, sampler, 0, 2, epoch, next_batch)
+    return Feed(Reading(source, sampler, None), 0, 2, epoch, next_batch)
 
 
 def taken(feed, count):
     """(epoch, batches of the epoch up to here, the batches' numbers) of the next groups."""
     groups = [feed.take() for _ in range(count)]
     feed.close()
-    return [(g.epoch, g.end, [[part.tolist() for part in batch] for batch in g.batches]) for g in groups]
+    return [(g.epoch, g.end, [[part.tolist() for part in dealt.batch] for dealt in g.batches]) for g in groups]
 
 
 @pytest.mark.parametrize("kind", ["sentences", "lines", "stream", "random stream"])
@@ -150,14 +150,19 @@ def test_the_feed_gives_the_samplers_batches_from_any_place(lengths, size):
     a_epoch = len(wanted) // 3
     for begin in range(2 * a_epoch):
         epoch, first = wanted[begin][0], (begin % a_epoch) * size
-        feed = Feed(rows, sampler, 0, size, epoch, first)
+        feed = Feed(Reading(rows, sampler, None), 0, size, epoch, first)
         for epoch, end, epoch_batches, indices in wanted[begin : begin + a_epoch]:
             peeked, group = feed.peek(), feed.take()
             assert peeked is group
             assert (group.epoch, group.end, group.epoch_batches) == (epoch, end, epoch_batches)
             assert group.ends_epoch == (end == epoch_batches)
-            for batch, each in zip(group.batches, indices, strict=True):
-                assert batch.tokens.equal(rows.batch(each, 0).tokens)
+            for dealt, each in zip(group.batches, indices, strict=True):
+                assert dealt.batch.tokens.equal(rows.batch(each, 0).tokens)
+                assert (dealt.rows, dealt.tokens, dealt.longest) == (
+                    len(each),
+                    lengths[each].sum(),
+                    lengths[each].max(),
+                )
         assert feed.waited_s > 0
         feed.close()
 

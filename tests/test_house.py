@@ -35,6 +35,7 @@ FLOORS = [
         "config.loading",
         "config",
         "runtime",
+        "processes",
         "checkpoint",
     ],
     [
@@ -66,6 +67,7 @@ FLOORS = [
         "training.tracking",
         "training.averaging",
         "training.figures",
+        "training.parallel",
         "training.validation",
         "training.saved",
         "training.resuming",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lmtrain.config import load_config
 from lmtrain.data.batching import Rows, make_batch
 from lmtrain.data.corpus import Source, open_store
-from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
+from lmtrain.data.streaming import LinesSampler, Span, Stream, StreamSampler
 from lmtrain.data.tokenizer import ByteTokenizer, IdsTokenizer, train_tokenizer
 from lmtrain.errors import ConfigError
 from lmtrain.inference.scoring import evaluate
@@ -48,13 +48,13 @@ def test_an_epoch_predicts_every_token_once_from_the_one_before_it(length, colum
     assert read == list(zip([EOS, *text.tolist()], text.tolist(), strict=False))
     assert max(map(len, by_column)) - min(map(len, by_column)) <= 1
     if not random_bptt:
-        assert all(end - first == bptt for first, end in spans[:-1])
+        assert all(end - first == bptt for first, end, _ in spans[:-1])
         assert spans[-1][1] - spans[-1][0] <= bptt + 1
 
 
 def test_random_chunks_differ_between_epochs():
     sampler = StreamSampler(Stream(np.arange(5000), EOS, 2), bptt=40, random_bptt=True, seed=1)
-    lengths = np.array([end - first for first, end in sampler.epoch(0)][:-1])
+    lengths = np.array([end - first for first, end, _ in sampler.epoch(0)][:-1])
     assert sampler.epoch(0) != sampler.epoch(1)
     assert 30 < lengths.mean() < 45
     assert lengths.std() > 2
@@ -128,7 +128,7 @@ def model_of(**more):
 @pytest.mark.parametrize("more", [{}, {"cell": "gru"}, {"layer_sizes": [5, 9]}, {"ngrams": [2, 4]}], ids=str)
 def test_the_cuts_do_not_show_where_the_state_is_carried(more):
     model, text = model_of(**more), np.random.default_rng(1).integers(3, 12, 61)
-    whole = evaluate(model, [Stream(text, EOS, 1).batch((0, 61), PAD)])
+    whole = evaluate(model, [Stream(text, EOS, 1).batch(Span(0, 61), PAD)])
     with torch.no_grad():
         logits, _ = model(torch.tensor([EOS, *text[:-1]]).unsqueeze(1))
         wanted = torch.nn.functional.cross_entropy(logits[:, 0], torch.tensor(text), reduction="sum")
@@ -152,7 +152,7 @@ def test_columns_keep_their_own_states_whatever_their_order():
         for start, size in ((0, 16), (16, 16), (32, 15))
     )
     spans = stream.spans(np.array([4, 5, 9]))
-    assert spans[-1] == (9, 16)
+    assert spans[-1] == Span(9, 16)
     found = evaluate(model, [stream.batch(span, PAD) for span in spans], columns=3)
     assert found.tallies["forward"].nats == pytest.approx(alone, rel=1e-9)
     swapped = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -39,8 +40,14 @@ def train(
     device: DeviceOption = None,
 ) -> None:
     """Train the model that a config describes."""
-    settings = _load(config, overrides, device)
-    if resume:
+    from lmtrain.processes import launched
+
+    load = partial(_load, config, overrides, device)
+    settings = load if launched() else load()
+    if callable(settings):
+        # of several processes, one tells of a fault for all: PyTorch's own warnings would stand beside it
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    elif resume:
         from lmtrain.run import find_resumable
 
         if (run := find_resumable(settings, run_dir)) is not None:
@@ -48,6 +55,8 @@ def train(
     from lmtrain.training.start import train as run_training
 
     result = run_training(settings, run_dir, resume=resume, progress=_progress())
+    if os.environ.get("RANK", "0") != "0":
+        return
     words = ", ".join(f"{tag.partition('/')[2]} {value:.4f}" for tag, value in result.figures.items())
     with suppress(OSError):  # trained is trained, whether or not it can be told
         if words:

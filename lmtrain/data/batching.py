@@ -73,6 +73,14 @@ class Rows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def lengths_of(self, indices: Ints) -> Ints:
+        """Tokens of the rows of the given indices."""
+        return self.lengths[indices]
+
+    def take(self, indices: Ints, places: Ints) -> Ints:
+        """Of these indices those at the given places."""
+        return indices[places]
+
     def batch(self, indices: Ints, pad_id: int) -> Batch:
         """The rows of the given indices as a batch."""
         return gather(self.flat, self.starts[indices], self.lengths[indices], pad_id)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from lmtrain.config import Config
-from lmtrain.data.batching import Batch, Rows, sorted_batches
+from lmtrain.data.batching import Batch, Ints, Rows, sorted_parts
 from lmtrain.data.corpus import TokenStore
 from lmtrain.data.sampling import EpochSampler, Sampler
 from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
@@ -23,7 +24,13 @@ EVALUATION_TOKENS = 8192  # padded tokens a batch
 class BatchSource(Protocol):
     """What makes a batch out of what a sampler gives: `Rows` of row indices, a `Stream` of a span of steps."""
 
+    def lengths_of(self, part: Any) -> Ints: ...
+
+    def take(self, part: Any, places: Ints) -> Any: ...
+
     def batch(self, part: Any, pad_id: int) -> Batch: ...
+
+    def __len__(self) -> int: ...
 
 
 class Reading(NamedTuple):
@@ -32,6 +39,28 @@ class Reading(NamedTuple):
     source: Rows | Stream
     sampler: Sampler
     columns: int | None  # that carry their state from batch to batch; None where each row begins anew
+
+
+class Share(NamedTuple):
+    """What one of several processes reads of each batch."""
+
+    rank: int = 0
+    world_size: int = 1
+    columns: int | None = None  # of the whole batch, where these carry their state; None: rows begin anew
+
+    def places(self, count: int) -> Ints:
+        """Of `count` rows, longest first, or columns, those of this rank.
+
+        Rows are dealt out forth and back, 0 1 2 2 1 0 0 1 2, so that all have about the same number of tokens; columns
+        stay with one process, which keeps their state.
+        """
+        places = np.arange(count)
+        if self.columns is not None:
+            each = self.columns // self.world_size
+            return places[self.rank * each : (self.rank + 1) * each]
+        turn = places % (2 * self.world_size)
+        own: Ints = places[np.minimum(turn, 2 * self.world_size - 1 - turn) == self.rank]
+        return own
 
 
 def training_reading(config: Config, store: TokenStore, eos_id: int) -> Reading:
@@ -76,6 +105,7 @@ def evaluation_batches(
     columns: int,
     batch_size: int | None = None,
     steps: int | None = None,
+    share: Share = Share(),  # noqa: B008  # can't be changed
 ) -> tuple[Iterator[Batch], int | None]:
     """Every row of a text once, for scoring, and the number of columns that carry their state, or None.
 
@@ -83,25 +113,45 @@ def evaluation_batches(
         columns: in which a text that goes on is read, at most.
         batch_size: rows at once of a text whose rows begin anew.
         steps: tokens of each column in a batch of a stream; the figures do not depend on it.
+        share: of this process, where several read together: of rows one batch in so many, of columns some.
     """
-    batching = config.batching
+    batching, pad_id = config.batching, tokenizer.pad_id
     if batching.mode == "stream":
         stream = Stream(store.tokens, tokenizer.eos_id, min(columns, len(store.tokens)))
         steps = steps or max(1, EVALUATION_TOKENS // len(stream))
         spans = stream.spans(np.arange(steps, stream.steps, steps))
-        return (stream.batch(span, tokenizer.pad_id) for span in spans), len(stream)
+        return _in_columns(stream, spans, len(stream), pad_id, share)
     rows = Rows(store, batching.max_length)
     if batching.carry_state:
         columns = min(columns, len(rows))
-        parts = LinesSampler(rows, columns).epoch(0)
-        return (rows.batch(part, tokenizer.pad_id) for part in parts), columns
-    return sorted_batches(rows, EVALUATION_TOKENS, tokenizer.pad_id, batch_size), None
+        return _in_columns(rows, LinesSampler(rows, columns).epoch(0), columns, pad_id, share)
+    parts = sorted_parts(rows.lengths, EVALUATION_TOKENS, batch_size)
+    return (rows.batch(part, pad_id) for part in islice(parts, share.rank, None, share.world_size)), None
+
+
+def _in_columns(
+    source: BatchSource, parts: Sequence[Any], columns: int, pad_id: int, share: Share
+) -> tuple[Iterator[Batch], int]:
+    """The batches of a share's columns, and how many these are; of fewer columns than processes, some have none."""
+    first, end = (columns * rank // share.world_size for rank in (share.rank, share.rank + 1))
+    own = ((part, np.arange(first, min(end, len(source.lengths_of(part))))) for part in parts)
+    return (source.batch(source.take(part, places), pad_id) for part, places in own if len(places)), end - first
+
+
+class Dealt(NamedTuple):
+    """A batch as one process has it."""
+
+    batch: Batch  # of its own rows
+    rows: int  # of all processes
+    tokens: int  # of these
+    longest: int
+    idle: bool = False  # no row of it is this process's: one that weighs nothing is there for all to keep step
 
 
 class Group(NamedTuple):
     """The batches of one optimizer step, and where they stand in their epoch."""
 
-    batches: list[Batch]
+    batches: list[Dealt]
     epoch: int
     end: int  # number of batches of the epoch up to here, these counted
     epoch_batches: int  # batches in the epoch
@@ -118,26 +168,39 @@ class Feed:
     Args:
         size: batches in a group; the last one of an epoch may have fewer.
         epoch, next_batch: where to begin.
+        share: of this process, where several read together.
     """
 
     def __init__(
-        self, source: BatchSource, sampler: Sampler, pad_id: int, size: int, epoch: int = 0, next_batch: int = 0
+        self,
+        reading: Reading,
+        pad_id: int,
+        size: int,
+        epoch: int = 0,
+        next_batch: int = 0,
+        share: Share = Share(),  # noqa: B008  # can't be changed
     ) -> None:
         self.waited_s = 0.0  # altogether
-        self._groups = self._walk(source, sampler, pad_id, size, epoch, next_batch)
+        self._source: BatchSource = reading.source
+        self._pad_id, self._share = pad_id, share
+        self._groups = self._walk(reading.sampler, size, epoch, next_batch)
         self._thread = ThreadPoolExecutor(1, "lmtrain-batches")
         self._coming = self._thread.submit(next, self._groups)
 
-    @staticmethod
-    def _walk(
-        source: BatchSource, sampler: Sampler, pad_id: int, size: int, epoch: int, next_batch: int
-    ) -> Iterator[Group]:
+    def _walk(self, sampler: Sampler, size: int, epoch: int, next_batch: int) -> Iterator[Group]:
         while True:
             order = sampler.epoch(epoch)
             for first in range(next_batch, len(order), size):
-                batches = [source.batch(part, pad_id) for part in order[first : first + size]]
+                batches = list(map(self._deal, order[first : first + size]))
                 yield Group(batches, epoch, first + len(batches), len(order))
             epoch, next_batch = epoch + 1, 0
+
+    def _deal(self, part: Any) -> Dealt:
+        lengths = self._source.lengths_of(part)
+        places = self._share.places(len(lengths))
+        own = self._source.take(part, places if len(places) else np.zeros(1, np.int64))
+        batch = self._source.batch(own, self._pad_id)
+        return Dealt(batch, len(lengths), int(lengths.sum()), int(lengths.max()), idle=not len(places))
 
     def peek(self) -> Group:
         """The next group, which stays the next."""

@@ -6,12 +6,20 @@ column's next row; which column a row belongs to is what the batch's `order` say
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from lmtrain.data.batching import Batch, Ints, Rows, gather
 
-Span = tuple[int, int]  # of steps: from, to
+
+class Span(NamedTuple):
+    """Some steps of some columns that stand side by side."""
+
+    first: int
+    end: int
+    columns: slice = slice(None)
 
 
 def _columns(count: int, columns: int) -> tuple[Ints, Ints]:
@@ -39,18 +47,26 @@ class Stream:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def lengths_of(self, span: Span) -> Ints:
+        """Tokens of each column in a span: the one before its steps, and those that are predicted."""
+        return np.minimum(self.lengths[span.columns], span.end) - span.first + 1
+
+    def take(self, span: Span, places: Ints) -> Span:
+        """Of the columns of a span those at the given places, which follow on."""
+        return span._replace(columns=slice(int(places[0]), int(places[-1]) + 1))
+
     def batch(self, span: Span, pad_id: int) -> Batch:
-        """Some steps of all columns: the token before them, and then those that are predicted."""
-        first, end = span
-        batch = gather(self.flat, self.starts + first - 1, np.minimum(self.lengths, end) - first + 1, pad_id)
-        if first == 0:
+        """Some steps of columns: the token before them, and then those that are predicted."""
+        starts = self.starts[span.columns] + span.first - 1
+        batch = gather(self.flat, starts, self.lengths_of(span), pad_id)
+        if starts[0] < 0:
             batch.tokens[0, 0] = self.eos_id  # nothing stands before the text
         return batch
 
     def spans(self, cuts: Ints) -> list[Span]:
         """The spans between steps 0, `cuts` and the end; the longer columns have one more token in the last."""
         inner = [int(cut) for cut in cuts if 0 < cut < self.steps]
-        return list(zip([0, *inner], [*inner, int(self.lengths[0])], strict=True))
+        return list(map(Span, [0, *inner], [*inner, int(self.lengths[0])]))
 
 
 class StreamSampler:

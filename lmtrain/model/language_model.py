@@ -83,9 +83,8 @@ def lay_out(lengths: Tensor) -> Places:
     return Places(rows, read_back, inner.nonzero().squeeze(1), fill_backward)
 
 
-def count_events(lengths: Tensor) -> dict[Objective, int]:
-    """How many tokens each objective predicts in rows of the given lengths, `<bos>` and `<eos>` counted."""
-    rows, tokens = len(lengths), int(lengths.sum())
+def count_events(rows: int, tokens: int) -> dict[Objective, int]:
+    """How many tokens each objective predicts in rows of so many tokens, `<bos>` and `<eos>` counted."""
     return {"forward": tokens - rows, "backward": tokens - rows, "fill": tokens - 2 * rows}
 
 

@@ -123,11 +123,11 @@ class AdaptiveOutput(_Output):
         total, nats = _softmax_loss(states, clusters.head.weight, clusters.head.bias, in_head, weights)
         tails = zip(cutoffs, cast(list[tuple[nn.Module, nn.Linear]], clusters.tail), strict=True)
         for number, (cutoff, (projection, tail)) in enumerate(tails):
+            # empty or not: each weight has a gradient, so that several processes sum the same ones
             inside = (cluster == number + 1).nonzero().squeeze(1)
-            if len(inside):
-                projected, wanted = projection(states.index_select(0, inside)), targets[inside] - cutoff
-                more, inner = _softmax_loss(projected, tail.weight, None, wanted, weights[inside])
-                total, nats = total + more, nats.index_add(0, inside, inner)
+            projected, wanted = projection(states.index_select(0, inside)), targets[inside] - cutoff
+            more, inner = _softmax_loss(projected, tail.weight, None, wanted, weights[inside])
+            total, nats = total + more, nats.index_add(0, inside, inner)
         return OutputLoss(total, nats)
 
     def log_probabilities(self, states: Tensor) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lmtrain.data.batching import Batch
 from lmtrain.inference.scoring import Evaluation
 from lmtrain.metrics import Tally
 from lmtrain.model.language_model import Objective
@@ -31,15 +30,14 @@ class Window:
     places: int = 0  # tokens of the batches, padding counted
     padding: int = 0
 
-    def add(self, batches: Sequence[Batch], nats: Mapping[Objective, float], events: Mapping[Objective, int]) -> None:
-        """Add one optimizer step."""
+    def add(self, nats: Mapping[Objective, float], events: Mapping[Objective, int], places: int, tokens: int) -> None:
+        """Add one optimizer step, whose batches had so many tokens, and so many places with padding counted."""
         for objective, value in nats.items():
             sums = self.tallies.setdefault(objective, [0.0, 0])
             sums[0] += value
             sums[1] += events[objective]
-        for batch in batches:
-            self.places += batch.tokens.numel()
-            self.padding += batch.tokens.numel() - int(batch.lengths.sum())
+        self.places += places
+        self.padding += places - tokens
 
     def figures(
         self, weights: LossWeights, rate: float, norm: float, elapsed_s: float, waited_s: float

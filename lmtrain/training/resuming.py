@@ -15,8 +15,9 @@ from lmtrain.data.preparation import Corpora
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import CarriedState
+from lmtrain.processes import Alone
 from lmtrain.run import RunDirectory, unusable
-from lmtrain.runtime import environment, random_state, set_random_state
+from lmtrain.runtime import environment, random_state, seed_of, set_random_state
 from lmtrain.trained import load_weights, weights
 from lmtrain.training.averaging import Averaging, averaged_weights
 from lmtrain.training.optimization import optimizer_tensors, set_optimizer_tensors
@@ -51,12 +52,16 @@ class Saves:
         config: Config,
         averaging: Averaging,
         carried: CarriedState | None,
+        processes: Alone,
     ) -> None:
         self.run, self.model, self.optimizers, self.device = run, model, optimizers, device
         self.corpora, self.config, self.averaging, self.carried = corpora, config, averaging, carried
+        self.processes = processes
 
     def save(self, state: TrainingState, lengths: dict[str, int], begun_in: dict[str, Any]) -> None:
         """Save the run as it stands, then remove what is older than the newest `keep` and not the best.
+
+        Rank 0 does; the other processes give it what they alone have: carried state, random state.
 
         The model saved is the average of the weights, where there is one; what is trained stands beside it.
         """
@@ -70,13 +75,22 @@ class Saves:
         }
         if not all(bool(torch.isfinite(weight).all()) for weight in weights(self.model).values()):
             raise DivergedError(f"step {state.step}: a weight is not finite; try a lower optimizer.lr")
+        carried = {} if self.carried is None else self.carried.tensors()
+        carried = {name: torch.cat(self.processes.gather_tensor(part.cpu())) for name, part in carried.items()}
+        random = {
+            name if rank == 0 else f"{name}/{rank}": state
+            for name, own in random_state(self.device).items()
+            for rank, state in enumerate(self.processes.gather_tensor(own))
+        }
+        if self.processes.rank:
+            return
         parts = {
             "optimizer": optimizer_tensors(self.optimizers, self.model),
-            "carried": {} if self.carried is None else self.carried.tensors(),
+            "carried": carried,
             "weights": averaged_weights(self.model) if self.averaging.active else {},
         }
         training = {f"{part}/{name}": value for part, own in parts.items() for name, value in own.items()}
-        training |= random_state(self.device)
+        training |= random
         saved_model = weights(self.model) | self.averaging.averages
         checkpoints = self.run.checkpoints
         checkpoint.save(checkpoints, checkpoint.Checkpoint(state.step, saved_model, training, content))
@@ -97,6 +111,26 @@ class Saves:
             DataError: the training text is not what it was.
             ArtefactError: there are checkpoints, and none is whole and of this run.
         """
+        saved = self._shared(lambda: self._newest(notify))
+        if saved is None:
+            return None
+        self._load(saved)
+        try:
+            if self.carried is not None:
+                first, rows = self.processes.rank * self.carried.columns, self.carried.columns
+                carried = part_of(saved.training, "carried")
+                self.carried.load({name: part[first : first + rows] for name, part in carried.items()}, self.device)
+            self._set_random_state(saved)
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise ArtefactError(f"{saved.name}/training.safetensors: not of this run") from None
+        if self.processes.rank == 0:
+            self._point(saved.state)  # killed between a save and its pointers, a run catches up here
+        self._compare(saved.environment, notify)
+        notify(f"resumed from step {saved.state.step}")
+        return Restored(saved.state, saved.lengths, saved.environment)
+
+    def _newest(self, notify: Callable[[str], None]) -> Saved | None:
+        """The newest whole checkpoint of this run and of its text; raises as `restore`."""
         checkpoint.remove_leftovers(self.run.checkpoints)
         problems: list[str] = []
         saved = newest_whole(self.run, self.config, self.corpora.tokenizer, problems)
@@ -109,17 +143,31 @@ class Saves:
         for path in sorted(saved.data.keys() | self.corpora.hashes.keys()):
             if self.corpora.hashes.get(path) != saved.data.get(path):
                 raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
-        self._load(saved)
-        try:
-            if self.carried is not None:
-                self.carried.load(part_of(saved.training, "carried"), self.device)
+        return saved
+
+    def _shared(self, read: Callable[[], Saved | None]) -> Saved | None:
+        """What rank 0 reads, in every process: the others may be on machines that don't see the run directory."""
+        processes = self.processes
+        saved = processes.agree(lambda: read() if processes.rank == 0 else None, rank_0_first=True)
+        facts = None if saved is None else [saved.name, asdict(saved.state), saved.environment]
+        if (shared := processes.share(facts)) is None:
+            return None
+        name, state, begun_in = shared
+        model = processes.share_tensors({} if saved is None else saved.model)
+        training = processes.share_tensors({} if saved is None else saved.training)
+        return saved or Saved(name, model, training, TrainingState.from_json(state), {}, begun_in, {})
+
+    def _set_random_state(self, saved: Saved) -> None:
+        """This process's own, where it was saved; else one that no other process has."""
+        rank = self.processes.rank
+        if rank == 0:
             set_random_state(saved.training, self.device)
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            raise ArtefactError(f"{saved.name}/training.safetensors: not of this run") from None
-        self._point(saved.state)  # killed between a save and its pointers, a run catches up here
-        self._compare(saved.environment, notify)
-        notify(f"resumed from step {saved.state.step}")
-        return Restored(saved.state, saved.lengths, saved.environment)
+        elif f"cpu/{rank}" in saved.training:
+            set_random_state(
+                {name: saved.training[f"{name}/{rank}"] for name in random_state(self.device)}, self.device
+            )
+        else:
+            torch.manual_seed(seed_of(self.config.seed, saved.state.step, rank))
 
     def _load(self, saved: Saved) -> None:
         """Weights, their average and the optimizer as they were saved."""
@@ -135,14 +183,20 @@ class Saves:
 
     def roll_back(self, step: int, notify: Callable[[str], None]) -> None:
         """Take up the weights, their average and the optimizer of a step that was saved; all else goes on."""
-        try:
-            self._load(read_saved(self.run, self.config, self.corpora.tokenizer, step))
-        except ArtefactError as error:
-            notify(f"warning: going on from the weights as they are: {error}")
+
+        def read() -> Saved | None:
+            try:
+                return read_saved(self.run, self.config, self.corpora.tokenizer, step)
+            except ArtefactError as error:
+                notify(f"warning: going on from the weights as they are: {error}")
+                return None
+
+        if (saved := self._shared(read)) is not None:
+            self._load(saved)
 
     def _compare(self, begun_in: dict[str, Any], notify: Callable[[str], None]) -> None:
-        here = environment(self.device)
-        for key in ("torch", "device", "num_threads"):
+        here = environment(self.device, self.processes.world_size)
+        for key in ("torch", "device", "num_threads", "processes"):
             if here[key] != begun_in.get(key):
                 notify(
                     f"note: {key} is {here[key]}, was {begun_in.get(key)}: the result is no longer bit-identical to an "

@@ -124,7 +124,8 @@ def _belongs(name: str, kind: Kind, wanted: Mapping[str, Kind], config: Config) 
             place = re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
             return place and len(kind.shape) == 2 and kind.shape[0] == rows and kind.shape[1] <= widest
         case _:
-            return name in ("cpu", "cuda") and kind.dtype == "U8" and prod(kind.shape) <= LARGEST_RANDOM_STATE
+            random = part in ("cpu", "cuda") and re.fullmatch("[0-9]{0,6}", rest) is not None  # of each process
+            return random and kind.dtype == "U8" and prod(kind.shape) <= LARGEST_RANDOM_STATE
 
 
 def part_of(training: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -123,6 +123,23 @@ class Tracker:
             self._on_board(self.board.close)
 
 
+class Unseen(Tracker):
+    """What a process writes that is not the first of those that train together: nothing."""
+
+    def __init__(self) -> None: ...
+
+    def log(self, step: int, epoch: float, values: Mapping[str, Any]) -> None: ...
+
+    def histograms(self, step: int, model: nn.Module) -> None: ...
+
+    def hyperparameters(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None: ...
+
+    def lengths(self) -> Lengths:
+        return {}
+
+    def close(self) -> None: ...
+
+
 class Board:
     """TensorBoard's event file. PyTorch's writer has a thread of its own, whose faults come too late and unasked.
 

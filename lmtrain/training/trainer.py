@@ -15,21 +15,22 @@ from pathlib import Path
 import torch
 
 from lmtrain.config import Config
-from lmtrain.data.batching import Batch
-from lmtrain.data.feeding import Feed, Reading
+from lmtrain.data.feeding import Dealt, Feed, Reading, Share
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.model.language_model import count_events
 from lmtrain.model.states import CarriedState
+from lmtrain.processes import Alone
 from lmtrain.run import RunDirectory
-from lmtrain.runtime import autocast, choose_precision, environment
+from lmtrain.runtime import autocast, choose_precision, environment, seed_of
 from lmtrain.trained import build_model
 from lmtrain.training.averaging import Averaging
 from lmtrain.training.figures import Window, in_words
 from lmtrain.training.optimization import build_optimizers, clip_gradient, learning_rate, set_learning_rate, step
+from lmtrain.training.parallel import Gradients
 from lmtrain.training.resuming import Restored, Saves, flatten
 from lmtrain.training.saved import TrainingState
-from lmtrain.training.tracking import Progress, Tracker
+from lmtrain.training.tracking import Progress, Tracker, Unseen
 from lmtrain.training.validation import Validation, stalled
 
 
@@ -55,14 +56,18 @@ class Trainer:
         device: torch.device,
         progress: Progress,
         start_s: float,
+        processes: Alone,
     ) -> None:
         self.config, self.run, self.corpora = config, run, corpora
-        self.device, self.progress, self.start_s = device, progress, start_s
+        self.device, self.progress, self.start_s, self.processes = device, progress, start_s, processes
         tokenizer = corpora.tokenizer
-        source, sampler, columns = reading
+        columns = reading.columns
+        share = Share(processes.rank, processes.world_size, columns)
         torch.manual_seed(config.seed)
         self.model = build_model(config, tokenizer.vocab_size)
         self.model.to(device)
+        if processes.rank:  # equal weights, but dropout of its own
+            torch.manual_seed(seed_of(config.seed, 0, processes.rank))
         optimizer = config.optimizer
         self.optimizers = build_optimizers(
             self.model,
@@ -75,24 +80,30 @@ class Trainer:
         )
         weight_of = config.training.loss_weights.model_dump()
         self.loss_weights = {objective: weight_of[objective] for objective in self.model.objectives}
-        self.validation = Validation(config, corpora, self.model, self.loss_weights)
+        self.validation = Validation(config, corpora, self.model, self.loss_weights, processes)
         self.averaging = Averaging(self.model, name=config.averaging.name, decay=config.averaging.decay)
-        self.carried = None if columns is None else CarriedState(columns)
-        self.saves = Saves(run, self.model, self.optimizers, device, corpora, config, self.averaging, self.carried)
+        self.carried = None if columns is None else CarriedState(columns // processes.world_size)
+        self.saves = Saves(
+            run, self.model, self.optimizers, device, corpora, config, self.averaging, self.carried, processes
+        )
         restored = self.saves.restore(progress.note)
         self.state, lengths, self.begun_in = restored or self._begin()
-        self.tracker = Tracker(run.path, lengths, progress.note)
+        self.tracker = Unseen() if processes.rank else Tracker(run.path, lengths, progress.note)
         place = self.state.epoch, self.state.next_batch
-        self.feed = Feed(source, sampler, tokenizer.pad_id, config.training.accumulate, *place)
-        self.epoch_batches = self.feed.peek().epoch_batches
-        self.feed.waited_s = 0.0  # what the start took is no wait
-        self.window_start_s = self.saved_s = time.monotonic()
+        self.feed = Feed(reading, tokenizer.pad_id, config.training.accumulate, *place, share)
+        coming = self.feed.peek()
+        self.epoch_batches = coming.epoch_batches
+        self.gradients = Gradients(self.model, processes)
+        self.gradients.settle(coming.batches[0].batch, autocast(self.state.precision, device))
+        self.feed.waited_s = self.ranks_waited_s = 0.0  # what the start took is no wait
+        self.window_start_s = time.monotonic()
         self.figures: dict[str, float] = {}
         count = sum(parameter.numel() for parameter in self.model.parameters())
         progress.note(
             f"run {run.path}: {count:,} weights, vocabulary {tokenizer.vocab_size:,}, "
-            f"{len(source):,} {'sequences' if columns is None else 'columns'}, "
+            f"{len(reading.source):,} {'sequences' if columns is None else 'columns'}, "
             f"{self.epoch_batches:,} batches an epoch, {device.type}, {self.state.precision}"
+            f"{f', {processes.world_size} processes' if processes.together else ''}"
         )
         if self._steps() < 2 * config.schedule.warmup_steps:
             progress.note(
@@ -101,10 +112,16 @@ class Trainer:
             )
 
     def _begin(self) -> Restored:
-        precision, why = choose_precision(self.config.training.precision, self.device, self.config.model.hidden_size)
+        chosen = choose_precision(self.config.training.precision, self.device, self.config.model.hidden_size)
+        precision, why = self.processes.share(chosen)
         self.progress.note(f"precision {precision}: {why}")
-        begun_in = {**environment(self.device), "precision": precision, "precision_because": why}
-        self.run.write_environment(begun_in)
+        begun_in = {
+            **environment(self.device, self.processes.world_size, self.processes.launch),
+            "precision": precision,
+            "precision_because": why,
+        }
+        if self.processes.rank == 0:
+            self.run.write_environment(begun_in)
         return Restored(TrainingState(precision=precision), {}, begun_in)
 
     # ---- the loop
@@ -112,7 +129,9 @@ class Trainer:
     def run_to_end(self, stopped_by: list[int], stop_at_step: int | None) -> TrainingResult:
         """Train until the configured end, a signal, or `stop_at_step`."""
         self.model.train()
-        self.elapsed_before_s = self.state.elapsed_s
+        self.elapsed_before_s, self.stopped_by = self.state.elapsed_s, stopped_by
+        self._meet()
+        self.saved_s = self.elapsed_s
         if self.state.finished and self._ended():
             self.progress.note(f"the run ended at step {self.state.step} already; nothing to do")
             return self._result()
@@ -124,14 +143,13 @@ class Trainer:
                 self._log_window()
             self.progress.update(state.step, self._progress(), self.figures)
             improved = self._validate() if self._validation_due() else False
-            signalled = bool(stopped_by)  # asked once: a signal that comes while saving is the next step's
-            stop = signalled or state.step == stop_at_step
+            stop = self.signalled is not None or state.step == stop_at_step
             if improved or stop or self._save_due():
                 self._save()
-            if signalled:
+            if self.signalled is not None:
                 raise StoppedError(
-                    stopped_by[0],
-                    f"stopped at step {state.step} by {signal.Signals(stopped_by[0]).name}; the state is saved: "
+                    self.signalled,
+                    f"stopped at step {state.step} by {signal.Signals(self.signalled).name}; the state is saved: "
                     f"lmtrain train {self.run.path}/config.yaml --run-dir {self.run.path} --resume goes on",
                 )
             if stop:
@@ -143,20 +161,26 @@ class Trainer:
         return (
             state.epoch >= training.max_epochs
             or (training.max_steps is not None and state.step >= training.max_steps)
-            or (training.max_minutes is not None and self._elapsed_s() >= 60 * training.max_minutes)
+            or (training.max_minutes is not None and self.elapsed_s >= 60 * training.max_minutes)
             or (training.patience is not None and state.bad_validations >= training.patience)
         )
 
-    def _elapsed_s(self) -> float:
-        """Seconds of all the processes that worked on this run."""
-        return self.elapsed_before_s + time.monotonic() - self.start_s
+    def _meet(self, *values: float) -> list[list[float]]:
+        """Bring all processes to one view: of the time that has been worked on this run (rank 0's), of a signal that
+        came to any of them, and of each one's values, by rank."""
+        elapsed_s = self.elapsed_before_s + time.monotonic() - self.start_s
+        met = self.processes.gather([elapsed_s, self.stopped_by[0] if self.stopped_by else 0, *values])
+        self.met_s = time.perf_counter()
+        self.elapsed_s = met[0][0]
+        self.signalled = next((int(signal_number) for _, signal_number, *_ in met if signal_number), None)
+        return [own for _, _, *own in met]
 
     def _progress(self) -> float:
         """Share of the training that is done: of its steps, or of its time budget if more of that is used up."""
         training = self.config.training
         share = self.state.step / self._steps()
         if training.max_minutes is not None:
-            share = max(share, self._elapsed_s() / (60 * training.max_minutes))
+            share = max(share, self.elapsed_s / (60 * training.max_minutes))
         return min(1.0, share)
 
     def _steps(self) -> float:
@@ -171,21 +195,29 @@ class Trainer:
         group = self.feed.take()
         assert (group.epoch, group.end) == (state.epoch, state.next_batch + len(group.batches))
         batches = group.batches
-        counted = [count_events(batch.lengths) for batch in batches]
+        counted = [count_events(dealt.rows, dealt.tokens) for dealt in batches]
         events = {objective: sum(part[objective] for part in counted) for objective in self.loss_weights}
         rate = self._learning_rate(batches)
         set_learning_rate(self.optimizers, rate)
-        nats = dict.fromkeys(self.loss_weights, 0.0)
+        own, places = dict.fromkeys(self.loss_weights, 0.0), 0
         weights = {name: weight / max(1, events[name]) for name, weight in self.loss_weights.items()}
-        for batch in batches:
-            before = None if self.carried is None else self.carried.of(batch.order)
-            with autocast(state.precision, self.device):
-                losses = self.model.loss(batch.tokens.to(self.device), batch.lengths, weights, before)
-            losses.total.backward()
-            if self.carried is not None:
-                self.carried.put(batch.order, losses.state)
-            for objective, part in losses.parts.items():
-                nats[objective] += float(part.nats)
+        for number, (batch, _, _, _, idle) in enumerate(batches, 1):
+            carried = None if idle else self.carried
+            before = None if carried is None else carried.of(batch.order)
+            precision, last = autocast(state.precision, self.device), number == len(batches)
+            losses = self.gradients.add(
+                batch, dict.fromkeys(weights, 0.0) if idle else weights, before, precision, last
+            )
+            if carried is not None:
+                carried.put(batch.order, losses.state)
+            if not idle:
+                places += batch.tokens.numel()
+                for objective, part in losses.parts.items():
+                    own[objective] += float(part.nats)
+        met = self._meet(self.gradients.complete_s - self.met_s, places, *own.values())
+        busy_s, all_places, *all_nats = zip(*met, strict=True)
+        self.ranks_waited_s += max(busy_s) - sum(busy_s) / len(busy_s)
+        nats = dict(zip(own, map(math.fsum, all_nats), strict=True))
         norm = clip_gradient(self.model.parameters(), optimizer.clip_grad_norm)
         if not math.isfinite(norm) or not all(map(math.isfinite, nats.values())):
             raise DivergedError(
@@ -196,7 +228,7 @@ class Trainer:
         step(self.optimizers)
         self.averaging.update()
         self.last_norm, self.last_rate = norm, rate
-        state.window.add(batches, nats, events)
+        state.window.add(nats, events, int(sum(all_places)), sum(dealt.tokens for dealt in batches))
         state.step += 1
         state.next_batch = group.end
         if group.ends_epoch:
@@ -206,7 +238,7 @@ class Trainer:
             if not self._ended():
                 self.epoch_batches = self.feed.peek().epoch_batches
 
-    def _learning_rate(self, batches: list[Batch]) -> float:
+    def _learning_rate(self, batches: list[Dealt]) -> float:
         """Of the coming step; in proportion to the length of chunks, where that is drawn, as Merity et al. have it."""
         schedule, batching = self.config.schedule, self.config.batching
         rate = learning_rate(
@@ -221,7 +253,7 @@ class Trainer:
             cut=self.state.cut,
         )
         if batching.random_bptt:
-            rate *= sum(int(batch.lengths[0]) - 1 for batch in batches) / (len(batches) * batching.bptt)
+            rate *= sum(dealt.longest - 1 for dealt in batches) / (len(batches) * batching.bptt)
         return rate
 
     # ---- what is reported
@@ -233,8 +265,11 @@ class Trainer:
         self.figures = self.state.window.figures(
             self.loss_weights, self.last_rate, self.last_norm, elapsed_s, self.feed.waited_s
         )
+        if self.processes.together and self.device.type == "cpu":  # on CUDA passes are only begun here
+            self.figures["train/rank_wait_fraction"] = self.ranks_waited_s / max(1e-9, elapsed_s)
         self.tracker.log(self.state.step, self._epoch(), self.figures)
-        self.state.window, self.window_start_s, self.feed.waited_s = Window(), now_s, 0.0
+        self.state.window, self.window_start_s = Window(), now_s
+        self.feed.waited_s = self.ranks_waited_s = 0.0
 
     def _epoch(self) -> float:
         return self.state.epoch + self.state.next_batch / self.epoch_batches
@@ -252,7 +287,8 @@ class Trainer:
         with self.averaging.applied():
             with autocast(state.precision, self.device):
                 values = self.validation.figures()
-            self.tracker.log(state.step, self._epoch(), {**values, "samples": self.validation.samples()})
+            samples = [] if self.processes.rank else self.validation.samples()
+            self.tracker.log(state.step, self._epoch(), {**values, "samples": samples})
             if self.config.logging.histograms:
                 self.tracker.histograms(state.step, self.model)
         if values:
@@ -269,6 +305,7 @@ class Trainer:
             self.progress.note(f"step {state.step}: validation {in_words(values)}{' (best)' if improved else ''}")
             self._react(loss, improved)
         self.model.train()
+        self._meet()
         self.window_start_s += time.monotonic() - started_s  # not part of the training's tokens per second
         return improved
 
@@ -292,14 +329,13 @@ class Trainer:
 
     def _save_due(self) -> bool:
         settings = self.config.checkpoint
-        minutes = (time.monotonic() - self.saved_s) / 60
+        minutes = (self.elapsed_s - self.saved_s) / 60
         by_steps = settings.every_steps is not None and self.state.step % settings.every_steps == 0
         return by_steps or (settings.every_minutes is not None and minutes >= settings.every_minutes)
 
     def _save(self) -> None:
-        self.state.elapsed_s = self._elapsed_s()
+        self.state.elapsed_s = self.saved_s = self.elapsed_s
         self.saves.save(self.state, self.tracker.lengths(), self.begun_in)
-        self.saved_s = time.monotonic()
 
     def _finish(self) -> TrainingResult:
         """The last validation, the last row of hyperparameters, the last save."""

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import math
+
 from lmtrain.config import Config
-from lmtrain.data.feeding import evaluation_batches
+from lmtrain.data.feeding import Share, evaluation_batches
 from lmtrain.data.preparation import Corpora
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import Script
 from lmtrain.inference.scoring import evaluate
+from lmtrain.metrics import Tally
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.processes import Alone
 from lmtrain.training.figures import LossWeights, validation_figures
 
 
 class Validation:
     """The validation set and the sample prompts of a run."""
 
-    def __init__(self, config: Config, corpora: Corpora, model: LanguageModel, weights: LossWeights) -> None:
+    def __init__(
+        self, config: Config, corpora: Corpora, model: LanguageModel, weights: LossWeights, processes: Alone
+    ) -> None:
         self.config, self.corpora, self.model, self.weights = config, corpora, model, weights
+        self.processes = processes
 
     def figures(self) -> dict[str, float]:
-        """A row of validation metrics; empty where there is no validation set."""
+        """A row of validation metrics, of what all processes have read; empty where there is no validation set."""
         if self.corpora.valid is None:
             return {}
-        columns = self.config.validation.columns
-        batches, carried = evaluation_batches(self.config, self.corpora.valid, self.corpora.tokenizer, columns)
-        return validation_figures(evaluate(self.model, batches, carried), self.weights)
+        columns, share = self.config.validation.columns, Share(self.processes.rank, self.processes.world_size)
+        store, tokenizer = self.corpora.valid, self.corpora.tokenizer
+        batches, carried = evaluation_batches(self.config, store, tokenizer, columns, share=share)
+        result = evaluate(self.model, batches, carried)
+        own = [value for tally in result.tallies.values() for value in (tally.nats, tally.tokens, tally.correct)]
+        sums = iter([math.fsum(values) for values in zip(*self.processes.gather(own), strict=True)])
+        result.tallies = {name: Tally(next(sums), int(next(sums)), int(next(sums))) for name in result.tallies}
+        return validation_figures(result, self.weights)
 
     def samples(self) -> list[dict[str, str]]:
         """What the model goes on with after the sample prompts, greedily."""

@@ -25,9 +25,11 @@ from lmtrain.errors import ArtefactError
 from lmtrain.run import RunDirectory
 from lmtrain.training.saved import read_saved
 from tests.faults.ground import SAVE_EVERY, Field, Ground, mounted, until
+from tests.oracle import digest
 
 FLIPS = 50  # a try
 KILLS = 4  # a try
+TOGETHER_S = 30  # in which all processes have to end after one
 CALLS = "mkdir,openat,write,fsync,rename,unlink,unlinkat,rmdir"
 
 
@@ -501,6 +503,28 @@ def killed_while_building(field: Field, chance: random.Random, turn: int) -> int
     return 0
 
 
+def one_of_three_killed(field: Field, chance: random.Random, turn: int) -> int:
+    ground = field.ground(chance, 0)
+    if field.wanted_of_three is None:
+        whole = ground.together(3, run="whole-of-three")
+        assert [process.wait() for process in whole] == [0] * 3, [process.said for process in whole]
+        field.wanted_of_three = digest(ground.directory / "whole-of-three")
+    processes = ground.together(3)
+    ground.under_way(processes[0], chance.randint(1, 12))
+    time.sleep(chance.random() * 0.2)
+    processes[chance.randrange(3)].signal(signal.SIGKILL)
+    start_s = time.monotonic()
+    codes = [process.wait() for process in processes]
+    assert time.monotonic() - start_s < TOGETHER_S
+    assert set(codes) <= {-signal.SIGKILL, 5, 0}, [process.said for process in processes]
+    lost = ground.readable()
+    resumed = ground.together(3)
+    assert [process.wait() for process in resumed] == [0] * 3, [process.said for process in resumed]
+    assert digest(ground.run) == field.wanted_of_three
+    ground.tidy()
+    return lost
+
+
 class Fault(NamedTuple):
     """One row of the table."""
 
@@ -542,4 +566,5 @@ FAULTS = [
     Fault("28", "nobody listens", 4, nobody_listens),
     Fault("29", "two builders of a token store", 6, two_builders),
     Fault("30", "killed while a token store is built", 16, killed_while_building),
+    Fault("31", "one of three processes killed", 20, one_of_three_killed),
 ]

@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,8 +35,10 @@ from lmtrain.training.start import train
 from tests.conftest import SMALL, sentences
 from tests.oracle import digest
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line has it for several processes
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.faults.ground", "lmtrain.inference.trained_model"])
+# the last is what DistributedDataParallel imports where it is used first: seconds, in each process
+CONTEXT.set_forkserver_preload(["tests.faults.ground", "lmtrain.inference.trained_model", "torch._dynamo"])
 
 SAVE_EVERY = 3  # steps
 SETTINGS = (
@@ -91,8 +94,15 @@ class Started:
 
 
 def _command(
-    arguments: Sequence[str], directory: Path, output: Path, listeners: str, limits: dict[int, int], halted: bool
+    arguments: Sequence[str],
+    directory: Path,
+    output: Path,
+    listeners: str,
+    limits: dict[int, int],
+    halted: bool,
+    environment: dict[str, str],
 ) -> None:
+    os.environ |= environment
     os.chdir(directory)
     output.touch()
     os.dup2(os.open("/dev/full" if listeners == "full" else output, os.O_WRONLY), 2)
@@ -150,7 +160,12 @@ class Ground:
         self.wanted = wanted
 
     def start(
-        self, *arguments: str, listeners: str = "", limits: dict[int, int] | None = None, halted: bool = False
+        self,
+        *arguments: str,
+        listeners: str = "",
+        limits: dict[int, int] | None = None,
+        halted: bool = False,
+        environment: dict[str, str] | None = None,
     ) -> Started:
         """Begin a command.
 
@@ -163,13 +178,33 @@ class Ground:
         self.outputs += 1
         output = self.directory / f"output-{self.outputs}"
         process = CONTEXT.Process(
-            target=_command, args=(arguments, self.directory, output, listeners, limits or {}, halted), daemon=True
+            target=_command,
+            args=(arguments, self.directory, output, listeners, limits or {}, halted, environment or {}),
+            daemon=True,
         )
         process.start()
         started = Started(process, output)
         if halted:
             until(lambda: "State:\tT" in Path(f"/proc/{started.pid}/status").read_text())
         return started
+
+    def together(
+        self, count: int, *more: str, run: str | Path = "run", last: Ground | None = None, **environment: str
+    ) -> list[Started]:
+        """Begin to train in several processes, as torchrun would start them, or go on.
+
+        Args:
+            last: where the last of them reads and writes, in place of here.
+        """
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        given = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(count)}
+        given |= {"WORLD_SIZE": str(count)} | environment
+        places = [*[self] * (count - 1), last or self]
+        return [
+            place.train(*more, run=run, environment={"RANK": str(rank)} | given) for rank, place in enumerate(places)
+        ]
 
     def train(self, *more: str, run: str | Path = "run", **how: Any) -> Started:
         """Begin to train, or go on."""
@@ -239,6 +274,7 @@ class Field:
         self.directory, self.made = directory, 0
         self.wanted: dict[int, str] = {}
         self.grounds: list[Ground] = []
+        self.wanted_of_three: str | None = None  # the digest of a run of three processes that nothing happened to
         self.processes_before = 0
 
     def ground(self, chance: random.Random, setting: int | None = None) -> Ground:

@@ -1,0 +1,122 @@
+"""The gradient of a step, summed over the processes that train together, while it is still being computed.
+
+PyTorch's `DistributedDataParallel` (Li et al. 2020, https://arxiv.org/abs/2006.15704) sums the gradients of some
+megabytes of weights at a time, as soon as they are there. A loss is a sum of nats divided once by the number of tokens
+of all processes, so gradients are summed, not averaged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmtrain.data.batching import Batch
+from lmtrain.model.language_model import LanguageModel, Losses, Objective
+from lmtrain.model.states import State
+from lmtrain.processes import Alone
+from lmtrain.runtime import random_state, set_random_state
+
+
+class _Loss(nn.Module):
+    """A model whose forward pass is its loss, as `DistributedDataParallel` wants it."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments: Any) -> Losses:
+        return self.model.loss(*arguments)
+
+
+class Gradients:
+    """Forward and backward passes of one process, their gradients summed over all."""
+
+    def __init__(self, model: LanguageModel, processes: Alone) -> None:
+        self.model, self.processes = model, processes
+        self.complete_s = 0.0  # when this process had its part of the last gradient, by `time.perf_counter`
+        self._loss, self._parallel = _Loss(model), None
+        if not processes.together:
+            return
+        from torch.nn.parallel import DistributedDataParallel
+
+        # DistributedDataParallel sums sparse gradients with gloo alone: `sum` does it
+        self._sparse = [*model.ngrams.parameters(), *([model.embedding.weight] if model.embedding.sparse else [])]
+        names = {name for name, weight in self._loss.named_parameters() if any(weight is own for own in self._sparse)}
+        self._loss._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+        with processes.communicating():
+            self._parallel = DistributedDataParallel(self._loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self._parallel.register_comm_hook(None, lambda state, bucket: self._sum_bucket(bucket))
+
+    _parallel: Any
+
+    def _sum_bucket(self, bucket: Any) -> Any:
+        if bucket.is_last():
+            self.complete_s = time.perf_counter()
+        work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda summed: summed.value()[0])
+
+    def add(
+        self,
+        batch: Batch,
+        weights: Mapping[Objective, float],
+        state: State | None,
+        precision: AbstractContextManager[Any],
+        last: bool,
+    ) -> Losses:
+        """Add the gradient of a batch to what is there.
+
+        Args:
+            weights, state: as `LanguageModel.loss`.
+            precision: in which its matrix products run.
+            last: of a step; gradients of other batches stay with this process until then.
+        """
+        run = self._loss if self._parallel is None else self._parallel
+        alone = nullcontext() if self._parallel is None or last else self._parallel.no_sync()
+        with self.processes.communicating(), alone:
+            with precision:
+                losses: Losses = run(batch.tokens.to(self.model.embedding.weight.device), batch.lengths, weights, state)
+            losses.total.backward()
+        if last:
+            if self._parallel is None:
+                self.complete_s = time.perf_counter()
+            else:
+                self._sum_sparse()
+        return losses
+
+    def _sum_sparse(self) -> None:
+        """What `DistributedDataParallel` has been told to leave: rows of vectors, other ones in each process."""
+        for weight in self._sparse:
+            assert weight.grad is not None
+            gradient = weight.grad.coalesce()
+            indices, values = gradient.indices(), gradient.values()
+            longest = int(max(count for (count,) in self.processes.gather([len(values)])))
+            padding = longest - len(values)
+            all_indices = self._gathered(
+                nn.functional.pad(indices, (0, padding))
+            )  # of the first row, of which 0 is added
+            all_values = self._gathered(nn.functional.pad(values, (0, 0, 0, padding)))
+            weight.grad = torch.sparse_coo_tensor(torch.cat(all_indices, 1), torch.cat(all_values), weight.shape)
+
+    def _gathered(self, part: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(part) for _ in range(self.processes.world_size)]
+        with self.processes.communicating():
+            torch.distributed.all_gather(parts, part.contiguous())
+        return parts
+
+    def settle(self, batch: Batch, precision: AbstractContextManager[Any]) -> None:
+        """Pass once over a batch for nothing: after its first pass DistributedDataParallel lays out anew what it sums
+        together, by the order in which gradients come. Sums of three and more depend on that layout in their last
+        digits, and a resumed run should have them as if it had never been stopped."""
+        if self._parallel is None:
+            return
+        device = self.model.embedding.weight.device
+        random = random_state(device)
+        self.add(batch, dict.fromkeys(self.model.objectives, 0.0), None, precision, last=True)
+        set_random_state(random, device)
+        for weight in self.model.parameters():
+            weight.grad = None
