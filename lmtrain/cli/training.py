@@ -54,8 +54,9 @@ def train(
             run.judged()  # before torch is imported
     from lmtrain.training.start import train as run_training
 
-    result = run_training(settings, run_dir, resume=resume, progress=_progress())
-    if os.environ.get("RANK", "0") != "0":
+    first = not launched() or os.environ["RANK"] == "0"
+    result = run_training(settings, run_dir, resume=resume, progress=_progress() if first else None)
+    if not first:
         return
     words = ", ".join(f"{tag.partition('/')[2]} {value:.4f}" for tag, value in result.figures.items())
     with suppress(OSError):  # trained is trained, whether or not it can be told

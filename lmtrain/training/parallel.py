@@ -49,7 +49,7 @@ class Gradients:
         names = {name for name, weight in self._loss.named_parameters() if any(weight is own for own in self._sparse)}
         self._loss._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
         with processes.communicating():
-            self._parallel = DistributedDataParallel(self._loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._parallel = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
         self._parallel.register_comm_hook(None, lambda state, bucket: self._sum_bucket(bucket))
 
     _parallel: Any
