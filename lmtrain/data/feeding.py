@@ -10,18 +10,20 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lmtrain.config import Config
-from lmtrain.data.batching import Batch, Rows, sorted_batches
+from lmtrain.data.batching import Batch, Rows, Sequences, sorted_batches
 from lmtrain.data.corpus import TokenStore
-from lmtrain.data.sampling import EpochSampler, Sampler
+from lmtrain.data.sampling import EpochSampler, Sampler, WindowSampler
 from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
 from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.windows import WindowedRows, fits_a_window
 from lmtrain.errors import ConfigError
 
 EVALUATION_TOKENS = 8192  # padded tokens a batch
 
 
 class BatchSource(Protocol):
-    """What makes a batch out of what a sampler gives: `Rows` of row indices, a `Stream` of a span of steps."""
+    """What makes a batch out of what a sampler gives: `Rows` of row indices, `WindowedRows` of stretches, a `Stream` of
+    a span of steps."""
 
     def batch(self, part: Any, pad_id: int) -> Batch: ...
 
@@ -29,7 +31,7 @@ class BatchSource(Protocol):
 class Reading(NamedTuple):
     """How the training text is read."""
 
-    source: Rows | Stream
+    source: Rows | WindowedRows | Stream
     sampler: Sampler
     columns: int | None  # that carry their state from batch to batch; None where each row begins anew
 
@@ -43,24 +45,37 @@ def training_reading(config: Config, store: TokenStore, eos_id: int) -> Reading:
     batching = config.batching
     if batching.mode == "stream":
         stream = _stream(store, eos_id, batching.batch_size)
-        sampler = StreamSampler(stream, bptt=batching.bptt, random_bptt=batching.random_bptt, seed=config.seed)
-        return Reading(stream, sampler, batching.batch_size)
-    rows = Rows(store, batching.max_length)
+        spans = StreamSampler(stream, bptt=batching.bptt, random_bptt=batching.random_bptt, seed=config.seed)
+        return Reading(stream, spans, batching.batch_size)
     if batching.carry_state:
+        rows = Rows(store, batching.max_length)
         if len(rows) < batching.batch_size:
             raise ConfigError(f"batching.batch_size: {batching.batch_size} columns for {len(rows)} rows are too many")
         return Reading(rows, LinesSampler(rows, batching.batch_size), batching.batch_size)
-    return Reading(
-        rows,
-        EpochSampler(
-            rows.lengths,
-            batch_size=None if batching.max_tokens else batching.batch_size,
-            max_tokens=batching.max_tokens,
-            bucket_batches=batching.bucket_batches,
-            seed=config.seed,
-        ),
-        None,
+    source, sampler = shuffled_rows(
+        store,
+        batching.max_length,
+        batch_size=None if batching.max_tokens else batching.batch_size,
+        max_tokens=batching.max_tokens,
+        bucket_batches=batching.bucket_batches,
+        seed=config.seed,
     )
+    return Reading(source, sampler, None)
+
+
+def shuffled_rows(
+    sequences: Sequences, max_length: int, **settings: Any
+) -> tuple[Rows, EpochSampler] | tuple[WindowedRows, WindowSampler]:
+    """The rows of a corpus in an order of chance: of all of them where they fit a window, else window by window.
+
+    Args:
+        settings: as the samplers take them.
+    """
+    if fits_a_window(sequences):
+        rows = Rows(sequences, max_length)
+        return rows, EpochSampler(rows.row_lengths, **settings)
+    windowed = WindowedRows(sequences, max_length)
+    return windowed, WindowSampler(windowed, **settings)
 
 
 def _stream(store: TokenStore, eos_id: int, columns: int) -> Stream:
@@ -90,6 +105,9 @@ def evaluation_batches(
         steps = steps or max(1, EVALUATION_TOKENS // len(stream))
         spans = stream.spans(np.arange(steps, stream.steps, steps))
         return (stream.batch(span, tokenizer.pad_id) for span in spans), len(stream)
+    if not batching.carry_state and not fits_a_window(store):
+        windowed = WindowedRows(store, batching.max_length)
+        return windowed.sorted_batches(EVALUATION_TOKENS, tokenizer.pad_id, batch_size), None
     rows = Rows(store, batching.max_length)
     if batching.carry_state:
         columns = min(columns, len(rows))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import numpy as np
-
 from lmtrain.config import Config
 from lmtrain.data.corpus import Source, TokenStore, encode_block, open_store
 from lmtrain.data.feeding import Reading, training_reading
@@ -68,7 +66,7 @@ def _batches(reading: Reading) -> str:
     if isinstance(reading.source, Stream):
         return f"batches: {len(parts):,} an epoch, {reading.columns} columns of {reading.source.steps:,} tokens"
     rows = reading.source
-    longest = np.array([rows.lengths[part].max() for part in parts])
-    places = int((longest * np.array([len(part) for part in parts])).sum())
-    padding = 1 - int(rows.lengths.sum()) / places
+    lengths = [rows.lengths(part) for part in parts]
+    places = sum(len(each) * int(each.max()) for each in lengths)
+    padding = 1 - sum(int(each.sum()) for each in lengths) / places
     return f"batches: {len(parts):,} an epoch, {padding:.1%} padding, {rows.split_sequences:,} sequences split"
