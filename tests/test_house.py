@@ -39,11 +39,11 @@ FLOORS = [
     ],
     [
         "data.tokenizer",
+        "data.paging",
         "data.reading",
         "data.corpus",
         "data.preparation",
         "data.excerpts",
-        "data.paging",
         "data.batching",
         "data.windows",
         "data.sampling",

@@ -81,7 +81,7 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
         yield f"{name}: {_store(store, of[name].scale)}"
         stored_bytes += of[name].scale * sum((store.directory / f"{part}.bin").stat().st_size for part in ARRAYS)
     yield _room(config, stored_bytes)
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     read = [of[name] for name in ("train", "valid") if name in of]
     scale = sum(each.all_bytes for each in read) / sum(each.taken_bytes for each in read)
     yield f"preparing: about {in_words(prepared_s * scale / cores)} on {cores} cores, once"
