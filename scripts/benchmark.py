@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lmtrain.data.batching import Batch, Rows, make_batch
-from lmtrain.data.sampling import EpochSampler
+from lmtrain.data.batching import Batch, make_batch
+from lmtrain.data.feeding import shuffled_rows
 from lmtrain.data.tokenizer import IdsTokenizer
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import Script
@@ -273,8 +273,8 @@ def corpus_training(tokens: int, device: torch.device) -> Work:
     lengths = np.clip(random.normal(22, 9, tokens // 24).round(), 2, 60).astype(np.int64)
     offsets = np.concatenate([[0], lengths.cumsum()])
     offsets = offsets[offsets <= tokens].astype(np.uint64)
-    rows = Rows(argparse.Namespace(tokens=flat, offsets=offsets), 512)
-    sampler = EpochSampler(rows.lengths, batch_size=32, max_tokens=None, bucket_batches=150, seed=1)
+    sequences = argparse.Namespace(tokens=flat, offsets=offsets)
+    rows, sampler = shuffled_rows(sequences, 512, batch_size=32, max_tokens=None, bucket_batches=150, seed=1)
     order = cycle(sampler.epoch(0))
     shape = Shape("lstm", 128, 1, 10_000, sentences)
     train = training_step(shape, make_model(shape, device), "fp32", device)
@@ -285,7 +285,7 @@ def corpus_training(tokens: int, device: torch.device) -> Work:
             batch = rows.batch(next(order), 0)
             train(Batch(batch.tokens.to(device), *batch[1:]))
 
-    return Work(run, round(10 * 32 * (rows.lengths.mean() - 1)))
+    return Work(run, round(10 * 32 * (tokens / len(rows) - 1)))
 
 
 # ---- the rows

@@ -1,5 +1,6 @@
 """Rows, batches and samplers, by property."""
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -8,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.config.schema import BatchingConfig
-from lmtrain.data.batching import Rows, make_batch, sorted_batches
+from lmtrain.data.batching import Rows, make_batch, sorted_parts
 from lmtrain.data.feeding import Feed, Reading
-from lmtrain.data.sampling import EpochSampler
+from lmtrain.data.sampling import EpochSampler, WindowSampler
 from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
+from lmtrain.data.windows import WindowedRows
 from tests.conftest import shared
 
 LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=80).map(np.array)
@@ -65,6 +67,24 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(lengths):
         assert len(set(map(tuple, order))) == 4
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "max_tokens", "wanted"),
+    [
+        (7, None, "1cc21d371996038be49c96d433239851ee66d772f27829b490d96b4e28aa9e15"),
+        (None, 300, "48c5d6b0589080dd18cc6222371cfdc538e917c9d8f96bb9b1ff42daf57f7604"),
+    ],
+)
+def test_the_order_of_a_corpus_that_fits_a_window_is_what_it_always_was(batch_size, max_tokens, wanted):
+    """Runs that were begun with an earlier lmtrain go on in their order; results that were published come out."""
+    lengths = np.random.Generator(np.random.PCG64(5)).integers(2, 60, 5000)
+    sampler = EpochSampler(lengths, batch_size=batch_size, max_tokens=max_tokens, bucket_batches=9, seed=3)
+    digest = hashlib.sha256()
+    for epoch in range(3):
+        for part in sampler.epoch(epoch):
+            digest.update(len(part).to_bytes(4, "little") + part.astype("<i8").tobytes())
+    assert digest.hexdigest() == wanted
+
+
 def test_buckets_keep_padding_low_and_batches_are_shuffled():
     lengths = np.random.default_rng(0).integers(2, 60, 3000)
     batches = EpochSampler(lengths, batch_size=20, max_tokens=None, bucket_batches=50, seed=1).epoch(0)
@@ -78,10 +98,10 @@ def test_buckets_keep_padding_low_and_batches_are_shuffled():
 def test_split_rows_predict_each_token_once(lengths, max_length):
     sequences = stored(lengths)
     rows = Rows(sequences, max_length)
-    assert rows.lengths.max() <= max_length + 2
-    assert rows.lengths.min() >= 2
+    assert rows.row_lengths.max() <= max_length + 2
+    assert rows.row_lengths.min() >= 2
     assert rows.split_sequences == int((lengths > max_length + 2).sum())
-    read = [sequences.tokens[s : s + n].tolist() for s, n in zip(rows.starts, rows.lengths, strict=True)]
+    read = [sequences.tokens[s : s + n].tolist() for s, n in zip(rows.starts, rows.row_lengths, strict=True)]
     firsts, lasts = set(sequences.offsets[:-1] + 1), set(sequences.offsets[1:])
     assert sorted(token for row in read for token in row[1:]) == sorted(set(range(1, lengths.sum() + 1)) - firsts)
     assert sorted(token for row in read for token in row[:-1]) == sorted(set(range(1, lengths.sum() + 1)) - lasts)
@@ -91,7 +111,9 @@ def test_split_rows_predict_each_token_once(lengths, max_length):
 def test_evaluation_reads_every_row_once(lengths, batch_size):
     sequences = stored(lengths)
     seen = []
-    for tokens, row_lengths, _ in sorted_batches(Rows(sequences, 100), 64, pad_id=0, batch_size=batch_size):
+    rows = Rows(sequences, 100)
+    for part in sorted_parts(rows.row_lengths, 64, batch_size):
+        tokens, row_lengths, _ = rows.batch(part, pad_id=0)
         assert batch_size is None or tokens.shape[1] <= batch_size
         seen += [tokens[:length, column].tolist() for column, length in enumerate(row_lengths.tolist())]
     assert sorted(seen) == [
@@ -104,8 +126,10 @@ def feed_of(kind, lengths, epoch=0, next_batch=0):
     rows = Rows(stored(lengths), max_length=9)
     columns = min(3, len(rows))
     stream = Stream(rows.flat, 0, min(3, len(rows.flat)))
+    windowed = WindowedRows(stored(lengths), max_length=9, window_rows=8)
     source, sampler = {
-        "sentences": (rows, sampler_of(rows.lengths)),
+        "sentences": (rows, sampler_of(rows.row_lengths)),
+        "windows": (windowed, WindowSampler(windowed, batch_size=5, max_tokens=None, bucket_batches=3, seed=7)),
         "lines": (rows, LinesSampler(rows, columns)),
         "stream": (stream, StreamSampler(stream, bptt=5, random_bptt=False, seed=7)),
         "random stream": (stream, StreamSampler(stream, bptt=5, random_bptt=True, seed=7)),
@@ -120,7 +144,7 @@ def taken(feed, count):
     return [(g.epoch, g.end, [[part.tolist() for part in dealt.batch] for dealt in g.batches]) for g in groups]
 
 
-@pytest.mark.parametrize("kind", ["sentences", "lines", "stream", "random stream"])
+@pytest.mark.parametrize("kind", ["sentences", "windows", "lines", "stream", "random stream"])
 @settings(max_examples=20)
 @given(lengths=st.lists(st.integers(2, 25), min_size=1, max_size=25).map(np.array))
 def test_from_every_batch_fresh_objects_go_on_as_if_never_stopped(kind, lengths):
@@ -131,6 +155,23 @@ def test_from_every_batch_fresh_objects_go_on_as_if_never_stopped(kind, lengths)
     assert whole[-1][0] > 0
     for place, (epoch, end, _) in enumerate(whole[:-3]):
         assert taken(feed_of(kind, lengths, epoch, end), 3) == whole[place + 1 : place + 4]
+
+
+@given(LENGTHS, st.data())
+def test_rows_of_a_batch_are_counted_and_taken_without_reading_them(lengths, data):
+    """What dealing a batch out to several processes needs of a source."""
+    rows = Rows(stored(lengths), 9)
+    windowed = WindowedRows(stored(lengths), 9, window_rows=256)
+    part = np.arange(len(rows))[::2]
+    stretches = windowed.stretches(np.arange(windowed.blocks))
+    places = np.array(data.draw(st.lists(st.integers(0, len(part) - 1), min_size=1, unique=True)))
+    for source, whole in ((rows, part), (windowed, windowed.take(stretches, part))):
+        batch = source.batch(whole, 0)
+        assert source.lengths(whole)[batch.order.numpy()].tolist() == batch.lengths.tolist()
+        some = source.batch(source.take(whole, places), 0)
+        column = {int(place): tokens.tolist() for place, tokens in zip(batch.order, batch.tokens.T, strict=True)}
+        for place, tokens in zip(some.order, some.tokens.T, strict=True):
+            assert column[int(places[place])][: len(tokens)] == tokens.tolist()
 
 
 def test_rows_need_at_least_one_token():
@@ -175,11 +216,11 @@ def test_default_buckets_waste_at_most_three_percent_on_padding(name, split):
     ends = np.cumsum([0] + [len(split(line)) + 2 for line in lines if line.strip()])
     rows = Rows(Stored(np.zeros(0, np.uint32), ends.astype(np.uint64)), settings.max_length)
     batches = EpochSampler(
-        rows.lengths,
+        rows.row_lengths,
         batch_size=settings.batch_size,
         max_tokens=settings.max_tokens,
         bucket_batches=settings.bucket_batches,
         seed=1,
     ).epoch(0)
-    padded = sum(int(rows.lengths[batch].max()) * len(batch) for batch in batches)
-    assert padded <= rows.lengths.sum() / 0.97
+    padded = sum(int(rows.row_lengths[batch].max()) * len(batch) for batch in batches)
+    assert padded <= rows.row_lengths.sum() / 0.97

@@ -4,11 +4,13 @@ import fcntl
 import gzip
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
 import threading
 import unicodedata
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lmtrain.data import reading
+from lmtrain.data import corpus, reading
 from lmtrain.data.corpus import Source, open_store
 from lmtrain.data.tokenizer import ByteTokenizer, IdsTokenizer, train_tokenizer
 from lmtrain.errors import DataError
@@ -102,6 +104,18 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path):
     store = open_store(Source((str(tmp_path / "ids.txt"),)), IdsTokenizer(80000, 0), tmp_path / "cache")
     assert store.tokens.dtype == np.dtype("<u4")
     assert sequences(store) == [[80000, 70000, 1, 80001]]
+
+
+def test_overlap_counts_each_sequence_that_stands_in_the_other_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "COMPARED", 7)
+    chance = random.Random(1)
+    texts = {name: [f"{chance.randint(0, 60):06b}" for _ in range(50)] for name in "ab"}
+    stores = []
+    for name, lines in texts.items():
+        (tmp_path / name).write_text("\n".join(lines))
+        stores.append(open_store(Source((str(tmp_path / name),)), ByteTokenizer(), tmp_path / "cache"))
+    for (own, other), (store, beside) in zip(permutations(texts.values()), permutations(stores), strict=True):
+        assert store.overlap(beside) == sum(line in other for line in own) > 0
 
 
 def test_a_changed_file_is_never_served_stale(tmp_path):

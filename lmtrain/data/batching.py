@@ -49,44 +49,76 @@ def gather(flat: NDArray[np.integer], starts: Ints, lengths: Ints, pad_id: int) 
     return Batch(torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(order))
 
 
-class Rows:
-    """The rows of a corpus: its sequences, those of more than `max_length` tokens cut.
+def count_rows(lengths: Ints, max_length: int) -> Ints:
+    """How many rows each sequence gives, from its tokens with `<bos>` and `<eos>`.
+
+    Args:
+        max_length: tokens in a row, `<bos>` and `<eos>` not counted.
+    """
+    if lengths.max(initial=0) <= max_length + 2:
+        return np.ones_like(lengths)
+    return np.maximum(1, -(-(lengths - 1) // (max_length + 1)))  # a row of k tokens has k - 1 events
+
+
+def cut_rows(offsets: NDArray[np.integer], max_length: int) -> tuple[Ints, Ints]:
+    """Where the rows of consecutive sequences begin and how many tokens they have.
 
     Neighbouring rows of a cut sequence share one token, the last one read by the first and the first one read by the
     second. So every token is still predicted exactly once by each direction; only the context is shorter.
 
     Args:
-        max_length: tokens in a row, `<bos>` and `<eos>` not counted.
+        offsets: (sequences + 1,) where each sequence begins, and the last one ends.
+    """
+    places = offsets.astype(np.int64, copy=False)
+    starts, lengths = places[:-1], np.diff(places)
+    rows = count_rows(lengths, max_length)
+    if (count := int(rows.sum())) == len(rows):
+        return starts, lengths
+    skipped = (np.arange(count) - np.repeat(rows.cumsum() - rows, rows)) * (max_length + 1)
+    return np.repeat(starts, rows) + skipped, np.minimum(np.repeat(lengths, rows) - skipped, max_length + 2)
+
+
+class Rows:
+    """The rows of a corpus, all of them in memory: its sequences, those of more than `max_length` tokens cut.
+
+    Attributes:
+        starts, row_lengths: (rows,) as `cut_rows` has them.
     """
 
     def __init__(self, sequences: Sequences, max_length: int) -> None:
         self.flat = sequences.tokens
-        starts = sequences.offsets[:-1].astype(np.int64)
-        lengths = np.diff(sequences.offsets.astype(np.int64))
-        pieces = np.maximum(1, -(-(lengths - 1) // (max_length + 1)))  # a row of k tokens has k - 1 events
-        self.split_sequences = int((pieces > 1).sum())
-        piece = np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces)
-        skipped = piece * (max_length + 1)
-        self.starts: Ints = np.repeat(starts, pieces) + skipped
-        self.lengths: Ints = np.minimum(np.repeat(lengths, pieces) - skipped, max_length + 2)
+        self.starts, self.row_lengths = cut_rows(sequences.offsets, max_length)
+        self.split_sequences = int((np.diff(sequences.offsets) > max_length + 2).sum())
 
     def __len__(self) -> int:
-        return len(self.lengths)
-
-    def lengths_of(self, indices: Ints) -> Ints:
-        """Tokens of the rows of the given indices."""
-        return self.lengths[indices]
-
-    def take(self, indices: Ints, places: Ints) -> Ints:
-        """Of these indices those at the given places."""
-        return indices[places]
+        return len(self.row_lengths)
 
     def batch(self, indices: Ints, pad_id: int) -> Batch:
         """The rows of the given indices as a batch."""
-        return gather(self.flat, self.starts[indices], self.lengths[indices], pad_id)
+        return gather(self.flat, self.starts[indices], self.row_lengths[indices], pad_id)
+
+    def lengths(self, indices: Ints) -> Ints:
+        """Tokens of each of these rows."""
+        return self.row_lengths[indices]
+
+    def take(self, indices: Ints, places: Ints) -> Ints:
+        """Of these rows the ones at some places."""
+        return indices[places]
 
 
-def cut_batches(sorted_lengths: Ints, batch_size: int | None, max_tokens: int | None) -> list[tuple[int, int]]:
+def short(numbers: Ints) -> NDArray[np.integer]:
+    """Numbers >= 0 in 16 bits where they fit: those are sorted by counting them, ten times as fast."""
+    return numbers.astype(np.uint16) if numbers.max(initial=0) < 1 << 16 else numbers
+
+
+def longest_first(lengths: Ints) -> Ints:
+    """The places of rows, the longest first, equal lengths in their order."""
+    return np.argsort(short(lengths.max(initial=0) - lengths), kind="stable")
+
+
+def cut_batches(
+    sorted_lengths: NDArray[np.integer], batch_size: int | None, max_tokens: int | None
+) -> list[tuple[int, int]]:
     """Cut rows that are sorted longest first into (start, end) of batches of at most `batch_size` rows or at most
     `max_tokens` padded tokens; a row that is longer than `max_tokens` by itself is a batch of its own."""
     cuts, start = [], 0
@@ -99,12 +131,6 @@ def cut_batches(sorted_lengths: Ints, batch_size: int | None, max_tokens: int | 
 
 def sorted_parts(lengths: Ints, max_tokens: int, batch_size: int | None = None) -> Iterator[Ints]:
     """The rows of each batch; each row once, longest first: the cheapest order where order does not matter."""
-    order = np.argsort(-lengths, kind="stable")
+    order = longest_first(lengths)
     for start, end in cut_batches(lengths[order], batch_size, max_tokens):
         yield order[start:end]
-
-
-def sorted_batches(rows: Rows, max_tokens: int, pad_id: int, batch_size: int | None = None) -> Iterator[Batch]:
-    """Every row once, longest first, as in evaluation."""
-    for part in sorted_parts(rows.lengths, max_tokens, batch_size):
-        yield rows.batch(part, pad_id)

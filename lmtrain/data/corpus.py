@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lmtrain.data.paging import release
 from lmtrain.data.reading import Block, content_hash, expand, read_texts, resolve_format
 from lmtrain.data.tokenizer import Ids, Tokenizer
 from lmtrain.errors import ArtefactError, DataError, StorageError
@@ -33,6 +34,7 @@ from lmtrain.files import read_sealed, reason, sealed, sync_directory
 
 FORMAT = 1
 ARRAYS = ("tokens", "offsets", "hashes")
+COMPARED = 1 << 20  # hashes at once
 Part = Literal["all", "train", "valid"]
 
 
@@ -133,8 +135,16 @@ class TokenStore:
         return int((np.diff(self.offsets) > max_length + 2).sum())
 
     def overlap(self, other: TokenStore) -> int:
-        """How many of this store's sequences also stand in the other, token for token."""
-        return int(np.isin(self.hashes, other.hashes).sum())
+        """How many of this store's sequences also stand in the other, which may be large, token for token."""
+        own, counts = np.unique(self.hashes, return_counts=True)
+        shift, found = np.uint64(40), np.zeros(len(own), bool)
+        begins = np.zeros(1 << 24, bool)  # of a hash: which there are; it leaves few to be looked up
+        begins[own >> shift] = True
+        for first in range(0, len(other.hashes), COMPARED):
+            hashes = other.hashes[first : first + COMPARED]
+            found |= np.isin(own, hashes[begins[hashes >> shift]])
+            release(other.hashes)
+        return int(counts[found].sum())
 
 
 def open_store(

@@ -11,20 +11,22 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lmtrain.config import Config
-from lmtrain.data.batching import Batch, Ints, Rows, sorted_parts
+from lmtrain.data.batching import Batch, Ints, Rows, Sequences, sorted_parts
 from lmtrain.data.corpus import TokenStore
-from lmtrain.data.sampling import EpochSampler, Sampler
+from lmtrain.data.sampling import EpochSampler, Sampler, WindowSampler
 from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
 from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.windows import WindowedRows, fits_a_window
 from lmtrain.errors import ConfigError
 
 EVALUATION_TOKENS = 8192  # padded tokens a batch
 
 
 class BatchSource(Protocol):
-    """What makes a batch out of what a sampler gives: `Rows` of row indices, a `Stream` of a span of steps."""
+    """What makes a batch out of what a sampler gives: `Rows` of row indices, `WindowedRows` of stretches, a `Stream` of
+    a span of steps."""
 
-    def lengths_of(self, part: Any) -> Ints: ...
+    def lengths(self, part: Any) -> Ints: ...
 
     def take(self, part: Any, places: Ints) -> Any: ...
 
@@ -36,7 +38,7 @@ class BatchSource(Protocol):
 class Reading(NamedTuple):
     """How the training text is read."""
 
-    source: Rows | Stream
+    source: Rows | WindowedRows | Stream
     sampler: Sampler
     columns: int | None  # that carry their state from batch to batch; None where each row begins anew
 
@@ -72,24 +74,37 @@ def training_reading(config: Config, store: TokenStore, eos_id: int) -> Reading:
     batching = config.batching
     if batching.mode == "stream":
         stream = _stream(store, eos_id, batching.batch_size)
-        sampler = StreamSampler(stream, bptt=batching.bptt, random_bptt=batching.random_bptt, seed=config.seed)
-        return Reading(stream, sampler, batching.batch_size)
-    rows = Rows(store, batching.max_length)
+        spans = StreamSampler(stream, bptt=batching.bptt, random_bptt=batching.random_bptt, seed=config.seed)
+        return Reading(stream, spans, batching.batch_size)
     if batching.carry_state:
+        rows = Rows(store, batching.max_length)
         if len(rows) < batching.batch_size:
             raise ConfigError(f"batching.batch_size: {batching.batch_size} columns for {len(rows)} rows are too many")
         return Reading(rows, LinesSampler(rows, batching.batch_size), batching.batch_size)
-    return Reading(
-        rows,
-        EpochSampler(
-            rows.lengths,
-            batch_size=None if batching.max_tokens else batching.batch_size,
-            max_tokens=batching.max_tokens,
-            bucket_batches=batching.bucket_batches,
-            seed=config.seed,
-        ),
-        None,
+    source, sampler = shuffled_rows(
+        store,
+        batching.max_length,
+        batch_size=None if batching.max_tokens else batching.batch_size,
+        max_tokens=batching.max_tokens,
+        bucket_batches=batching.bucket_batches,
+        seed=config.seed,
     )
+    return Reading(source, sampler, None)
+
+
+def shuffled_rows(
+    sequences: Sequences, max_length: int, **settings: Any
+) -> tuple[Rows, EpochSampler] | tuple[WindowedRows, WindowSampler]:
+    """The rows of a corpus in an order of chance: of all of them where they fit a window, else window by window.
+
+    Args:
+        settings: as the samplers take them.
+    """
+    if fits_a_window(sequences):
+        rows = Rows(sequences, max_length)
+        return rows, EpochSampler(rows.row_lengths, **settings)
+    windowed = WindowedRows(sequences, max_length)
+    return windowed, WindowSampler(windowed, **settings)
 
 
 def _stream(store: TokenStore, eos_id: int, columns: int) -> Stream:
@@ -121,12 +136,19 @@ def evaluation_batches(
         steps = steps or max(1, EVALUATION_TOKENS // len(stream))
         spans = stream.spans(np.arange(steps, stream.steps, steps))
         return _in_columns(stream, spans, len(stream), pad_id, share)
+    if not batching.carry_state and not fits_a_window(store):
+        windowed = WindowedRows(store, batching.max_length)
+        return _dealt(windowed, windowed.sorted_parts(EVALUATION_TOKENS, batch_size), pad_id, share), None
     rows = Rows(store, batching.max_length)
     if batching.carry_state:
         columns = min(columns, len(rows))
         return _in_columns(rows, LinesSampler(rows, columns).epoch(0), columns, pad_id, share)
-    parts = sorted_parts(rows.lengths, EVALUATION_TOKENS, batch_size)
-    return (rows.batch(part, pad_id) for part in islice(parts, share.rank, None, share.world_size)), None
+    return _dealt(rows, sorted_parts(rows.row_lengths, EVALUATION_TOKENS, batch_size), pad_id, share), None
+
+
+def _dealt(source: BatchSource, parts: Iterator[Any], pad_id: int, share: Share) -> Iterator[Batch]:
+    """One batch in so many."""
+    return (source.batch(part, pad_id) for part in islice(parts, share.rank, None, share.world_size))
 
 
 def _in_columns(
@@ -134,7 +156,7 @@ def _in_columns(
 ) -> tuple[Iterator[Batch], int]:
     """The batches of a share's columns, and how many these are; of fewer columns than processes, some have none."""
     first, end = (columns * rank // share.world_size for rank in (share.rank, share.rank + 1))
-    own = ((part, np.arange(first, min(end, len(source.lengths_of(part))))) for part in parts)
+    own = ((part, np.arange(first, min(end, len(source.lengths(part))))) for part in parts)
     return (source.batch(source.take(part, places), pad_id) for part, places in own if len(places)), end - first
 
 
@@ -196,7 +218,7 @@ class Feed:
             epoch, next_batch = epoch + 1, 0
 
     def _deal(self, part: Any) -> Dealt:
-        lengths = self._source.lengths_of(part)
+        lengths = self._source.lengths(part)
         places = self._share.places(len(lengths))
         own = self._source.take(part, places if len(places) else np.zeros(1, np.int64))
         batch = self._source.batch(own, self._pad_id)

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmtrain.data.batching import Batch, Ints, Rows, gather
+from lmtrain.data.paging import release
+from lmtrain.data.sampling import Parts
 
 
 class Span(NamedTuple):
@@ -20,6 +22,9 @@ class Span(NamedTuple):
     first: int
     end: int
     columns: slice = slice(None)
+
+
+RELEASED = 16 << 20  # tokens, after which what was read of a text is let go
 
 
 def _columns(count: int, columns: int) -> tuple[Ints, Ints]:
@@ -42,14 +47,11 @@ class Stream:
     def __init__(self, flat: NDArray[np.integer], eos_id: int, columns: int) -> None:
         self.flat, self.eos_id = flat, eos_id
         self.steps = len(flat) // columns  # of the shorter columns
-        self.starts, self.lengths = _columns(len(flat), columns)
+        self.starts, self.column_lengths = _columns(len(flat), columns)
+        self._read = 0  # tokens, since some were let go
 
     def __len__(self) -> int:
-        return len(self.lengths)
-
-    def lengths_of(self, span: Span) -> Ints:
-        """Tokens of each column in a span: the one before its steps, and those that are predicted."""
-        return np.minimum(self.lengths[span.columns], span.end) - span.first + 1
+        return len(self.column_lengths)
 
     def take(self, span: Span, places: Ints) -> Span:
         """Of the columns of a span those at the given places, which follow on."""
@@ -58,15 +60,24 @@ class Stream:
     def batch(self, span: Span, pad_id: int) -> Batch:
         """Some steps of columns: the token before them, and then those that are predicted."""
         starts = self.starts[span.columns] + span.first - 1
-        batch = gather(self.flat, starts, self.lengths_of(span), pad_id)
+        batch = gather(self.flat, starts, self.lengths(span), pad_id)
         if starts[0] < 0:
             batch.tokens[0, 0] = self.eos_id  # nothing stands before the text
+        self._read += batch.tokens.numel()
+        if self._read > RELEASED:
+            release(self.flat)
+            self._read = 0
         return batch
 
-    def spans(self, cuts: Ints) -> list[Span]:
+    def lengths(self, span: Span) -> Ints:
+        """Tokens of each column's row in a span, the one before them counted."""
+        return np.minimum(self.column_lengths[span.columns], span.end) - span.first + 1
+
+    def spans(self, cuts: Ints) -> Parts[Span]:
         """The spans between steps 0, `cuts` and the end; the longer columns have one more token in the last."""
-        inner = [int(cut) for cut in cuts if 0 < cut < self.steps]
-        return list(map(Span, [0, *inner], [*inner, int(self.lengths[0])]))
+        inner = cuts[(cuts > 0) & (cuts < self.steps)]
+        borders = np.concatenate([[0], inner, self.column_lengths[:1]]).tolist()
+        return Parts(len(borders) - 1, lambda number: Span(borders[number], borders[number + 1]))
 
 
 class StreamSampler:
@@ -81,7 +92,7 @@ class StreamSampler:
     def __init__(self, stream: Stream, *, bptt: int, random_bptt: bool, seed: int) -> None:
         self.stream, self.bptt, self.random_bptt, self.seed = stream, bptt, random_bptt, seed
 
-    def epoch(self, epoch: int) -> list[Span]:
+    def epoch(self, epoch: int) -> Parts[Span]:
         """The span of every batch, in the order of the text."""
         count = -(-self.stream.steps // self.bptt)
         if not self.random_bptt:
@@ -99,6 +110,6 @@ class LinesSampler:
     def __init__(self, rows: Rows, columns: int) -> None:
         self.starts, self.counts = _columns(len(rows), columns)
 
-    def epoch(self, epoch: int) -> list[Ints]:
+    def epoch(self, epoch: int) -> Parts[Ints]:
         """The row indices of every batch, column by column; the same in each epoch."""
-        return [self.starts[self.counts > step] + step for step in range(int(self.counts[0]))]
+        return Parts(int(self.counts[0]), lambda step: self.starts[self.counts > step] + step)

@@ -198,7 +198,7 @@ def _nats_of_tokens(
     """What each token costs, (T,), the mean over the directions; 0 where a direction does not predict it."""
     device = model.embedding.weight.device
     nats = np.zeros(len(rows.flat))
-    for indices in sorted_parts(rows.lengths, SCORED_TOKENS):
+    for indices in sorted_parts(rows.row_lengths, SCORED_TOKENS):
         batch = rows.batch(indices, pad_id)
         starts: Ints = rows.starts[indices][batch.order.numpy()]
         events = model.read(batch.tokens.to(device), batch.lengths).events

@@ -2,49 +2,161 @@
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
-
-import numpy as np
+from pathlib import Path
 
 from lmtrain.config import Config
-from lmtrain.data.corpus import Source, TokenStore, encode_block, open_store
+from lmtrain.data.corpus import ARRAYS, Source, TokenStore, encode_block, open_store
+from lmtrain.data.excerpts import Excerpts, excerpts_of, size_of
 from lmtrain.data.feeding import Reading, training_reading
-from lmtrain.data.preparation import prepare, source_of
+from lmtrain.data.preparation import Corpora, prepare, source_of
 from lmtrain.data.streaming import Stream
-from lmtrain.data.tokenizer import IdsTokenizer
-from lmtrain.errors import DataError
+from lmtrain.data.tokenizer import IdsTokenizer, Tokenizer, loads
+from lmtrain.data.windows import WINDOW_BYTES, WINDOW_ROWS
+from lmtrain.errors import ArtefactError, DataError, out_of_memory
 from lmtrain.runtime import choose_device
 from lmtrain.trained import count_weights
+from lmtrain.training.estimation import measure, why_not_measured
+
+LARGE_BYTES = 64 << 20  # files of more in all are not read as a whole
+PARTS = ("train", "valid", "test")
 
 
 def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
-    """Lines on the data and the model.
+    """Lines on the data and the model. Of large files they are estimates, from excerpts.
 
     Raises:
-        DataError: the faults of all the files, the first of each.
+        DataError: the faults of all the files, the first of each; of large files those in the excerpts.
+        OutOfMemoryError: a step of the training does not fit the machine.
     """
     choose_device(config.training.device)
-    found = {name: source for name in ("train", "valid", "test") if (source := source_of(config, name)) is not None}
-    faults = dict.fromkeys(fault for source in found.values() for fault in _faults(config, source))
+    if size_of(config) > LARGE_BYTES:
+        with excerpts_of(config) as excerpts:
+            yield from _estimates(config, excerpts)
+        return
+    faults = _all_faults(config)
     if faults:
         raise DataError(*faults)
     corpora = prepare(config, notify)
-    stores = {"train": corpora.train, "valid": corpora.valid}
-    if "test" in found:
-        stores["test"] = open_store(found["test"], corpora.tokenizer, config.data.cache_dir, notify)
     yield f"vocabulary: {corpora.tokenizer.vocab_size:,} tokens ({corpora.tokenizer.kind})"
-    for name, store in stores.items():
-        if store is not None:
-            yield f"{name}: {_store(store)}"
-    yield _batches(training_reading(config, corpora.train, corpora.tokenizer.eos_id))
+    for name, store in _stores(config, corpora, notify).items():
+        yield f"{name}: {_store(store)}"
+    reading = training_reading(config, corpora.train, corpora.tokenizer.eos_id)
+    yield _batches(reading)
+    yield from _training(config, corpora, reading, 1.0)
+
+
+def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
+    """The same from excerpts, each corpus scaled to its size."""
+    sampled, of = excerpts.config, excerpts.of
+    faults = _all_faults(sampled)
+    if faults:
+        raise DataError(*map(excerpts.named, faults))
+    tokenizer = _learnt(config)
+    start_s = time.process_time()  # of all threads, and whatever else the machine does
+    try:
+        corpora = prepare(sampled, lambda line: None, tokenizer)  # its notes would be on excerpts
+    except DataError as error:
+        raise DataError(*map(excerpts.named, error.faults)) from None
+    prepared_s = time.process_time() - start_s
+    distinct = {id(each): each for each in of.values()}.values()  # train and valid may be two sides of the same files
+    taken, whole = sum(each.taken_bytes for each in distinct), sum(each.all_bytes for each in distinct)
+    yield (
+        f"estimates (about) from {taken / 1e6:,.1f} MB in pieces of {_about(whole / 1e6)} MB of text; "
+        "no fault in these, but only lmtrain prepare reads all"
+    )
+    learnt = tokenizer is None and corpora.tokenizer.kind not in ("byte", "ids", "file")
+    yield (
+        f"vocabulary: {corpora.tokenizer.vocab_size:,} tokens "
+        f"({corpora.tokenizer.kind}{', learnt from these pieces' if learnt else ''})"
+    )
+    stored_bytes = 0.0
+    for name, store in _stores(sampled, corpora, lambda line: None).items():
+        yield f"{name}: {_store(store, of[name].scale)}"
+        stored_bytes += of[name].scale * sum((store.directory / f"{part}.bin").stat().st_size for part in ARRAYS)
+    yield _room(config, stored_bytes)
+    cores = os.cpu_count() or 1
+    read = [of[name] for name in ("train", "valid") if name in of]
+    scale = sum(each.all_bytes for each in read) / sum(each.taken_bytes for each in read)
+    yield f"preparing: about {in_words(prepared_s * scale / cores)} on {cores} cores, once"
+    reading = training_reading(sampled, corpora.train, corpora.tokenizer.eos_id)
+    yield _batches(reading, of["train"].scale)
+    yield from _training(config, corpora, reading, of["train"].scale)
+
+
+def _learnt(config: Config) -> Tokenizer | None:
+    """The tokenizer of all of the text, where it was learnt before: to know that it is, all of the text is hashed."""
+    cache, source = Path(config.data.cache_dir), source_of(config, "train")
+    if source is None or not any(cache.glob("tokenizer-*.json")):
+        return None
+    stored = cache / f"tokenizer-{source.key(config.tokenizer.model_dump_json())}.json"
+    with suppress(OSError, ValueError, ArtefactError):  # then it is learnt again
+        return loads(stored.read_text(encoding="utf-8"), str(stored))
+    return None
+
+
+def _room(config: Config, stored_bytes: float) -> str:
+    cache = Path(config.data.cache_dir).absolute()
+    free = shutil.disk_usage(next(place for place in (cache, *cache.parents) if place.exists())).free
+    line = (
+        f"store: about {_about(stored_bytes / 1e6)} MB in {config.data.cache_dir}, where {free / 1e6:,.0f} MB are free"
+    )
+    return line + (": too few" if stored_bytes > free else "")
+
+
+def _training(config: Config, corpora: Corpora, reading: Reading, scale: float) -> Iterator[str]:
+    """Lines on the model and on what training it costs.
+
+    Args:
+        scale: how many times as large the corpus is as what `corpora` and `reading` hold.
+    """
     weights = count_weights(config, corpora.tokenizer.vocab_size)
     trained_mb = 16 * weights / 1e6  # weights, gradients, two moments
     yield f"model: {weights:,} weights, {4 * weights / 1e6:,.1f} MB; with gradients and optimizer {trained_mb:,.1f} MB"
+    if (why := why_not_measured(config, weights)) is not None:
+        yield f"time: not measured: {why}"
+        return
+    try:
+        measured = measure(config, corpora.tokenizer, reading)
+    except (RuntimeError, MemoryError) as error:
+        if (memory := out_of_memory(error, "lower batching.batch_size or model.hidden_size")) is not None:
+            raise memory from None
+        raise
+    where = "on the device" if measured.device.type == "cuda" else "of the process"
+    window = 0 if scale == 1 or measured.device.type == "cuda" else WINDOW_BYTES + 48 * WINDOW_ROWS
+    yield f"memory: about {_about((measured.memory_bytes + window) / 1e6)} MB {where} in training"
+    batches = scale * len(reading.sampler.epoch(0))
+    epoch_s, whole_s = measured.duration_s(config, scale * corpora.train.counts.events, batches)
+    yield (
+        f"time: about {in_words(epoch_s)} an epoch, {in_words(whole_s)} in all, validation aside: "
+        f"{_about(measured.tokens_per_second)} tokens/s over {measured.steps} steps "
+        f"({measured.device.type}, {measured.precision})"
+    )
+
+
+def _stores(config: Config, corpora: Corpora, notify: Callable[[str], None]) -> dict[str, TokenStore]:
+    """The store of each part that there is."""
+    stores = {"train": corpora.train}
+    if corpora.valid is not None:
+        stores["valid"] = corpora.valid
+    if (test := source_of(config, "test")) is not None:
+        stores["test"] = open_store(test, corpora.tokenizer, config.data.cache_dir, notify)
+    return stores
+
+
+def _all_faults(config: Config) -> list[str]:
+    """The first fault of each file, each once."""
+    sources = [replace(source, part="all") for name in PARTS if (source := source_of(config, name)) is not None]
+    return list(dict.fromkeys(fault for source in dict.fromkeys(sources) for fault in _faults(config, source)))
 
 
 def _faults(config: Config, source: Source) -> Iterator[str]:
-    """The first fault of each file."""
     settings = config.tokenizer
     ids = IdsTokenizer(settings.vocab_size, settings.pad_id) if settings.kind == "ids" else None
     for path in source.files:
@@ -56,19 +168,42 @@ def _faults(config: Config, source: Source) -> Iterator[str]:
             yield from error.faults
 
 
-def _store(store: TokenStore) -> str:
+def _store(store: TokenStore, scale: float = 1.0) -> str:
     counts = store.counts
-    line = f"{counts.sequences:,} {'lines' if counts.stream else 'sequences'}, {counts.events:,} tokens with end tokens"
+    line = f"{_scaled(counts.sequences, scale)} {'lines' if counts.stream else 'sequences'}"
+    line += f", {_scaled(counts.events, scale)} tokens with end tokens"
     line += f", longest {counts.longest:,}, {counts.unknown_tokens / counts.events:.2%} unknown"
-    return line + (f", {counts.blank:,} blank lines skipped" if counts.blank else "")
+    return line + (f", {_scaled(counts.blank, scale)} blank lines skipped" if counts.blank else "")
 
 
-def _batches(reading: Reading) -> str:
+def _batches(reading: Reading, scale: float = 1.0) -> str:
     parts = reading.sampler.epoch(0)
+    line = f"batches: {_scaled(len(parts), scale)} an epoch"
     if isinstance(reading.source, Stream):
-        return f"batches: {len(parts):,} an epoch, {reading.columns} columns of {reading.source.steps:,} tokens"
+        return f"{line}, {reading.columns} columns of {_scaled(reading.source.steps, scale)} tokens"
     rows = reading.source
-    longest = np.array([rows.lengths[part].max() for part in parts])
-    places = int((longest * np.array([len(part) for part in parts])).sum())
-    padding = 1 - int(rows.lengths.sum()) / places
-    return f"batches: {len(parts):,} an epoch, {padding:.1%} padding, {rows.split_sequences:,} sequences split"
+    lengths = [rows.lengths(part) for part in parts]
+    places = sum(len(each) * int(each.max()) for each in lengths)
+    padding = 1 - sum(int(each.sum()) for each in lengths) / places
+    return f"{line}, {padding:.1%} padding, {_scaled(rows.split_sequences, scale)} sequences split"
+
+
+def _scaled(count: int, scale: float) -> str:
+    """A count as it is, or one of a larger corpus."""
+    return f"{count:,}" if scale == 1 else f"about {_about(scale * count)}"
+
+
+def _about(number: float) -> str:
+    """A number to three digits: 1,230,000."""
+    if number <= 0:
+        return "0"
+    digits = 2 - math.floor(math.log10(number))
+    return f"{round(number, digits):,.{max(0, digits)}f}"
+
+
+def in_words(duration_s: float) -> str:
+    """A duration in the unit that people would take: 45 s, 12.5 min, 3.2 h, 4.1 days."""
+    for unit, seconds, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if duration_s / seconds < most:
+            return f"{duration_s / seconds:.{2 if duration_s < 10 else 1}f} {unit}"
+    return f"{duration_s / 86400:,.1f} days"
