@@ -44,10 +44,10 @@ def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
     if faults:
         raise DataError(*faults)
     corpora = prepare(config, notify)
+    reading = training_reading(config, corpora.train, corpora.tokenizer.eos_id)  # or a fault, before anything is said
     yield f"vocabulary: {corpora.tokenizer.vocab_size:,} tokens ({corpora.tokenizer.kind})"
     for name, store in _stores(config, corpora, notify).items():
         yield f"{name}: {_store(store)}"
-    reading = training_reading(config, corpora.train, corpora.tokenizer.eos_id)
     yield _batches(reading)
     yield from _training(config, corpora, reading, 1.0)
 

@@ -511,13 +511,18 @@ def test_check_looks_at_the_test_set_too(desk, judge):
 
 
 COLUMNS = {
-    "tokens": (train("ab\n"), STREAM, ("reading train.txt\nbatching.batch_size: 8 columns for 3 tokens are too many")),
+    "tokens": (
+        train("ab\n"),
+        STREAM,
+        "reading train.txt\nreading valid.txt\nbatching.batch_size: 8 columns for 3 tokens are too many",
+    ),
     "lines": (
         train("a\nb\n"),
         "batching.carry_state=true model.bidirectional=false",
         (
             "learning the word vocabulary from train.txt\n"
-            "reading train.txt\n"
+            "reading train.txt\nreading valid.txt\n"
+            "note: 60% of the validation tokens are unknown to the vocabulary\n"
             "batching.batch_size: 8 columns for 2 rows are too many"
         ),
     ),
