@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from lmtrain.config import Config
-from lmtrain.data.corpus import Source, TokenStore, encode_block, open_store
+from lmtrain.data.corpus import open_store
+from lmtrain.data.encoding import encode_block
 from lmtrain.data.feeding import Reading, training_reading
 from lmtrain.data.preparation import prepare, source_of
+from lmtrain.data.source import Source
 from lmtrain.data.streaming import Stream
 from lmtrain.data.tokenizer import IdsTokenizer
 from lmtrain.errors import DataError
@@ -36,7 +38,7 @@ def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
     yield f"vocabulary: {corpora.tokenizer.vocab_size:,} tokens ({corpora.tokenizer.kind})"
     for name, store in stores.items():
         if store is not None:
-            yield f"{name}: {_store(store)}"
+            yield f"{name}: {store.counts.summary()}"
     yield _batches(training_reading(config, corpora.train, corpora.tokenizer.eos_id))
     weights = count_weights(config, corpora.tokenizer.vocab_size)
     trained_mb = 16 * weights / 1e6  # weights, gradients, two moments
@@ -54,13 +56,6 @@ def _faults(config: Config, source: Source) -> Iterator[str]:
                     encode_block(ids, block, block.texts)
         except DataError as error:
             yield from error.faults
-
-
-def _store(store: TokenStore) -> str:
-    counts = store.counts
-    line = f"{counts.sequences:,} {'lines' if counts.stream else 'sequences'}, {counts.events:,} tokens with end tokens"
-    line += f", longest {counts.longest:,}, {counts.unknown_tokens / counts.events:.2%} unknown"
-    return line + (f", {counts.blank:,} blank lines skipped" if counts.blank else "")
 
 
 def _batches(reading: Reading) -> str:
