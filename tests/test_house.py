@@ -16,6 +16,7 @@ FLOORS = [
         "errors",
         "files",
         "metrics",
+        "progress",
         "model.packing",
         "model.products",
         "model.states",

@@ -78,7 +78,7 @@ def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None, 
     return Corpora(tokenizer, train, valid, {path: digests.sha256(path) for path in files})
 
 
-def prepare_all(config: Config, notify: Notify, watch: Watch) -> tuple[Tokenizer, dict[str, TokenStore]]:
+def prepare_all(config: Config, notify: Notify, watch: Watch = unwatched) -> tuple[Tokenizer, dict[str, TokenStore]]:
     """The tokenizer, and the stores of train, valid and test, as far as the configuration has them; raises as
     `prepare`."""
     test = source_of(config, "test")

@@ -8,10 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from lmtrain.config import Config
-from lmtrain.data.corpus import open_store
 from lmtrain.data.encoding import encode_block
 from lmtrain.data.feeding import Reading, training_reading
-from lmtrain.data.preparation import prepare, source_of
+from lmtrain.data.preparation import prepare_all, source_of
 from lmtrain.data.source import Source
 from lmtrain.data.streaming import Stream
 from lmtrain.data.tokenizer import IdsTokenizer
@@ -31,16 +30,12 @@ def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
     faults = dict.fromkeys(fault for source in found.values() for fault in _faults(config, source))
     if faults:
         raise DataError(*faults)
-    corpora = prepare(config, notify)
-    stores = {"train": corpora.train, "valid": corpora.valid}
-    if "test" in found:
-        stores["test"] = open_store(found["test"], corpora.tokenizer, config.data.cache_dir, notify)
-    yield f"vocabulary: {corpora.tokenizer.vocab_size:,} tokens ({corpora.tokenizer.kind})"
+    tokenizer, stores = prepare_all(config, notify)
+    yield f"vocabulary: {tokenizer.vocab_size:,} tokens ({tokenizer.kind})"
     for name, store in stores.items():
-        if store is not None:
-            yield f"{name}: {store.counts.summary()}"
-    yield _batches(training_reading(config, corpora.train, corpora.tokenizer.eos_id))
-    weights = count_weights(config, corpora.tokenizer.vocab_size)
+        yield f"{name}: {store.counts.summary()}"
+    yield _batches(training_reading(config, stores["train"], tokenizer.eos_id))
+    weights = count_weights(config, tokenizer.vocab_size)
     trained_mb = 16 * weights / 1e6  # weights, gradients, two moments
     yield f"model: {weights:,} weights, {4 * weights / 1e6:,.1f} MB; with gradients and optimizer {trained_mb:,.1f} MB"
 

@@ -11,10 +11,10 @@ from lmtrain.config import Config, load_config
 from lmtrain.data.feeding import training_reading
 from lmtrain.data.preparation import prepare
 from lmtrain.errors import out_of_memory
+from lmtrain.progress import Progress, Quiet
 from lmtrain.run import create_run, find_resumable, refuse_full, refuse_read_only
 from lmtrain.runtime import choose_device, environment, keep_freed_memory, noted_signals
 from lmtrain.training.resuming import check_unchanged
-from lmtrain.training.tracking import Progress, Quiet
 from lmtrain.training.trainer import Trainer, TrainingResult
 
 
@@ -56,7 +56,8 @@ def train(
     keep_freed_memory()
     if config.training.num_threads is not None:
         torch.set_num_threads(config.training.num_threads)
-    corpora = prepare(config, progress.note, tokenizer)  # before the run directory: its faults leave nothing behind
+    # before the run directory: its faults leave nothing behind
+    corpora = prepare(config, progress.note, tokenizer, progress.reading)
     reading = training_reading(config, corpora.train, corpora.tokenizer.eos_id)
     new = run is None
     run = run or create_run(config, named)
