@@ -196,11 +196,13 @@ def test_a_worker_that_is_killed_is_told_in_a_line(tmp_path, crowd, number, faul
     (tmp_path / "t.txt").write_text(lines(5000))
     source = Source((str(tmp_path / "t.txt"),))
     header = {"task": "encode", "source": {**source.__dict__}}
-    with workers.crew(header, [ByteTokenizer().dumps().encode()], 1 << 30) as crew, pytest.raises(fault) as error:
-        for turn, _ in enumerate(crew.work(source.raws())):
-            if turn == 3:
-                for worker in crew._all:
-                    os.kill(worker.process.pid, number)
+    with workers.crew(header, [ByteTokenizer().dumps().encode()], 1 << 30) as crew:
+        answers = crew.work(source.raws())
+        next(answers)
+        for worker in crew._all:
+            os.kill(worker.process.pid, number)
+        with pytest.raises(fault) as error:
+            list(answers)
     assert len(error.value.faults) == 1
 
 

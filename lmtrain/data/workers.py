@@ -161,7 +161,7 @@ class Workers:
             raise fault
 
     def rest(self) -> Iterator[Answer]:
-        return (worker.ask(None) for worker in self._all)
+        return self._threads.map(lambda worker: worker.ask(None), self._all)
 
     def end(self) -> None:
         """End all processes and threads."""
