@@ -13,6 +13,7 @@ import contextlib
 import gzip
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LETTERS = np.frombuffer(b"etaoinshrdlcumwfgypbvkjxqz", np.uint8)
-FILES = 4  # the last one as .gz
+FILES = 4
+PACKED = 16  # one of so many parts is in the last file, a .gz
 CHOICES = 1 << 21  # words that blocks are drawn from
 BLOCK_WORDS = 1 << 19
 ROOT = Path(__file__).parent.parent
@@ -40,7 +42,7 @@ logging: {{every_steps: 1, sample_prompts: []}}
 
 
 def made_up(count: int, low: int, high: int, chance: np.random.Generator) -> NDArray[np.uint64]:
-    """Words of so many letters, each with a space behind it, in eight bytes; NULs are left out when they are written."""
+    """Words of so many letters, each with a space behind it, in eight bytes; their NULs are left out in the end."""
     letters = LETTERS[(chance.random((count, 8)) ** 2 * 26).astype(np.int64)]
     letters[np.arange(8) >= chance.integers(low, high + 1, count)[:, None]] = 0
     letters[:, 7] = ord(" ")
@@ -65,8 +67,7 @@ def blocks(seed: int) -> Iterator[bytes]:
     chance = np.random.Generator(np.random.PCG64(seed))
     drawn = choices(np.random.Generator(np.random.PCG64(0)))
     while True:
-        start = int(chance.integers(0, CHOICES - BLOCK_WORDS))
-        words = np.roll(drawn, int(chance.integers(CHOICES)))[start : start + BLOCK_WORDS].copy()
+        words = drawn[chance.integers(0, CHOICES, BLOCK_WORDS, np.uint32)]
         words[chance.integers(0, BLOCK_WORDS, BLOCK_WORDS // 100)] = made_up(BLOCK_WORDS // 100, 6, 7, chance)
         ends = chance.integers(1, 41, BLOCK_WORDS // 20).cumsum()
         flat = words.view(np.uint8)
@@ -79,7 +80,7 @@ def make(directory: Path, size: int) -> None:
     """The files of a corpus of so many bytes, unpacked, and a few lines held out."""
     for number in range(FILES):
         packed = number == FILES - 1
-        share, done = size // FILES if not packed else size - size // FILES * (FILES - 1), 0
+        share, done = size // PACKED if packed else (size - size // PACKED) // (FILES - 1), 0
         path = directory / f"part-{number}.txt{'.gz' if packed else ''}"
         with gzip.open(path, "wb", compresslevel=1) if packed else open(path, "wb") as handle:
             for block in blocks(number + 1):
@@ -164,11 +165,14 @@ def main() -> None:
         time.sleep(3)  # so that their digests can be remembered
         for kind in given.kinds:
             (directory / "config.yaml").write_text(CONFIG.format(kind=kind))
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             said, took_s, peak = watched("prepare", "config.yaml", directory=directory)
-            rate = size / 1e6 / took_s
-            load = os.getloadavg()[0]
-            print(f"{kind}: {took_s:,.0f} s, {rate:.1f} MB/s, {rate / cores:.1f} MB/s a core, ", end="")
-            print(f"{peak / 1e6:,.0f} MB in all processes at most (load {load:.1f} on {cores} cores)")
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            busy_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            rate, load = size / 1e6 / took_s, os.getloadavg()[0]
+            print(f"{kind}: {took_s:,.0f} s, {rate:.1f} MB/s, {rate / cores:.1f} MB/s a core", end="")
+            print(f" (by processor time {size / 1e6 / busy_s:.1f}; load {load:.1f} on {cores} cores)", end="")
+            print(f", {peak / 1e6:,.0f} MB in all processes at most")
             print("    " + said.strip().replace("\n", "\n    "))
             first = subprocess.run(
                 [sys.executable, "-c", FIRST_BATCH, "config.yaml"],
@@ -177,9 +181,7 @@ def main() -> None:
                 text=True,
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
             )
-            print(
-                f"    the first batch once prepared, imports counted: {first.stdout.strip()}{first.stderr}", flush=True
-            )
+            print(f"    first batch once prepared, imports counted: {first.stdout.strip()}{first.stderr}", flush=True)
             shutil.rmtree(directory / "cache")
     finally:
         shutil.rmtree(directory)
