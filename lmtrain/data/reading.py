@@ -128,21 +128,22 @@ def read_lines_of(handle: IO[bytes], name: str) -> Iterator[Block]:
 
 
 def _cut(path: str, chunks: Iterator[bytes], offset: int, line: int) -> Iterator[Raw]:
-    carried = b""
+    carried: list[bytes] = []  # of a line that goes on
+    size = 0
     for chunk in chunks:
-        if offset == 0 and not carried and chunk.startswith(codecs.BOM_UTF8):
+        if offset == 0 and not size and chunk.startswith(codecs.BOM_UTF8):
             chunk, offset = chunk.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         whole, newline, rest = chunk.rpartition(b"\n")
         if newline:
-            raw = Raw(path, line, offset, carried + whole)
+            raw = Raw(path, line, offset, b"".join([*carried, whole]))
             yield raw
-            line, offset, carried = raw.next_line, raw.end, rest
-        else:
-            carried += rest
-        if len(carried) > LONGEST_LINE_BYTES:
+            line, offset, carried, size = raw.next_line, raw.end, [], 0
+        carried.append(rest)
+        size += len(rest)
+        if size > LONGEST_LINE_BYTES:
             raise DataError(f"{path}:{line}: a line of more than {LONGEST_LINE_BYTES >> 20} MiB; cut it into several")
-    if carried:
-        yield Raw(path, line, offset, carried, ended=False)
+    if size:
+        yield Raw(path, line, offset, b"".join(carried), ended=False)
 
 
 def _chunks(path: str, handle: IO[bytes], offset: int) -> Iterator[bytes]:
