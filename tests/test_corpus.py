@@ -19,7 +19,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lmtrain.data import corpus, reading
-from lmtrain.data.corpus import Source, open_store
+from lmtrain.data.corpus import open_store
+from lmtrain.data.source import Source
 from lmtrain.data.tokenizer import ByteTokenizer, IdsTokenizer, train_tokenizer
 from lmtrain.errors import DataError
 from tests.conftest import shared
@@ -277,7 +278,8 @@ def test_korean_reviews_survive_the_way_there_and_back(tmp_path):
 
 BUILD = """
 import resource, sys
-from lmtrain.data.corpus import Source, open_store
+from lmtrain.data.corpus import open_store
+from lmtrain.data.source import Source
 from lmtrain.data.tokenizer import train_tokenizer
 source = Source((sys.argv[1],))
 tokenizer = train_tokenizer("word", source.texts(), vocab_size=1000)

@@ -12,10 +12,10 @@ import torch
 
 from lmtrain import checkpoint
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
+from lmtrain.progress import Quiet
 from lmtrain.run import RunDirectory
 from lmtrain.trained import weights
 from lmtrain.training.start import train
-from lmtrain.training.tracking import Quiet
 from tests.oracle import digest
 
 SETTINGS = {

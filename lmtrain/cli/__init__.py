@@ -39,6 +39,7 @@ def _root(
 
 
 for command in (
+    training.prepare,
     training.train,
     generation.generate,
     inference.evaluate,

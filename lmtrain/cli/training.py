@@ -1,23 +1,25 @@
-"""`lmtrain train` and `lmtrain check`."""
+"""`lmtrain prepare`, `lmtrain train` and `lmtrain check`."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmtrain.cli.terminal import DeviceOption, silence_stdout
+from lmtrain.cli.terminal import DeviceOption, JsonOption, print_json, silence_stdout
 from lmtrain.errors import ConfigError
 from lmtrain.lines import escape, say
 
 if TYPE_CHECKING:
     from lmtrain.cli.terminal import Device
     from lmtrain.config import Config
-    from lmtrain.training.tracking import Progress
+    from lmtrain.progress import Progress
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 OverridesArgument = Annotated[
@@ -102,7 +104,33 @@ def check(
         print(escape(line))
 
 
+def prepare(config: ConfigArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
+    """Learn the tokenizer and bring the token stores up to date, as `train` would; interrupted, it goes on."""
+    settings = _load(config, overrides, None)
+    from lmtrain.data.preparation import prepare_all
+
+    progress, start_s = _progress(), time.monotonic()
+    try:
+        tokenizer, stores = prepare_all(settings, progress.note, progress.reading)
+    finally:
+        progress.close()
+    took_s = time.monotonic() - start_s
+    if as_json:
+        for name, store in stores.items():
+            facts = {"store": name, "directory": str(store.directory), "size_bytes": store.size_bytes}
+            facts |= {"vocabulary": tokenizer.vocab_size, "built": store.is_new, **asdict(store.counts)}
+            del facts["checksums"]
+            print_json(facts)
+        return
+    print(f"vocabulary: {tokenizer.vocab_size:,} tokens ({tokenizer.kind})")
+    for name, store in stores.items():
+        print(escape(f"{name}: {store.counts.summary()}; {store.size_bytes / 1e6:,.1f} MB in {store.directory}"))
+    if read_mb := sum(store.counts.bytes for store in stores.values() if store.is_new) / 1e6:
+        print(f"{read_mb:,.1f} MB of text in {took_s:,.1f} s: {read_mb / took_s:.1f} MB/s")
+    print(escape(f"Next: lmtrain train {config}"))
+
+
 def _progress() -> Progress:
-    from lmtrain.training.tracking import Bar, Lines
+    from lmtrain.progress import Bar, Lines
 
     return Bar() if sys.stderr.isatty() else Lines()

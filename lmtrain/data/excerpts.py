@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from lmtrain.config import Config
-from lmtrain.data.reading import LONGEST_LINE_BYTES, content_hash, expand
+from lmtrain.data.reading import LONGEST_LINE_BYTES, expand, open_text
 from lmtrain.errors import DataError
 
 EXCERPT_BYTES = 8 << 20  # of all the files of a corpus
@@ -87,7 +87,7 @@ def excerpts_of(config: Config) -> Iterator[Excerpts]:
 def _take(files: Sequence[str], folder: Path) -> Excerpt:
     for file in files:
         if not os.path.isfile(file) or not os.access(file, os.R_OK):
-            content_hash(file)  # which says why it can't be read
+            open_text(file).close()  # which says why it can't be read
     sizes = {file: os.path.getsize(file) for file in files}
     packed = {file: size for file, size in sizes.items() if file.endswith(".gz")}
     plain = {file: size for file, size in sizes.items() if file not in packed}

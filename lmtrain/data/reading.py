@@ -1,7 +1,8 @@
 """From files to texts: lines, JSON records or ids, in bounded memory, every fault with its place.
 
 Text is UTF-8 (a BOM is dropped, CRLF is one line end) and leaves here NFC-normalised; `.gz` files are read as they
-are. Files are read in blocks of about a mebibyte, so memory does not grow with them.
+are. To read is one thing, `raw_blocks`: bytes that end where a line does, a quarter of a mebibyte at a time, so memory
+does not grow with the files. To parse them is another, and depends on nothing else: any process can do it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import codecs
 import glob
 import gzip
-import hashlib
 import json
 import os
 import stat
@@ -23,10 +23,32 @@ from lmtrain.errors import DataError
 
 Format = Literal["text", "jsonl", "ids"]
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18  # what is made of it fits into a processor's cache
 LONGEST_LINE_BYTES = 16 << 20
 # gzip reaches 1,032:1 on zeros; logs and text stay far below this
 BOMB_RATIO, BOMB_BYTES = 400, 64 << 20
+
+
+class Raw(NamedTuple):
+    """Consecutive lines of one file as they stand there, the last one without its newline."""
+
+    path: str
+    first_line: int  # 1-based number of the first line
+    offset: int  # of the first byte in the file, as unpacked
+    data: bytes
+    ended: bool = True  # whether a newline stands behind the last line
+    read_bytes: int = 0  # of the file itself up to here
+    file: int = 0  # which of the source's files
+    last: bool = False  # whether it is the last one of the source
+
+    @property
+    def next_line(self) -> int:
+        return self.first_line + self.data.count(b"\n") + 1
+
+    @property
+    def end(self) -> int:
+        """The offset behind the lines."""
+        return self.offset + len(self.data) + self.ended
 
 
 class Block(NamedTuple):
@@ -35,7 +57,6 @@ class Block(NamedTuple):
     path: str
     first_line: int  # 1-based number of the first line
     texts: list[str]
-    blank: int = 0  # how many of the texts hold white space at most
     ended: bool = True  # whether a newline stands behind the last one
 
 
@@ -54,17 +75,8 @@ def expand(patterns: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def content_hash(path: str) -> str:
-    """SHA-256 of a file's bytes.
-
-    Raises:
-        DataError: not a file that can be read.
-    """
-    with _open(path) as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
-def _open(path: str) -> IO[bytes]:
+def open_text(path: str) -> IO[bytes]:
+    """Open a regular file; raises DataError, in words."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -84,68 +96,95 @@ def resolve_format(path: str, format: str) -> Format:
     return "jsonl" if Path(path.removesuffix(".gz")).suffix == ".jsonl" else "text"
 
 
-def read_texts(paths: Sequence[str], format: str = "auto", jsonl_field: str = "text") -> Iterator[Block]:
-    """The texts of all files in order, a block at a time; blank ones are there as empty texts.
+def raw_blocks(path: str, offset: int = 0, line: int = 1) -> Iterator[Raw]:
+    """The lines of a file, a block at a time.
+
+    Args:
+        offset, line: where a line begins from which on they are wanted.
 
     Raises:
-        DataError: a file that can't be read, is not UTF-8, holds a NUL, a line beyond 16 MiB, or broken JSON.
+        DataError: the file can't be read, is broken, changes meanwhile, or holds a line beyond 16 MiB.
     """
-    for path in paths:
-        before = os.stat(path) if os.path.exists(path) else None
-        kind = resolve_format(path, format)
-        for block in _read_lines(path, _chunks(path)):
-            if kind == "jsonl":
-                block = _records(block, jsonl_field)
-            yield block._replace(blank=sum(not text.strip() for text in block.texts))
-        after = os.stat(path)
-        if before is None or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    with open_text(path) as handle:
+        before = os.fstat(handle.fileno())
+        for raw in _cut(path, _chunks(path, handle, offset), offset, line):
+            yield raw._replace(read_bytes=handle.tell())
+        if not os.path.exists(path) or _identity(before) != _identity(os.stat(path)):
             raise DataError(f"{path}: the file changed while it was read; start again when it is at rest")
 
 
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def read_lines_of(handle: IO[bytes], name: str) -> Iterator[Block]:
-    """The lines of what is open already, such as standard input; raises DataError as `read_texts`, under this name."""
-    return _read_lines(name, iter(lambda: handle.read(BLOCK_BYTES), b""))
+    """The lines of what is open already, such as standard input.
+
+    Raises:
+        DataError: as `raw_blocks` and `parse`, under this name.
+    """
+    chunks = iter(lambda: handle.read(BLOCK_BYTES), b"")
+    return (parse(raw, "text", "") for raw in _cut(name, chunks, 0, 1))
 
 
-def _read_lines(path: str, chunks: Iterator[bytes]) -> Iterator[Block]:
-    line, offset, carried = 1, 0, b""
+def _cut(path: str, chunks: Iterator[bytes], offset: int, line: int) -> Iterator[Raw]:
+    carried: list[bytes] = []  # of a line that goes on
+    size = 0
     for chunk in chunks:
-        if offset == 0 and not carried and chunk.startswith(codecs.BOM_UTF8):
+        if offset == 0 and not size and chunk.startswith(codecs.BOM_UTF8):
             chunk, offset = chunk.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         whole, newline, rest = chunk.rpartition(b"\n")
         if newline:
-            block = _decode(path, line, offset, carried + whole)
-            yield block
-            line += len(block.texts)
-            offset += len(carried) + len(whole) + 1
-            carried = rest
-        else:
-            carried += rest
-        if len(carried) > LONGEST_LINE_BYTES:
+            raw = Raw(path, line, offset, b"".join([*carried, whole]))
+            yield raw
+            line, offset, carried, size = raw.next_line, raw.end, [], 0
+        carried.append(rest)
+        size += len(rest)
+        if size > LONGEST_LINE_BYTES:
             raise DataError(f"{path}:{line}: a line of more than {LONGEST_LINE_BYTES >> 20} MiB; cut it into several")
-    if carried:
-        yield _decode(path, line, offset, carried)._replace(ended=False)
+    if size:
+        yield Raw(path, line, offset, b"".join(carried), ended=False)
 
 
-def _chunks(path: str) -> Iterator[bytes]:
-    with _open(path) as handle:
-        if not path.endswith(".gz"):
-            while chunk := handle.read(BLOCK_BYTES):
-                yield chunk
-            return
-        read_bytes = 0
-        try:
-            with gzip.open(handle) as unpacked:
-                while chunk := unpacked.read(BLOCK_BYTES):
-                    read_bytes += len(chunk)
-                    if read_bytes > max(BOMB_BYTES, BOMB_RATIO * handle.tell()):  # by what it was unpacked from so far
-                        raise DataError(f"{path}: unpacks to more than {BOMB_RATIO} times its size; unpack it yourself")
-                    yield chunk
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{path}: broken gzip file: {error}") from None
+def _chunks(path: str, handle: IO[bytes], offset: int) -> Iterator[bytes]:
+    if not path.endswith(".gz"):
+        handle.seek(offset)
+        while chunk := handle.read(BLOCK_BYTES):
+            yield chunk
+        return
+    read_bytes = 0
+    try:
+        with gzip.open(handle) as unpacked:
+            while chunk := unpacked.read(BLOCK_BYTES):
+                read_bytes += len(chunk)
+                if read_bytes > max(BOMB_BYTES, BOMB_RATIO * handle.tell()):  # by what it was unpacked from so far
+                    raise DataError(f"{path}: unpacks to more than {BOMB_RATIO} times its size; unpack it yourself")
+                if read_bytes > offset:
+                    yield chunk[max(0, offset - read_bytes + len(chunk)) :]
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: broken gzip file: {error}") from None
 
 
-def _decode(path: str, line: int, offset: int, data: bytes) -> Block:
+def parse(raw: Raw, kind: Format, field: str) -> Block:
+    """The texts of lines as they stand in a file: one a line, blank ones as empty ones or white space.
+
+    Args:
+        field: of a JSON record, that holds its text.
+
+    Raises:
+        DataError: not UTF-8, a NUL, or broken JSON, with its place.
+    """
+    text = decode(raw)
+    lines = text.split("\n")
+    if "\r" in text:
+        lines = [each.removesuffix("\r") for each in lines]
+    block = Block(raw.path, raw.first_line, lines, raw.ended)
+    return _records(block, field) if kind == "jsonl" else block
+
+
+def decode(raw: Raw) -> str:
+    """The lines in one; raises DataError as `parse`."""
+    path, line, offset, data = raw[:4]
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -155,10 +194,7 @@ def _decode(path: str, line: int, offset: int, data: bytes) -> Block:
         ) from None
     if "\0" in text:
         raise DataError(f"{_place(path, line, text[: text.index(chr(0))])}: a NUL character; is this a text file?")
-    lines = normalise(text).split("\n")
-    if "\r" in text:
-        lines = [each.removesuffix("\r") for each in lines]
-    return Block(path, line, lines)
+    return normalise(text)
 
 
 def _place(path: str, first_line: int, before: str) -> str:

@@ -11,35 +11,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from threading import Lock
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lmtrain.data.library import caught, first_line, train_library
+from lmtrain.data.pieces import Pieces, cuts_at_spaces
+from lmtrain.data.words import LONGEST_BYTES, WordIndex, cut
 from lmtrain.errors import ArtefactError, DataError
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 FIRST = len(SPECIAL_TOKENS)  # the id of a vocabulary's first own token
 FORMAT = 1
 LARGEST_VOCABULARY = 1 << 24
+SMALL_TEXT = 1 << 14  # characters that are sooner looked up word by word
 
 Ids = NDArray[np.int64]
-
-_REDIRECTING = Lock()  # file 2 is the whole process's
 
 
 def normalise(text: str) -> str:
     """NFC, so that a letter has one spelling whether it was typed composed or not (Hangul, accents)."""
-    return unicodedata.normalize("NFC", text)
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 class Tokenizer(ABC):
@@ -138,35 +137,27 @@ class WordTokenizer(_Vocabulary):
     kind = "word"
     separator = " "
 
+    def __init__(self, tokens: Sequence[str]) -> None:
+        super().__init__(tokens)
+        self._index: WordIndex | None = None  # made for the first long text
+
     def encode_texts(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        whole = "\n".join(texts)
+        if len(whole) < SMALL_TEXT or whole.count("\n") >= len(texts):
+            return self._encode_slowly(texts)
+        if self._index is None:
+            self._index = WordIndex(self.tokens)
+        words = cut(whole)
+        flat = self._index.find(words).astype(np.int64) + (FIRST - 1)  # 0, not found, is FIRST - 1: <unk>
+        for place in np.flatnonzero(words.sizes > LONGEST_BYTES).tolist():
+            [word] = words.bytes_of(np.array([place]))
+            flat[place] = self.ids.get(word.decode("utf-8", "surrogatepass"), 3)
+        return flat, words.lengths()
+
+    def _encode_slowly(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
         words = [text.split() for text in texts]
-        lengths = np.array([len(part) for part in words], np.int64)
-        look_up = self.ids.get
-        flat = np.fromiter((look_up(word, 3) for word in chain.from_iterable(words)), np.int64, int(lengths.sum()))
-        return flat, lengths
-
-
-@contextmanager
-def _caught(what: str) -> Iterator[None]:
-    """Whatever the tokenizers library raises, as an ArtefactError.
-
-    Its panics are no `Exception`, and it tells them to file 2 by itself: a user should have one line, and ours.
-    """
-    with _REDIRECTING, open(os.devnull, "w") as unseen:
-        try:
-            shown = os.dup(2)
-        except OSError:  # closed by whoever started us
-            shown = os.dup(unseen.fileno())
-        os.dup2(unseen.fileno(), 2)
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as error:  # noqa: BLE001
-            raise ArtefactError(f"{what}: {_first_line(error)}") from None
-        finally:
-            os.dup2(shown, 2)
-            os.close(shown)
+        flat = [self.ids.get(word, 3) for word in chain.from_iterable(words)]
+        return np.array(flat, np.int64), np.array([len(part) for part in words], np.int64)
 
 
 class SubwordTokenizer(Tokenizer):
@@ -184,30 +175,39 @@ class SubwordTokenizer(Tokenizer):
 
         self.name = name
         self.kind = kind  # type: ignore[misc]  # bpe, unigram and file differ in their origin alone
-        with _caught(f"{name}: not a tokenizer of the tokenizers library"):
+        with caught(f"{name}: not a tokenizer of the tokenizers library"):
             self.library = Library.from_str(content)
         self.library.no_padding()
         self.library.no_truncation()
         self.library.encode_special_tokens = True  # text that looks like a special token is text
-        ids = self.library.get_vocab(with_added_tokens=True).values()
-        if sorted(ids) != list(range(len(ids))):
+        vocabulary = self.library.get_vocab(with_added_tokens=True)
+        tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+        if [vocabulary[token] for token in tokens] != list(range(len(tokens))):
             raise ArtefactError(f"{name}: the vocabulary's ids have gaps")
-        self.vocab_size = FIRST + len(ids)
+        self.vocab_size = FIRST + len(tokens)
         unknown = getattr(self.library.model, "unk_token", None)
         unknown_id = self.library.token_to_id(unknown) if isinstance(unknown, str) else None
         if unknown_id is None:  # unigram names it by its id
             unknown_id = json.loads(self.library.to_str())["model"].get("unk_id")
         self.unk_id = None if unknown_id is None else FIRST + unknown_id
+        by_spaces = cuts_at_spaces(json.loads(self.library.to_str()))
+        self._pieces = Pieces(self._encode, list(map(len, tokens))) if by_spaces else None  # a character is a byte
 
     def encode_texts(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        with _caught(f"{self.name}: can't encode this text"):
-            encoded = [part.ids for part in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
-        lengths = np.array([len(ids) for ids in encoded], np.int64)
-        flat = np.fromiter(chain.from_iterable(encoded), np.int64, int(lengths.sum()))
+        with caught(f"{self.name}: can't encode this text"):
+            if self._pieces is not None and sum(map(len, texts)) >= SMALL_TEXT:
+                flat, lengths = self._pieces.encode_texts(texts)
+            else:
+                encoded = self._encode(list(texts))
+                lengths = np.array([len(ids) for ids in encoded], np.int64)
+                flat = np.fromiter(chain.from_iterable(encoded), np.int64, int(lengths.sum()))
         return flat + FIRST, lengths
 
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [part.ids for part in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int]) -> str:
-        with _caught(f"{self.name}: can't decode these tokens"):
+        with caught(f"{self.name}: can't decode these tokens"):
             text: str = self.library.decode([int(i) - FIRST for i in ids if i >= FIRST], skip_special_tokens=False)
         return text
 
@@ -287,7 +287,7 @@ def train_tokenizer(
             words = (Counter(text.split()) for text in texts)
             return WordTokenizer(_most_frequent(words, vocab_size, min_frequency, left_out="<unk>"))
         case _:
-            return _train_subwords(kind, texts, vocab_size)
+            return SubwordTokenizer(train_library(kind, texts, max(257, vocab_size - FIRST)), kind)
 
 
 def _most_frequent(
@@ -301,28 +301,13 @@ def _most_frequent(
         total.pop(left_out, None)
     kept = sorted((item for item in total.items() if item[1] >= min_frequency), key=lambda item: (-item[1], item[0]))
     if not kept:
-        raise DataError(f"no token occurs {min_frequency} times or more: there is no vocabulary to learn")
+        raise no_vocabulary(min_frequency)
     return [token for token, _ in kept[: max(1, vocab_size - FIRST)]]
 
 
-def _train_subwords(kind: str, texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
-    """Byte-level pieces: any text can be encoded and comes back as it was, so nothing is unknown."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    trainer: Any
-    size = max(257, vocab_size - FIRST)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if kind == "bpe":
-        library = Library(models.BPE())
-        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    else:
-        library = Library(models.Unigram())
-        trainer = trainers.UnigramTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.train_from_iterator(texts, trainer)
-    return SubwordTokenizer(library.to_str(), kind)
+def no_vocabulary(min_frequency: int) -> DataError:
+    """The error to raise where everything is rarer than that."""
+    return DataError(f"no token occurs {min_frequency} times or more: there is no vocabulary to learn")
 
 
 def loads(content: str, name: str = "tokenizer.json") -> Tokenizer:
@@ -354,8 +339,4 @@ def loads(content: str, name: str = "tokenizer.json") -> Tokenizer:
             case kind:
                 raise ArtefactError(f"{name}: unknown tokenizer kind {kind!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtefactError(f"{name}: not a tokenizer file: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ArtefactError(f"{name}: not a tokenizer file: {first_line(error)}") from None

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from lmtrain.config import Config
-from lmtrain.data.corpus import Source, open_store
+from lmtrain.data.corpus import open_store
 from lmtrain.data.feeding import evaluation_batches
 from lmtrain.data.preparation import source_of
 from lmtrain.data.reading import Block
+from lmtrain.data.source import Source
 from lmtrain.data.tokenizer import Tokenizer, normalise
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference import export, generation, scoring
@@ -116,7 +117,7 @@ class TrainedModel:
         """How probable each text is, one after the other, in memory that does not grow with their number.
 
         Args:
-            texts: a line each, or blocks of lines as `read_texts` gives them.
+            texts: a line each, or blocks of lines as `read_lines_of` gives them.
             direction: both: the mean of the two log-probabilities.
             each: give every token's own, too; of one direction.
 
@@ -336,9 +337,8 @@ class TrainedModel:
         try:
             own = source_of(self.config, "test") or source_of(self.config, "valid")
         except DataError as error:
-            raise DataError(
-                f"{error} (the run's own file, seen from this directory; name a file to evaluate)"
-            ) from None
+            seen = "the run's own file, seen from this directory; name a file to evaluate"
+            raise DataError(f"{error} ({seen})") from None
         if own is None:
             raise ConfigError("the run names neither a test nor a validation set; name a file to evaluate")
         return own

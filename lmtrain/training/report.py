@@ -9,13 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lmtrain.config import Config
-from lmtrain.data.corpus import ARRAYS, Source, TokenStore, encode_block, open_store
+from lmtrain.data.corpus import DIGESTS, TokenStore
+from lmtrain.data.digests import Digests
+from lmtrain.data.encoding import encode_block
 from lmtrain.data.excerpts import Excerpts, excerpts_of, size_of
 from lmtrain.data.feeding import Reading, training_reading
-from lmtrain.data.preparation import Corpora, prepare, source_of
+from lmtrain.data.preparation import prepare_all, source_of
+from lmtrain.data.source import Source
 from lmtrain.data.streaming import Stream
 from lmtrain.data.tokenizer import IdsTokenizer, Tokenizer, loads
 from lmtrain.data.windows import WINDOW_BYTES, WINDOW_ROWS
@@ -43,13 +47,13 @@ def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
     faults = _all_faults(config)
     if faults:
         raise DataError(*faults)
-    corpora = prepare(config, notify)
-    reading = training_reading(config, corpora.train, corpora.tokenizer.eos_id)  # or a fault, before anything is said
-    yield f"vocabulary: {corpora.tokenizer.vocab_size:,} tokens ({corpora.tokenizer.kind})"
-    for name, store in _stores(config, corpora, notify).items():
-        yield f"{name}: {_store(store)}"
+    tokenizer, stores = prepare_all(config, notify)
+    reading = training_reading(config, stores["train"], tokenizer.eos_id)  # or a fault, before anything is said
+    yield f"vocabulary: {tokenizer.vocab_size:,} tokens ({tokenizer.kind})"
+    for name, store in stores.items():
+        yield f"{name}: {store.counts.summary()}"
     yield _batches(reading)
-    yield from _training(config, corpora, reading, 1.0)
+    yield from _training(config, tokenizer, stores["train"], reading, 1.0)
 
 
 def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
@@ -58,10 +62,10 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
     faults = _all_faults(sampled)
     if faults:
         raise DataError(*map(excerpts.named, faults))
-    tokenizer = _learnt(config)
+    known = _learnt(config)
     start_s = time.process_time()  # of all threads, and whatever else the machine does
     try:
-        corpora = prepare(sampled, lambda line: None, tokenizer)  # its notes would be on excerpts
+        tokenizer, stores = prepare_all(sampled, lambda line: None, tokenizer=known)  # its notes would be on excerpts
     except DataError as error:
         raise DataError(*map(excerpts.named, error.faults)) from None
     prepared_s = time.process_time() - start_s
@@ -71,23 +75,23 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
         f"estimates (about) from {taken / 1e6:,.1f} MB in pieces of {_about(whole / 1e6)} MB of text; "
         "no fault in these, but only lmtrain prepare reads all"
     )
-    learnt = tokenizer is None and corpora.tokenizer.kind not in ("byte", "ids", "file")
+    learnt = known is None and tokenizer.kind not in ("byte", "ids", "file")
     yield (
-        f"vocabulary: {corpora.tokenizer.vocab_size:,} tokens "
-        f"({corpora.tokenizer.kind}{', learnt from these pieces' if learnt else ''})"
+        f"vocabulary: {tokenizer.vocab_size:,} tokens "
+        f"({tokenizer.kind}{', learnt from these pieces' if learnt else ''})"
     )
     stored_bytes = 0.0
-    for name, store in _stores(sampled, corpora, lambda line: None).items():
-        yield f"{name}: {_store(store, of[name].scale)}"
-        stored_bytes += of[name].scale * sum((store.directory / f"{part}.bin").stat().st_size for part in ARRAYS)
+    for name, store in stores.items():
+        yield f"{name}: {store.counts.summary(partial(_scaled, scale=of[name].scale))}"
+        stored_bytes += of[name].scale * store.size_bytes
     yield _room(config, stored_bytes)
     cores = os.cpu_count() or 1
     read = [of[name] for name in ("train", "valid") if name in of]
     scale = sum(each.all_bytes for each in read) / sum(each.taken_bytes for each in read)
     yield f"preparing: about {in_words(prepared_s * scale / cores)} on {cores} cores, once"
-    reading = training_reading(sampled, corpora.train, corpora.tokenizer.eos_id)
+    reading = training_reading(sampled, stores["train"], tokenizer.eos_id)
     yield _batches(reading, of["train"].scale)
-    yield from _training(config, corpora, reading, of["train"].scale)
+    yield from _training(config, tokenizer, stores["train"], reading, of["train"].scale)
 
 
 def _learnt(config: Config) -> Tokenizer | None:
@@ -95,7 +99,8 @@ def _learnt(config: Config) -> Tokenizer | None:
     cache, source = Path(config.data.cache_dir), source_of(config, "train")
     if source is None or not any(cache.glob("tokenizer-*.json")):
         return None
-    stored = cache / f"tokenizer-{source.key(config.tokenizer.model_dump_json())}.json"
+    key = source.key(Digests(cache / DIGESTS), config.tokenizer.model_dump_json())
+    stored = cache / f"tokenizer-{key}.json"
     with suppress(OSError, ValueError, ArtefactError):  # then it is learnt again
         return loads(stored.read_text(encoding="utf-8"), str(stored))
     return None
@@ -110,20 +115,20 @@ def _room(config: Config, stored_bytes: float) -> str:
     return line + (": too few" if stored_bytes > free else "")
 
 
-def _training(config: Config, corpora: Corpora, reading: Reading, scale: float) -> Iterator[str]:
+def _training(config: Config, tokenizer: Tokenizer, store: TokenStore, reading: Reading, scale: float) -> Iterator[str]:
     """Lines on the model and on what training it costs.
 
     Args:
-        scale: how many times as large the corpus is as what `corpora` and `reading` hold.
+        scale: how many times as large the corpus is as what `store` and `reading` hold.
     """
-    weights = count_weights(config, corpora.tokenizer.vocab_size)
+    weights = count_weights(config, tokenizer.vocab_size)
     trained_mb = 16 * weights / 1e6  # weights, gradients, two moments
     yield f"model: {weights:,} weights, {4 * weights / 1e6:,.1f} MB; with gradients and optimizer {trained_mb:,.1f} MB"
     if (why := why_not_measured(config, weights)) is not None:
         yield f"time: not measured: {why}"
         return
     try:
-        measured = measure(config, corpora.tokenizer, reading)
+        measured = measure(config, tokenizer, reading)
     except (RuntimeError, MemoryError) as error:
         if (memory := out_of_memory(error, "lower batching.batch_size or model.hidden_size")) is not None:
             raise memory from None
@@ -132,22 +137,12 @@ def _training(config: Config, corpora: Corpora, reading: Reading, scale: float) 
     window = 0 if scale == 1 or measured.device.type == "cuda" else WINDOW_BYTES + 48 * WINDOW_ROWS
     yield f"memory: about {_about((measured.memory_bytes + window) / 1e6)} MB {where} in training"
     batches = scale * len(reading.sampler.epoch(0))
-    epoch_s, whole_s = measured.duration_s(config, scale * corpora.train.counts.events, batches)
+    epoch_s, whole_s = measured.duration_s(config, scale * store.counts.events, batches)
     yield (
         f"time: about {in_words(epoch_s)} an epoch, {in_words(whole_s)} in all, validation aside: "
         f"{_about(measured.tokens_per_second)} tokens/s over {measured.steps} steps "
         f"({measured.device.type}, {measured.precision})"
     )
-
-
-def _stores(config: Config, corpora: Corpora, notify: Callable[[str], None]) -> dict[str, TokenStore]:
-    """The store of each part that there is."""
-    stores = {"train": corpora.train}
-    if corpora.valid is not None:
-        stores["valid"] = corpora.valid
-    if (test := source_of(config, "test")) is not None:
-        stores["test"] = open_store(test, corpora.tokenizer, config.data.cache_dir, notify)
-    return stores
 
 
 def _all_faults(config: Config) -> list[str]:
@@ -166,14 +161,6 @@ def _faults(config: Config, source: Source) -> Iterator[str]:
                     encode_block(ids, block, block.texts)
         except DataError as error:
             yield from error.faults
-
-
-def _store(store: TokenStore, scale: float = 1.0) -> str:
-    counts = store.counts
-    line = f"{_scaled(counts.sequences, scale)} {'lines' if counts.stream else 'sequences'}"
-    line += f", {_scaled(counts.events, scale)} tokens with end tokens"
-    line += f", longest {counts.longest:,}, {counts.unknown_tokens / counts.events:.2%} unknown"
-    return line + (f", {_scaled(counts.blank, scale)} blank lines skipped" if counts.blank else "")
 
 
 def _batches(reading: Reading, scale: float = 1.0) -> str:

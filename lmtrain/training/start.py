@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ from lmtrain.data.preparation import Corpora, prepare
 from lmtrain.data.tokenizer import Tokenizer, loads
 from lmtrain.errors import ConfigError, DataError, out_of_memory
 from lmtrain.processes import Alone, compare, joined
+from lmtrain.progress import Progress, Quiet
 from lmtrain.run import RunDirectory, create_run, find_resumable, refuse_full, refuse_read_only
 from lmtrain.runtime import choose_device, environment, keep_freed_memory, noted_signals
 from lmtrain.training.resuming import check_unchanged, flatten
-from lmtrain.training.tracking import Progress, Quiet
 from lmtrain.training.trainer import Trainer, TrainingResult
 
 
@@ -146,10 +147,11 @@ def _begun(
 def _prepared(config: Config, progress: Progress, tokenizer: Tokenizer | None, processes: Alone) -> Corpora:
     """What the training reads: made by rank 0; the others find it there, or make their own on another machine."""
     if not processes.together:
-        return prepare(config, progress.note, tokenizer)
+        return prepare(config, progress.note, tokenizer, progress.reading)
     first = processes.rank == 0
-    made = processes.agree(lambda: prepare(config, progress.note, tokenizer) if first else None, rank_0_first=True)
+    read = partial(prepare, config, progress.note, watch=progress.reading)
+    made = processes.agree(lambda: read(tokenizer) if first else None, rank_0_first=True)
     learnt = processes.share(None if made is None else made.tokenizer.dumps())
-    corpora = processes.agree(lambda: made or prepare(config, progress.note, loads(learnt)))
+    corpora = processes.agree(lambda: made or read(loads(learnt)))
     compare(processes, corpora.hashes, "{key} holds another text here than for rank 0", DataError)
     return corpora

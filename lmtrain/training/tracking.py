@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl` in full precision, the same tags in TensorBoard, and progress for people."""
+"""What a run reports: `metrics.jsonl` in full precision, and the same tags in TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import json
 import math
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard.summary import histogram, hparams, scalar, text
-from tqdm import tqdm
 
 from lmtrain.errors import StorageError
 from lmtrain.files import reason
-from lmtrain.lines import say
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents*"
@@ -165,84 +162,3 @@ class Board:
 
     def close(self) -> None:
         self.handle.close()
-
-
-class Progress(Protocol):
-    """Where a run stands, for whoever watches."""
-
-    def note(self, line: str) -> None:
-        """A line to be kept in sight."""
-
-    def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None:
-        """A step was done; `progress` is the share of the training that is behind, `figures` the latest."""
-
-    def close(self) -> None:
-        """The training is over."""
-
-
-class Quiet:
-    """No progress."""
-
-    def note(self, line: str) -> None: ...
-
-    def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Bar:
-    """A tqdm bar, for a terminal."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm[Any] = tqdm(unit="step", file=sys.stderr, dynamic_ncols=True, leave=True)
-
-    def note(self, line: str) -> None:
-        with self.bar.external_write_mode(file=sys.stderr):
-            say(line)
-
-    def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None:
-        if self.bar.n == 0 and step > 1:  # resumed
-            self.bar.initial = self.bar.n = step - 1
-        self.bar.total = max(step, round(step / progress)) if progress > 0 else None
-        if figures:
-            self.bar.set_postfix_str(_figures(figures), refresh=False)
-        with suppress(OSError, ValueError):  # the terminal is gone
-            self.bar.update(step - self.bar.n)
-
-    def close(self) -> None:
-        with suppress(OSError, ValueError):
-            self.bar.close()
-
-
-class Lines:
-    """Plain lines now and then, for a file or a pipe."""
-
-    EVERY_S = 10.0
-
-    def __init__(self) -> None:
-        self.start_s = self.last_s = time.monotonic()
-        self.first_progress: float | None = None
-
-    def note(self, line: str) -> None:
-        say(line)
-
-    def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None:
-        now_s = time.monotonic()
-        if self.first_progress is None:
-            self.first_progress = progress
-        if now_s - self.last_s < self.EVERY_S or not figures:
-            return
-        self.last_s = now_s
-        done = progress - self.first_progress
-        left_s = (now_s - self.start_s) * (1 - progress) / done if done > 0 else math.nan
-        left = f"{int(left_s) // 60}:{int(left_s) % 60:02d}" if math.isfinite(left_s) else "?"
-        self.note(f"step {step} ({progress:.0%})  {_figures(figures)}  {left} left")
-
-    def close(self) -> None: ...
-
-
-def _figures(figures: Mapping[str, float]) -> str:
-    return (
-        f"loss {figures['train/loss']:.3f}  perplexity {figures['train/perplexity']:.2f}  "
-        f"{figures['train/tokens_per_second']:,.0f} tokens/s"
-    )

@@ -21,6 +21,7 @@ from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.model.language_model import count_events
 from lmtrain.model.states import CarriedState
 from lmtrain.processes import Alone
+from lmtrain.progress import Progress
 from lmtrain.run import RunDirectory
 from lmtrain.runtime import autocast, choose_precision, environment, seed_of
 from lmtrain.trained import build_model
@@ -30,7 +31,7 @@ from lmtrain.training.optimization import build_optimizers, clip_gradient, learn
 from lmtrain.training.parallel import Gradients
 from lmtrain.training.resuming import Restored, Saves, flatten
 from lmtrain.training.saved import TrainingState
-from lmtrain.training.tracking import Progress, Tracker, Unseen
+from lmtrain.training.tracking import Tracker, Unseen
 from lmtrain.training.validation import Validation, stalled
 
 

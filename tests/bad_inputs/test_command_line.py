@@ -68,6 +68,17 @@ TYPED = {
         ("logging.sample_prompts: 'x': 'x' is not an id; kind ids reads whole numbers between white space"),
         2,
     ),
+    "prepare: no config": Row("prepare", "lmtrain: Missing argument 'CONFIG'. (lmtrain --help)", 2),
+    "prepare: no such config": Row("prepare none.yaml", "none.yaml: no such file or directory", 2),
+    "prepare: no such option": Row(
+        "prepare c.yaml --jsn", "lmtrain: No such option: --jsn (Possible options: --json) (lmtrain --help)", 2
+    ),
+    "prepare: a run": Row("prepare run", "run: is a directory", 2),
+    "prepare: malformed override": Row(
+        "prepare c.yaml seed",
+        "command line: 'seed': an override is KEY=VALUE, for instance model.hidden_size=256",
+        2,
+    ),
     "check: no config": Row("check", "lmtrain: Missing argument 'CONFIG|RUN'. (lmtrain --help)", 2),
     "check: no such option": Row("check c.yaml --run-dir x", "lmtrain: No such option: --run-dir (lmtrain --help)", 2),
     "check: no such device": Row(

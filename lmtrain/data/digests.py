@@ -1,0 +1,102 @@
+"""Digests of files, each computed once: those of large files are remembered from one process to the next.
+
+What is remembered goes by a file's identity: path, device, inode, size, and the times of its content and of its inode,
+the last of which nobody can set. Two writes within one tick of the clock look alike, so a digest is remembered only
+of a file that had been at rest for longer than any file system's tick, as git's index does
+(https://git-scm.com/docs/racy-git).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from lmtrain.data.reading import open_text
+from lmtrain.errors import ArtefactError, StorageError
+from lmtrain.files import read_sealed, sealed, write_atomically
+
+LARGE_BYTES = 64 << 20
+AT_REST_NS = 2 * 10**9
+CHUNK_BYTES = 1 << 20
+
+Watch = Callable[[str, int, int], None]  # what is done, bytes done, of how many
+
+
+def unwatched(what: str, done_bytes: int, total_bytes: int) -> None:
+    """For those who do not care how far it is."""
+
+
+class Digests:
+    """The digests that one command needs.
+
+    Args:
+        directory: where those of large files are remembered; None: nowhere.
+    """
+
+    def __init__(self, directory: Path | None, watch: Watch = unwatched) -> None:
+        self.directory, self.watch = directory, watch
+        self._found: dict[str, tuple[list[int], str]] = {}
+
+    def sha256(self, path: str) -> str:
+        """SHA-256 of a file to read; raises DataError where it can't be."""
+        if path not in self._found:
+            with open_text(path) as handle:
+                self._found[path] = self._of(handle, "sha256")
+        return self._found[path][1]
+
+    def has_changed(self, path: str) -> bool:
+        """Whether a file is another than when `sha256` was asked for it; of a new identity alone, its bytes decide."""
+        identity, digest = self._found[path]
+        with open_text(path) as handle:
+            return _identity(handle) != identity and self._compute(handle, "sha256") != digest
+
+    def crc32(self, path: Path) -> int:
+        """CRC-32 of a file of ours, read and not mapped: mapped pages would count as this process's memory.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        with open(path, "rb") as handle:
+            return int(self._of(handle, "crc32")[1])
+
+    def _of(self, handle: IO[bytes], kind: str) -> tuple[list[int], str]:
+        identity, now_ns = _identity(handle), time.time_ns()
+        if self.directory is None or os.fstat(handle.fileno()).st_size < LARGE_BYTES:
+            return identity, self._compute(handle, kind)
+        path = os.fsencode(os.path.abspath(handle.name))
+        note = self.directory / f"{hashlib.sha256(path).hexdigest()[:32]}-{kind}.json"
+        facts: dict[str, Any] = {"identity": identity}
+        with suppress(ArtefactError, KeyError):  # then it is computed
+            remembered = read_sealed(note)
+            digest = str(remembered.pop("digest"))
+            if remembered == facts:
+                return identity, digest
+        digest = self._compute(handle, kind)
+        if max(identity[-2:]) < now_ns - AT_REST_NS and _identity(handle) == identity:
+            with suppress(OSError, StorageError):  # then it is computed again another time
+                self.directory.mkdir(parents=True, exist_ok=True)
+                write_atomically(note, sealed({**facts, "digest": digest}))
+        return identity, digest
+
+    def _compute(self, handle: IO[bytes], kind: str) -> str:
+        size, done_bytes, checksum, sha256 = os.fstat(handle.fileno()).st_size, 0, 0, hashlib.sha256()
+        while chunk := handle.read(CHUNK_BYTES):
+            if kind == "crc32":
+                checksum = zlib.crc32(chunk, checksum)
+            else:
+                sha256.update(chunk)
+            done_bytes += len(chunk)
+            if size >= LARGE_BYTES:
+                self.watch(f"checking {handle.name}", done_bytes, size)
+        return str(checksum) if kind == "crc32" else sha256.hexdigest()
+
+
+def _identity(handle: IO[bytes]) -> list[int]:
+    status = os.fstat(handle.fileno())
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

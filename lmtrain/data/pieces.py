@@ -1,0 +1,94 @@
+"""Subwords of much text at once: each piece between two spaces is encoded once and remembered.
+
+The library's byte-level tokenizers cut text by GPT-2's pattern before they look for subwords,
+
+    's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
+
+None of its alternatives goes over a space that follows on a character that is none, and none looks back. So text
+whose white space is single spaces may be cut before each of them, and the pieces have the ids that the whole has
+(tests/test_tokenizer.py holds the two against each other). Other text is encoded as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+MOST_PIECES = 1 << 18  # remembered; then it begins anew, so that memory stays bounded
+TOGETHER = 64  # new pieces that are given to the library in one line
+_OTHER_WHITE = re.compile("[\t\n\x0b\x0c\r\x1c-\x1f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
+_WORD = re.compile(r" \S+")
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+def cuts_at_spaces(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer of the library, as its JSON has it, encodes each piece as it would in the whole text."""
+    pre_tokenizer = {key: value for key, value in (content.get("pre_tokenizer") or {}).items() if key in _BYTE_LEVEL}
+    others = ("normalizer", "post_processor", "truncation", "padding", "added_tokens")
+    is_random = content["model"].get("dropout")
+    return pre_tokenizer == _BYTE_LEVEL and not is_random and not any(content.get(key) for key in others)
+
+
+def _is_even(text: str) -> bool:
+    """Whether all white space is single spaces."""
+    return "  " not in text and _OTHER_WHITE.search(text) is None
+
+
+class Pieces:
+    """Ids of texts by those of their pieces.
+
+    Args:
+        encode: gives the ids of each of some texts.
+        sizes: bytes that each id stands for.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], list[list[int]]], sizes: Sequence[int]) -> None:
+        self._encode, self._sizes = encode, np.array(sizes, np.int64)
+        self._known: dict[str, bytes] = {}  # ids as uint32
+
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
+        """Flat ids (T,) of all texts, and the number of ids of each (texts,)."""
+        if _is_even("".join(texts)):
+            pieces = "\n".join(texts).replace(" ", "\n ").split("\n")
+            counts = np.fromiter(map(str.count, texts, repeat(" ")), np.int64, len(texts)) + 1
+        else:
+            cut = [text.replace(" ", "\n ").split("\n") if _is_even(text) else [text] for text in texts]
+            pieces = [piece for part in cut for piece in part]
+            counts = np.fromiter(map(len, cut), np.int64, len(cut))
+        ids = self._ids(pieces)
+        ends = np.fromiter(map(len, ids), np.int64, len(ids)).cumsum() // 4
+        return np.frombuffer(b"".join(ids), np.uint32).astype(np.int64), np.diff(ends[counts.cumsum() - 1], prepend=0)
+
+    def _ids(self, pieces: list[str]) -> list[bytes]:
+        if len(self._known) > MOST_PIECES:
+            self._known.clear()
+        new = set(pieces).difference(self._known)
+        words = [piece for piece in new if _WORD.fullmatch(piece)]
+        others = [piece for piece in new if not _WORD.fullmatch(piece)]
+        if not self._learn_together(words):
+            others += words
+        for piece, ids in zip(others, self._encode(others), strict=True):
+            self._known[piece] = np.array(ids, np.uint32).tobytes()
+        return list(map(self._known.__getitem__, pieces))
+
+    def _learn_together(self, words: list[str]) -> bool:
+        """Encode pieces many at a time, which costs a third; False: which ids are whose can't be told."""
+        lines = ["".join(words[start : start + TOGETHER]) for start in range(0, len(words), TOGETHER)]
+        flat = np.array(list(chain.from_iterable(self._encode(lines))), np.int64)
+        reached = self._sizes[flat].cumsum()
+        wanted = np.array([len(word.encode()) for word in words], np.int64).cumsum()
+        ends = np.searchsorted(reached, wanted)
+        if len(flat) and (ends[-1] != len(flat) - 1 or (reached[ends] != wanted).any()):
+            return False
+        data, start = flat.astype(np.uint32).tobytes(), 0
+        for word, end in zip(words, (4 * ends + 4).tolist(), strict=True):
+            self._known[word] = data[start:end]
+            start = end
+        return True
