@@ -116,7 +116,7 @@ class Processes(Alone):
         self.restarted = attempt > 0
         name = environment.get("TORCHELASTIC_RUN_ID", "none")
         self.launch = name if name != "none" else f"agent {os.getppid()}"
-        self._waits = 0
+        self._agreements = 0
         self._agreed: LmtrainError | None = None  # the fault that all know of
         host = environment["MASTER_ADDR"]
         agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself keeps the store
@@ -145,18 +145,19 @@ class Processes(Alone):
         return f"rank {self.rank} on {socket.gethostname()}"
 
     def agree(self, action: Callable[[], T], *, rank_0_first: bool = False) -> T:
-        if rank_0_first:
-            self._waits += 1
-            if self.rank:
-                self._wait(f"done-{self._waits}")
+        self._agreements += 1
+        done = [f"done-{self._agreements}-{rank}" for rank in range(self.world_size)]
+        if rank_0_first and self.rank:
+            self._wait(done[:1])
         fault: LmtrainError | None = None
         result: list[T] = []
         try:
             result.append(action())
         except LmtrainError as error:
             fault = error
-        if rank_0_first and self.rank == 0:
-            self.store.set(f"done-{self._waits}", "")
+        with self.communicating():
+            self.store.set(done[self.rank], "")
+        self._wait(done)
         said = self.exchange(None if fault is None else [fault.exit_code, list(fault.faults)])
         failed = [rank for rank, each in enumerate(said) if each is not None]
         if not failed:
@@ -168,9 +169,10 @@ class Processes(Alone):
             fault.faults = tuple(f"{self.name}: {line}" for line in fault.faults)
         raise fault
 
-    def _wait(self, key: str) -> None:
+    def _wait(self, keys: list[str]) -> None:
+        """However long it takes, for a store of tokens may be built; whoever ends before then is torchrun's to see."""
         with self.communicating():
-            while not self.store.check([key]):  # by looking, so that a signal gets through
+            while not self.store.check(keys):  # by looking, so that a signal gets through
                 if self.store.check(["told"]):
                     raise PeerError(LostError.exit_code)
                 time.sleep(LOOK_AGAIN_S)

@@ -202,7 +202,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of matrix products; auto measures which is faster here. Weights and sums stay fp32."""
     num_threads: int | None = Field(None, ge=1, le=1024)
-    """CPU threads; null leaves it to PyTorch."""
+    """CPU threads; null leaves it to PyTorch, and several processes share out the cores."""
 
 
 class ValidationConfig(Section):

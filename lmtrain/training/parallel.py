@@ -44,7 +44,7 @@ class Gradients:
             return
         from torch.nn.parallel import DistributedDataParallel
 
-        # DistributedDataParallel sums sparse gradients with gloo alone: `sum` does it
+        # DistributedDataParallel sums sparse gradients with gloo alone: `_sum_sparse` does it
         self._sparse = [*model.ngrams.parameters(), *([model.embedding.weight] if model.embedding.sparse else [])]
         names = {name for name, weight in self._loss.named_parameters() if any(weight is own for own in self._sparse)}
         self._loss._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
@@ -96,9 +96,7 @@ class Gradients:
             indices, values = gradient.indices(), gradient.values()
             longest = int(max(count for (count,) in self.processes.gather([len(values)])))
             padding = longest - len(values)
-            all_indices = self._gathered(
-                nn.functional.pad(indices, (0, padding))
-            )  # of the first row, of which 0 is added
+            all_indices = self._gathered(nn.functional.pad(indices, (0, padding)))  # to the first row, 0 is added
             all_values = self._gathered(nn.functional.pad(values, (0, 0, 0, padding)))
             weight.grad = torch.sparse_coo_tensor(torch.cat(all_indices, 1), torch.cat(all_values), weight.shape)
 
