@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-MOST_PIECES = 1 << 18  # remembered; then it begins anew, so that memory stays bounded
+MOST_PIECES = 1 << 18  # remembered; then all but the first half, which came early and often, are forgotten
 TOGETHER = 64  # new pieces that are given to the library in one line
 _OTHER_WHITE = re.compile("[\t\n\x0b\x0c\r\x1c-\x1f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 _WORD = re.compile(r" \S+")
@@ -51,9 +51,6 @@ class Pieces:
 
     def __init__(self, encode: Callable[[list[str]], list[list[int]]], sizes: Sequence[int]) -> None:
         self._encode, self._sizes = encode, np.array(sizes, np.int64)
-        self._forget()
-
-    def _forget(self) -> None:
         self._known: dict[str, int] = {}  # the place of each piece
         self._ids, self._ends = np.zeros(0, np.int64), np.zeros(1, np.int64)  # of all pieces; from place to place + 1
 
@@ -74,7 +71,9 @@ class Pieces:
 
     def _places(self, pieces: list[str]) -> Ints:
         if len(self._known) > MOST_PIECES:
-            self._forget()
+            kept = MOST_PIECES // 2
+            self._known = dict(islice(self._known.items(), kept))
+            self._ids, self._ends = self._ids[: self._ends[kept]], self._ends[: kept + 1]
         places = np.fromiter(map(self._known.get, pieces, repeat(-1)), np.int64, len(pieces))
         missing = np.flatnonzero(places < 0).tolist()
         if missing:
