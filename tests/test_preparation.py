@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtrain.data import building, digests, reading, tokenizer, vocabulary, workers
+from lmtrain.data import building, digests, pieces, reading, tokenizer, vocabulary, workers
 from lmtrain.data.building import locked, remove_abandoned
 from lmtrain.data.corpus import TokenStore, open_store
 from lmtrain.data.counting import WordCounts, merged, most_frequent
@@ -91,6 +91,19 @@ def test_pieces_have_the_ids_that_the_whole_text_has(kind, texts):
         flat, lengths = subwords.encode_texts([text.encode("utf-8", "replace").decode() for text in texts])
     assert flat.tolist() == [tokenizer.FIRST + number for ids in encoded for number in ids]
     assert lengths.tolist() == list(map(len, encoded))
+
+
+def test_pieces_that_were_forgotten_are_learnt_again(monkeypatch):
+    monkeypatch.setattr(pieces, "MOST_PIECES", 20)
+    monkeypatch.setattr(tokenizer, "SMALL_TEXT", 0)
+    subwords = tokenizer.loads(SUBWORDS["bpe"].dumps())
+    for turn in range(40):
+        texts = [f"the w{turn} {word} w{turn % 7} cat" for word in ("a", "b" * turn, "한국")]
+        flat, lengths = subwords.encode_texts(texts)
+        encoded = subwords._encode(texts)
+        assert flat.tolist() == [tokenizer.FIRST + number for ids in encoded for number in ids]
+        assert lengths.tolist() == list(map(len, encoded))
+    assert len(subwords._pieces._known) <= 30
 
 
 @settings(max_examples=200)

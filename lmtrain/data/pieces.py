@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-MOST_PIECES = 1 << 18  # remembered; then it begins anew, so that memory stays bounded
+MOST_PIECES = 1 << 18  # remembered; then all but the first half, which came early and often, are forgotten
 TOGETHER = 64  # new pieces that are given to the library in one line
 _OTHER_WHITE = re.compile("[\t\n\x0b\x0c\r\x1c-\x1f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 _WORD = re.compile(r" \S+")
@@ -51,7 +51,8 @@ class Pieces:
 
     def __init__(self, encode: Callable[[list[str]], list[list[int]]], sizes: Sequence[int]) -> None:
         self._encode, self._sizes = encode, np.array(sizes, np.int64)
-        self._known: dict[str, bytes] = {}  # ids as uint32
+        self._known: dict[str, int] = {}  # the place of each piece
+        self._ids, self._ends = np.zeros(0, np.int64), np.zeros(1, np.int64)  # of all pieces; from place to place + 1
 
     def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
         """Flat ids (T,) of all texts, and the number of ids of each (texts,)."""
@@ -62,33 +63,47 @@ class Pieces:
             cut = [text.replace(" ", "\n ").split("\n") if _is_even(text) else [text] for text in texts]
             pieces = [piece for part in cut for piece in part]
             counts = np.fromiter(map(len, cut), np.int64, len(cut))
-        ids = self._ids(pieces)
-        ends = np.fromiter(map(len, ids), np.int64, len(ids)).cumsum() // 4
-        return np.frombuffer(b"".join(ids), np.uint32).astype(np.int64), np.diff(ends[counts.cumsum() - 1], prepend=0)
+        places = self._places(pieces)
+        lengths = (self._ends[1:] - self._ends[:-1])[places]
+        ends = lengths.cumsum()
+        flat = self._ids[np.repeat(self._ends[places] - ends + lengths, lengths) + np.arange(lengths.sum())]
+        return flat, np.diff(ends[counts.cumsum() - 1], prepend=0)
 
-    def _ids(self, pieces: list[str]) -> list[bytes]:
+    def _places(self, pieces: list[str]) -> Ints:
         if len(self._known) > MOST_PIECES:
-            self._known.clear()
-        new = set(pieces).difference(self._known)
-        words = [piece for piece in new if _WORD.fullmatch(piece)]
-        others = [piece for piece in new if not _WORD.fullmatch(piece)]
-        if not self._learn_together(words):
-            others += words
-        for piece, ids in zip(others, self._encode(others), strict=True):
-            self._known[piece] = np.array(ids, np.uint32).tobytes()
-        return list(map(self._known.__getitem__, pieces))
+            kept = MOST_PIECES // 2
+            self._known = dict(islice(self._known.items(), kept))
+            self._ids, self._ends = self._ids[: self._ends[kept]], self._ends[: kept + 1]
+        places = np.fromiter(map(self._known.get, pieces, repeat(-1)), np.int64, len(pieces))
+        missing = np.flatnonzero(places < 0).tolist()
+        if missing:
+            self._learn(list(dict.fromkeys(pieces[place] for place in missing)))
+            places[missing] = [self._known[pieces[place]] for place in missing]
+        return places
 
-    def _learn_together(self, words: list[str]) -> bool:
-        """Encode pieces many at a time, which costs a third; False: which ids are whose can't be told."""
+    def _learn(self, new: list[str]) -> None:
+        words = [piece for piece in new if _WORD.fullmatch(piece)]
+        found = self._encode_together(words)
+        if found is None:
+            words = []
+        else:
+            self._keep(words, *found)
+        taken = set(words)
+        others = [piece for piece in new if piece not in taken]
+        encoded = self._encode(others)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        self._keep(others, np.fromiter(chain.from_iterable(encoded), np.int64, int(lengths.sum())), lengths.cumsum())
+
+    def _keep(self, pieces: list[str], ids: Ints, ends: Ints) -> None:
+        self._known.update(zip(pieces, range(len(self._known), len(self._known) + len(pieces)), strict=True))
+        self._ids, self._ends = np.concatenate([self._ids, ids]), np.concatenate([self._ends, ends + len(self._ids)])
+
+    def _encode_together(self, words: list[str]) -> tuple[Ints, Ints] | None:
+        """Ids of pieces, many in a line, which costs a third; None: which ids are whose can't be told."""
         lines = ["".join(words[start : start + TOGETHER]) for start in range(0, len(words), TOGETHER)]
-        flat = np.array(list(chain.from_iterable(self._encode(lines))), np.int64)
-        reached = self._sizes[flat].cumsum()
+        ids = np.array(list(chain.from_iterable(self._encode(lines))), np.int64)
+        reached = np.concatenate([[0], self._sizes[ids].cumsum()])
         wanted = np.array([len(word.encode()) for word in words], np.int64).cumsum()
-        ends = np.searchsorted(reached, wanted)
-        if len(flat) and (ends[-1] != len(flat) - 1 or (reached[ends] != wanted).any()):
-            return False
-        data, start = flat.astype(np.uint32).tobytes(), 0
-        for word, end in zip(words, (4 * ends + 4).tolist(), strict=True):
-            self._known[word] = data[start:end]
-            start = end
-        return True
+        ends = np.searchsorted(reached, wanted).clip(max=len(ids))
+        whole = (reached[ends] == wanted).all() and (ends[-1] if len(words) else 0) == len(ids)
+        return (ids, ends) if whole else None

@@ -55,7 +55,8 @@ class Words(NamedTuple):
 def cut(text: str) -> Words:
     """The words of a text."""
     data = text.encode("utf-8", "surrogatepass")
-    if len(data) > len(text) and any(part in data for part in _THEIR_BEGINNINGS):
+    # one byte is found much faster than two
+    if any(part[:1] in data and part in data for part in _THEIR_BEGINNINGS):
         data = _OTHER_WHITE.sub(" ", text).encode("utf-8", "surrogatepass")
     flat = np.frombuffer(b" " + data + b" " + PADDING, np.uint8)
     white = _WHITE.take(flat[: -len(PADDING)])

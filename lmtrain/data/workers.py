@@ -6,6 +6,7 @@ a pipe out, not one of `multiprocessing`: that would pickle, and import a user's
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -130,8 +131,10 @@ class Workers:
             for _ in range(count):
                 self._all.append(_Worker(header, parts))
                 self._idle.put(self._all[-1])
-        except BaseException:
+        except BaseException as error:
             self.end()
+            if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM):
+                raise OutOfMemoryError(_NO_MEMORY) from None
             raise
 
     def _ask(self, raw: Raw) -> Answer:
