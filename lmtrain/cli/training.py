@@ -125,7 +125,8 @@ def prepare(config: ConfigArgument, overrides: OverridesArgument = None, as_json
     print(f"vocabulary: {tokenizer.vocab_size:,} tokens ({tokenizer.kind})")
     for name, store in stores.items():
         print(escape(f"{name}: {store.counts.summary()}; {store.size_bytes / 1e6:,.1f} MB in {store.directory}"))
-    if read_mb := sum(store.counts.bytes for store in stores.values() if store.is_new) / 1e6:
+    read_mb = sum(store.counts.bytes for store in stores.values() if store.is_new) / 1e6
+    if read_mb and not any(store.was_continued for store in stores.values()):
         print(f"{read_mb:,.1f} MB of text in {took_s:,.1f} s: {read_mb / took_s:.1f} MB/s")
     print(escape(f"Next: lmtrain train {config}"))
 

@@ -76,7 +76,7 @@ class TokenStore:
 
     def __init__(self, directory: Path, digests: Digests | None = None) -> None:
         self.directory = directory
-        self.is_new = False  # whether it was built just now
+        self.is_new = self.was_continued = False  # whether it was built just now, and of what was there already
         self.counts = StoreCounts(**read_sealed(directory / "store.json"))
         self.tokens: NDArray[np.unsignedinteger] = self._map("tokens", self.counts.dtype, self.counts.tokens)
         self.offsets: NDArray[np.uint64] = self._map("offsets", "uint64", self.counts.sequences + 1)
@@ -144,7 +144,7 @@ def open_store(
             with suppress(*UNREADABLE):  # somebody else has just built it
                 return TokenStore(home, digests)
             directory.mkdir(exist_ok=True)
-            _write(source, tokenizer, directory, announce, watch)
+            was_continued = _write(source, tokenizer, directory, announce, watch)
             source.check_at_rest(digests)
             shutil.rmtree(home, ignore_errors=True)  # what is broken
             directory.rename(home)
@@ -154,7 +154,7 @@ def open_store(
         store = TokenStore(home, _at_rest(home, digests))
     except UNREADABLE:
         raise StorageError(f"{home}: holds other bytes than were written; is there room, is the disk sound?") from None
-    store.is_new = True
+    store.is_new, store.was_continued = True, was_continued
     return store
 
 
@@ -168,8 +168,8 @@ def _at_rest(home: Path, digests: Digests) -> Digests:
 
 def _write(
     source: Source, tokenizer: Tokenizer, directory: Path, announce: Callable[[str], None], watch: Watch
-) -> None:
-    """Build a store, or go on with one; raises DataError, and OSError where it can't be written."""
+) -> bool:
+    """Build a store, or go on with one: whether it did; raises DataError, and OSError where it can't be written."""
     what = f"reading {source.name}"
     announce(what)
     sizes = [Path(path).stat().st_size for path in source.files]
@@ -192,3 +192,4 @@ def _write(
         checksums = tuple(build.checksums[name] for name in ARRAYS)
         dtype = token_type(tokenizer.vocab_size)
         build.finish(asdict(StoreCounts(**totals, stream=source.stream, dtype=dtype, checksums=checksums)))
+        return build.continued
