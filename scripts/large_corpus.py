@@ -143,7 +143,7 @@ from lmtrain.data.preparation import prepare
 config = load_config(sys.argv[1])
 corpora = prepare(config, print)
 reading = training_reading(config, corpora.train, corpora.tokenizer.eos_id)
-feed = Feed(reading.source, reading.sampler, corpora.tokenizer.pad_id, 1)
+feed = Feed(reading, corpora.tokenizer.pad_id, 1)
 feed.peek()
 print(f"{time.monotonic() - start_s:.1f} s")
 feed.close()
@@ -157,6 +157,8 @@ def main() -> None:
     arguments.add_argument("--directory", default=None, help="where to work; default: the system's")
     given = arguments.parse_args()
     cores = len(os.sched_getaffinity(0))
+    if given.directory is not None:
+        Path(given.directory).mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="lmtrain-large-", dir=given.directory))
     try:
         start_s, size = time.monotonic(), int(given.gigabytes * 1e9)

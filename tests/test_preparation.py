@@ -14,14 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtrain.data import building, digests, pieces, reading, tokenizer, vocabulary, workers
-from lmtrain.data.building import locked, remove_abandoned
+from lmtrain.data import digests, reading, tokenizer
+from lmtrain.data.building import store as building
+from lmtrain.data.building import vocabulary, workers
+from lmtrain.data.building.counting import WordCounts, merged, most_frequent
+from lmtrain.data.building.store import locked, remove_abandoned
+from lmtrain.data.building.vocabulary import learn
 from lmtrain.data.corpus import TokenStore, open_store
-from lmtrain.data.counting import WordCounts, merged, most_frequent
 from lmtrain.data.digests import Digests, unwatched
 from lmtrain.data.source import Source
 from lmtrain.data.tokenizer import ByteTokenizer, IdsTokenizer, WordTokenizer, train_tokenizer
-from lmtrain.data.vocabulary import learn
+from lmtrain.data.tokens import pieces
 from lmtrain.errors import DataError, OutOfMemoryError, StorageError
 from lmtrain.files import sealed
 from tests.conftest import sentences
@@ -225,7 +228,9 @@ def children(pid):
 
 BUILD = """
 import sys
-from lmtrain.data import building, reading, workers
+from lmtrain.data import reading
+from lmtrain.data.building import store as building
+from lmtrain.data.building import workers
 from lmtrain.data.corpus import open_store
 from lmtrain.data.source import Source
 from lmtrain.data.tokenizer import ByteTokenizer
@@ -256,7 +261,7 @@ def test_no_worker_outlives_its_parent(tmp_path):
 
 
 def test_a_worker_loads_no_torch():
-    for module in ("lmtrain.data.worker", "lmtrain.data.preparation", "lmtrain.progress"):
+    for module in ("lmtrain.data.building.worker", "lmtrain.data.preparation", "lmtrain.progress"):
         script = f"import sys, {module}; print('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"
 

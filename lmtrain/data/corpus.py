@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lmtrain.data.building import ARRAYS, Build, locked, remove_abandoned
+from lmtrain.data.building.encoding import token_type
+from lmtrain.data.building.store import ARRAYS, Build, locked, remove_abandoned
+from lmtrain.data.building.workers import crew
 from lmtrain.data.digests import AT_REST_NS, LARGE_BYTES, Digests, Watch, unwatched
-from lmtrain.data.encoding import token_type
 from lmtrain.data.paging import release
 from lmtrain.data.source import Source
 from lmtrain.data.tokenizer import Tokenizer
-from lmtrain.data.workers import crew
 from lmtrain.errors import ArtefactError, DataError, StorageError
 from lmtrain.files import read_sealed, reason
 

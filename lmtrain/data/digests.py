@@ -12,9 +12,11 @@ import hashlib
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 from lmtrain.data.reading import open_text
@@ -24,6 +26,7 @@ from lmtrain.files import read_sealed, sealed, write_atomically
 LARGE_BYTES = 64 << 20
 AT_REST_NS = 2 * 10**9
 CHUNK_BYTES = 1 << 20
+MOST_THREADS = 8
 
 Watch = Callable[[str, int, int], None]  # what is done, bytes done, of how many
 
@@ -42,6 +45,12 @@ class Digests:
     def __init__(self, directory: Path | None, watch: Watch = unwatched) -> None:
         self.directory, self.watch = directory, watch
         self._found: dict[str, tuple[list[int], str]] = {}
+        self._lock, self._done_bytes, self._total_bytes = Lock(), 0, 0
+
+    def sha256_of(self, paths: Sequence[str]) -> list[str]:
+        """SHA-256 of files to read, on all cores; raises DataError where one can't be."""
+        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:  # hashing holds no lock
+            return list(pool.map(self.sha256, paths))
 
     def sha256(self, path: str) -> str:
         """SHA-256 of a file to read; raises DataError where it can't be."""
@@ -85,16 +94,22 @@ class Digests:
         return identity, digest
 
     def _compute(self, handle: IO[bytes], kind: str) -> str:
-        size, done_bytes, checksum, sha256 = os.fstat(handle.fileno()).st_size, 0, 0, hashlib.sha256()
+        size, checksum, sha256 = os.fstat(handle.fileno()).st_size, 0, hashlib.sha256()
+        if size >= LARGE_BYTES:
+            self._watched(0, size)
         while chunk := handle.read(CHUNK_BYTES):
             if kind == "crc32":
                 checksum = zlib.crc32(chunk, checksum)
             else:
                 sha256.update(chunk)
-            done_bytes += len(chunk)
             if size >= LARGE_BYTES:
-                self.watch(f"checking {handle.name}", done_bytes, size)
+                self._watched(len(chunk), 0)
         return str(checksum) if kind == "crc32" else sha256.hexdigest()
+
+    def _watched(self, done_bytes: int, more_bytes: int) -> None:
+        with self._lock:
+            self._done_bytes, self._total_bytes = self._done_bytes + done_bytes, self._total_bytes + more_bytes
+            self.watch("checking that files are as they were", self._done_bytes, self._total_bytes)
 
 
 def _identity(handle: IO[bytes]) -> list[int]:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from lmtrain.config import Config
 from lmtrain.data import tokenizer as tokenizers
-from lmtrain.data.building import locked
+from lmtrain.data.building.store import locked
+from lmtrain.data.building.vocabulary import learn
 from lmtrain.data.corpus import DIGESTS, TokenStore, open_store
 from lmtrain.data.digests import Digests, Watch, unwatched
 from lmtrain.data.source import Source
 from lmtrain.data.tokenizer import Tokenizer, normalise, train_tokenizer
-from lmtrain.data.vocabulary import learn
 from lmtrain.errors import ArtefactError, ConfigError, DataError, StorageError
 from lmtrain.files import reason, write_atomically
 

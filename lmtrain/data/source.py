@@ -97,7 +97,7 @@ class Source:
         """A name for this content and what was made of it."""
         formats = [resolve_format(path, self.format) for path in self.files]
         facts = [FORMAT, formats, self.jsonl_field, self.part, self.valid_fraction, self.stream, *more]
-        hashes = [digests.sha256(path) for path in self.files]
+        hashes = digests.sha256_of(self.files)
         return hashlib.sha256(json.dumps([facts, hashes]).encode()).hexdigest()[:32]
 
     def check_at_rest(self, digests: Digests) -> None:

@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lmtrain.data.library import caught, first_line, train_library
-from lmtrain.data.pieces import Pieces, cuts_at_spaces
-from lmtrain.data.words import LONGEST_BYTES, WordIndex, cut
+from lmtrain.data.tokens.library import caught, first_line, train_library
+from lmtrain.data.tokens.pieces import Pieces, cuts_at_spaces
+from lmtrain.data.tokens.words import LONGEST_BYTES, WordIndex, cut
 from lmtrain.errors import ArtefactError, DataError
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from lmtrain.data.batching import Batch, Ints, Rows, sorted_parts
+from lmtrain.data.building.encoding import encode_block, frame
 from lmtrain.data.corpus import StoreCounts
-from lmtrain.data.encoding import encode_block, frame
 from lmtrain.data.reading import Block
 from lmtrain.inference.prompts import Script
 from lmtrain.metrics import Tally, bits_per, perplexity

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from lmtrain.data.batching import Ints, gather, sorted_parts
-from lmtrain.data.encoding import encode_block, frame
+from lmtrain.data.building.encoding import encode_block, frame
 from lmtrain.data.reading import Block
 from lmtrain.errors import ConfigError, StorageError
 from lmtrain.files import reason

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from lmtrain.config import Config
+from lmtrain.data.building.encoding import encode_block
 from lmtrain.data.corpus import DIGESTS, TokenStore
 from lmtrain.data.digests import Digests
-from lmtrain.data.encoding import encode_block
 from lmtrain.data.excerpts import Excerpts, excerpts_of, size_of
 from lmtrain.data.feeding import Reading, training_reading
 from lmtrain.data.preparation import prepare_all, source_of

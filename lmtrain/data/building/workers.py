@@ -19,10 +19,10 @@ from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import IO, Any, Protocol
 
-from lmtrain.data.encoding import Answer
-from lmtrain.data.messages import receive, send
+from lmtrain.data.building.encoding import Answer
+from lmtrain.data.building.messages import receive, send
+from lmtrain.data.building.worker import task_of
 from lmtrain.data.reading import Raw
-from lmtrain.data.worker import task_of
 from lmtrain.errors import ArtefactError, DataError, OutOfMemoryError, StorageError
 
 FEW_BYTES = 16 << 20  # that are sooner done here than a worker has started
@@ -71,7 +71,7 @@ class _Worker:
         alone = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
         alone |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lmtrain.data.worker"],
+            [sys.executable, "-P", "-m", "lmtrain.data.building.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.said,

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Sequence
 from typing import IO, Any
 
-from lmtrain.data.encoding import Answer
+from lmtrain.data.building.encoding import Answer
 
 _SIZES = struct.Struct("<QQ")
 

@@ -1,4 +1,4 @@
-"""A process that works on blocks of a corpus: `python -m lmtrain.data.worker`, messages in and out.
+"""A process that works on blocks of a corpus: `python -m lmtrain.data.building.worker`, messages in and out.
 
 The first message says what is to be done, each further one holds a block and is answered by what is made of it, or by
 its fault; one without a block is answered by what is left. When nothing more comes in, for instance because the parent
@@ -13,9 +13,9 @@ import signal
 import sys
 from typing import Any, Protocol
 
-from lmtrain.data.counting import Counting
-from lmtrain.data.encoding import Answer, Encoding
-from lmtrain.data.messages import receive, send
+from lmtrain.data.building.counting import Counting
+from lmtrain.data.building.encoding import Answer, Encoding
+from lmtrain.data.building.messages import receive, send
 from lmtrain.data.reading import Raw
 from lmtrain.data.source import Source
 from lmtrain.data.tokenizer import loads

@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from lmtrain.data.counting import characters, merged, most_frequent
+from lmtrain.data.building.counting import characters, merged, most_frequent
+from lmtrain.data.building.workers import crew
 from lmtrain.data.digests import Watch
 from lmtrain.data.reading import Raw
 from lmtrain.data.source import Source
@@ -26,7 +27,6 @@ from lmtrain.data.tokenizer import (
     no_vocabulary,
     train_tokenizer,
 )
-from lmtrain.data.workers import crew
 
 SAMPLE_BYTES = {"bpe": 64 << 20, "unigram": 16 << 20}  # what the library's trainers take 500 MB for
 SMALL_RUN_BYTES = 1 << 20  # that is not worth a file

@@ -13,15 +13,15 @@ from typing import IO, Protocol
 
 import numpy as np
 
-from lmtrain.data.encoding import Answer
+from lmtrain.data.building.encoding import Answer
 from lmtrain.data.reading import Raw, decode
 from lmtrain.data.source import Source
-from lmtrain.data.words import Ints, Keys, WordIndex, cut
+from lmtrain.data.tokens.words import Ints, Keys, WordIndex, cut
 
 LEARNT_WORDS = 1 << 18  # after so many the most frequent ones are known
 FREQUENT = 1 << 16
-HELD_SHORT = 1 << 20  # words of 8 bytes at most: 16 bytes each
-HELD_LONG = 1 << 18  # longer words: some 200 bytes each
+HELD_SHORT = 1 << 21  # words of 8 bytes at most: 16 bytes each
+HELD_LONG = 1 << 19  # longer words: some 200 bytes each
 WRITTEN = 1 << 16  # short words that are made lines at once
 MERGED_BYTES = 4 << 20  # of all runs together, in memory at once
 

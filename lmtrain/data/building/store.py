@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lmtrain.data.encoding import Answer
+from lmtrain.data.building.encoding import Answer
 from lmtrain.data.reading import Raw
 from lmtrain.errors import ArtefactError, DataError
 from lmtrain.files import read_sealed, sealed, sync_directory, write_atomically
