@@ -147,7 +147,7 @@ class Board:
     def __init__(self, run: Path) -> None:
         now_ns = time.time_ns()  # two runs of a second must not meet
         name = f"{EVENTS.removesuffix('*')}.{now_ns // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
-        self.handle = open(run / f"{name}.{now_ns % 10**9}", "xb")  # noqa: SIM115  # until `close`
+        self.handle = open(run / f"{name}.{now_ns % 10**9:09d}", "xb")  # noqa: SIM115  # until `close`
         self.records = RecordWriter(self.handle)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 

@@ -20,8 +20,8 @@ from lmtrain.data.tokens.words import Ints, Keys, WordIndex, cut
 
 LEARNT_WORDS = 1 << 18  # after so many the most frequent ones are known
 FREQUENT = 1 << 16
-HELD_SHORT = 1 << 21  # words of 8 bytes at most: 16 bytes each
-HELD_LONG = 1 << 19  # longer words: some 200 bytes each
+HELD_SHORT = 1 << 20  # words of 8 bytes at most: 16 bytes each
+HELD_LONG = 1 << 18  # longer words: some 200 bytes each
 WRITTEN = 1 << 16  # short words that are made lines at once
 MERGED_BYTES = 4 << 20  # of all runs together, in memory at once
 
