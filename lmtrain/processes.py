@@ -231,7 +231,7 @@ class Processes(Alone):
             ) from None
 
     def threads(self) -> int | None:
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        return max(1, cores() // self.local_world_size)
 
     def tells(self, error: BaseException) -> bool:
         """Whether it is this process that tells of the fault that ends all."""
@@ -254,6 +254,11 @@ class Processes(Alone):
 
 class LostError(StorageError):
     """Another process is gone, or has not answered in time."""
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launched() -> bool:

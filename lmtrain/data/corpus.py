@@ -151,19 +151,19 @@ def open_store(
     except OSError as error:
         raise StorageError(f"{cache}: the token store can't be written: {reason(error)}") from None
     try:
-        store = TokenStore(home, _at_rest(home, digests))
+        _await_rest(home)
+        store = TokenStore(home, digests)
     except UNREADABLE:
         raise StorageError(f"{home}: holds other bytes than were written; is there room, is the disk sound?") from None
     store.is_new, store.was_continued = True, was_continued
     return store
 
 
-def _at_rest(home: Path, digests: Digests) -> Digests:
+def _await_rest(home: Path) -> None:
     """Wait until the checksums of a large store that was just written can be remembered (`lmtrain.data.digests`)."""
     status = (home / "tokens.bin").stat()
     if status.st_size >= LARGE_BYTES:
         time.sleep(max(0.0, min(2 * AT_REST_NS, status.st_ctime_ns + AT_REST_NS - time.time_ns()) / 1e9 + 0.1))
-    return digests
 
 
 def _write(
@@ -172,17 +172,16 @@ def _write(
     """Build a store, or go on with one: whether it did; raises DataError, and OSError where it can't be written."""
     what = f"reading {source.name}"
     announce(what)
-    sizes = [Path(path).stat().st_size for path in source.files]
+    size = source.size()
     with ExitStack() as stack:
         build = Build(directory, stack)
-        behind = sum(sizes[: build.place.file])
         if build.continued:
             announce(f"going on after {build.totals['sequences']:,} sequences that are stored already")
         header = {"task": "encode", "source": asdict(source)}
-        workers = stack.enter_context(crew(header, [tokenizer.dumps().encode()], sum(sizes) - behind))
+        workers = stack.enter_context(crew(header, [tokenizer.dumps().encode()], size - source.size(build.place.file)))
         for raw, answer in workers.work(source.raws(*build.place)):
             build.add(raw, answer)
-            watch(what, sum(sizes[: raw.file]) + raw.read_bytes, sum(sizes))
+            watch(what, raw.read_bytes, size)
         totals = build.totals
         if not totals["sequences"]:
             empty = f"no text: nothing but {totals['blank']} blank lines"

@@ -101,14 +101,13 @@ def _tokenizer(
         return train_tokenizer(
             settings.kind, texts, vocab_size=settings.vocab_size, path=settings.path, pad_id=settings.pad_id
         )
-    key = source.key(digests, settings.model_dump_json())
-    stored = cache / f"tokenizer-{key}.json"
+    stored = tokenizer_file(config, source, digests)
     if (known := _stored_tokenizer(stored, notify)) is not None:
         return known
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache, f"tokenizer-{key}", notify):
-            if stored.exists() and (known := _stored_tokenizer(stored, notify)) is not None:  # somebody was quicker
+        with locked(cache, stored.stem, notify):
+            if (known := _stored_tokenizer(stored, notify)) is not None:  # somebody was quicker
                 return known
             tokenizer = learn(settings.kind, source, cache, settings.vocab_size, settings.min_frequency, notify, watch)
             source.check_at_rest(digests)
@@ -120,6 +119,12 @@ def _tokenizer(
         raise
     except OSError as error:
         raise StorageError(f"{cache}: can't be written: {reason(error)}; set data.cache_dir") from None
+
+
+def tokenizer_file(config: Config, source: Source, digests: Digests) -> Path:
+    """Where the tokenizer that is learnt from a text is kept."""
+    key = source.key(digests, config.tokenizer.model_dump_json())
+    return Path(config.data.cache_dir) / f"tokenizer-{key}.json"
 
 
 def _stored_tokenizer(path: Path, notify: Notify) -> Tokenizer | None:

@@ -37,7 +37,7 @@ class Raw(NamedTuple):
     offset: int  # of the first byte in the file, as unpacked
     data: bytes
     ended: bool = True  # whether a newline stands behind the last line
-    read_bytes: int = 0  # of the file itself up to here
+    read_bytes: int = 0  # of the file itself up to here; of all files, where a `Source` gives it
     file: int = 0  # which of the source's files
     last: bool = False  # whether it is the last one of the source
 

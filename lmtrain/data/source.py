@@ -44,20 +44,20 @@ class Source:
         more = len(self.files) - MOST_NAMES
         return ", ".join(self.files[:MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
-    def size(self) -> int:
-        """Bytes of the files; those that can't be read count nothing."""
-        return sum(os.path.getsize(path) for path in self.files if os.path.isfile(path))
+    def size(self, count: int | None = None) -> int:
+        """Bytes of the files, or of the first so many; those that can't be read count nothing."""
+        return sum(map(_size, self.files[:count]))
 
     def raws(self, file: int = 0, offset: int = 0, line: int = 1) -> Iterator[Raw]:
         """The lines of all files in order, a block at a time, from a place on; raises DataError as `raw_blocks`."""
-        held = None
+        held, behind = None, self.size(file)
         try:
             for number, path in enumerate(self.files[file:], file):
                 for raw in raw_blocks(path, offset, line):
                     if held is not None:
                         yield held
-                    held = raw._replace(file=number)
-                offset, line = 0, 1
+                    held = raw._replace(file=number, read_bytes=behind + raw.read_bytes)
+                offset, line, behind = 0, 1, behind + _size(path)
         except DataError:  # a fault that stands before this one is told first
             if held is not None:
                 yield held
@@ -104,3 +104,7 @@ class Source:
         """Raises DataError where a file is not what it was when its digest was made."""
         if any(digests.has_changed(path) for path in self.files):
             raise DataError(f"{self.name}: changed while it was read; start again when it is at rest")
+
+
+def _size(path: str) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else 0

@@ -14,10 +14,12 @@ from lmtrain.data.feeding import Feed, Group, Reading
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.model.language_model import LanguageModel, count_events
 from lmtrain.model.states import CarriedState
+from lmtrain.processes import Alone
 from lmtrain.runtime import autocast, choose_device, choose_precision, keep_freed_memory
 from lmtrain.trained import build_model
 from lmtrain.training.averaging import Averaging
 from lmtrain.training.optimization import build_optimizers, clip_gradient, set_learning_rate, step
+from lmtrain.training.parallel import Gradients
 
 MEASURED_S, MOST_STEPS = 1.5, 40  # so long steps are taken, or so many
 LEAST_STEPS, LONGEST_S = 3, 6.0  # but so many, unless they take longer: batches differ in length
@@ -79,6 +81,7 @@ def _steps(config: Config, model: LanguageModel, feed: Feed, reading: Reading, d
     optimizers = build_optimizers(model, **config.optimizer.model_dump(exclude={"clip_grad_norm"}))
     set_learning_rate(optimizers, config.optimizer.lr / max(1, config.schedule.warmup_steps))
     averaging = Averaging(model, name=config.averaging.name, decay=config.averaging.decay)
+    gradients = Gradients(model, Alone())
     carried = None if reading.columns is None else CarriedState(reading.columns)
     weight_of = config.training.loss_weights.model_dump()
 
@@ -88,9 +91,7 @@ def _steps(config: Config, model: LanguageModel, feed: Feed, reading: Reading, d
         for batch, *_ in group.batches:
             weights = {name: weight_of[name] / max(1, sum(part[name] for part in counted)) for name in model.objectives}
             before = None if carried is None else carried.of(batch.order)
-            with autocast(precision, device):
-                losses = model.loss(batch.tokens.to(device), batch.lengths, weights, before)
-            losses.total.backward()
+            losses = gradients.add(batch, weights, before, autocast(precision, device), last=True)
             if carried is not None:
                 carried.put(batch.order, losses.state)
         clip_gradient(model.parameters(), config.optimizer.clip_grad_norm)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +17,13 @@ from lmtrain.data.corpus import DIGESTS, TokenStore
 from lmtrain.data.digests import Digests
 from lmtrain.data.excerpts import Excerpts, excerpts_of, size_of
 from lmtrain.data.feeding import Reading, training_reading
-from lmtrain.data.preparation import prepare_all, source_of
+from lmtrain.data.preparation import prepare_all, source_of, tokenizer_file
 from lmtrain.data.source import Source
 from lmtrain.data.streaming import Stream
 from lmtrain.data.tokenizer import IdsTokenizer, Tokenizer, loads
 from lmtrain.data.windows import WINDOW_BYTES, WINDOW_ROWS
 from lmtrain.errors import ArtefactError, DataError, out_of_memory
+from lmtrain.processes import cores
 from lmtrain.runtime import choose_device
 from lmtrain.trained import count_weights
 from lmtrain.training.estimation import measure, why_not_measured
@@ -85,10 +85,9 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
         yield f"{name}: {store.counts.summary(partial(_scaled, scale=of[name].scale))}"
         stored_bytes += of[name].scale * store.size_bytes
     yield _room(config, stored_bytes)
-    cores = os.cpu_count() or 1
     read = [of[name] for name in ("train", "valid") if name in of]
     scale = sum(each.all_bytes for each in read) / sum(each.taken_bytes for each in read)
-    yield f"preparing: about {in_words(prepared_s * scale / cores)} on {cores} cores, once"
+    yield f"preparing: about {in_words(prepared_s * scale / cores())} on {cores()} cores, once"
     reading = training_reading(sampled, stores["train"], tokenizer.eos_id)
     yield _batches(reading, of["train"].scale)
     yield from _training(config, tokenizer, stores["train"], reading, of["train"].scale)
@@ -99,8 +98,7 @@ def _learnt(config: Config) -> Tokenizer | None:
     cache, source = Path(config.data.cache_dir), source_of(config, "train")
     if source is None or not any(cache.glob("tokenizer-*.json")):
         return None
-    key = source.key(Digests(cache / DIGESTS), config.tokenizer.model_dump_json())
-    stored = cache / f"tokenizer-{key}.json"
+    stored = tokenizer_file(config, source, Digests(cache / DIGESTS))
     with suppress(OSError, ValueError, ArtefactError):  # then it is learnt again
         return loads(stored.read_text(encoding="utf-8"), str(stored))
     return None

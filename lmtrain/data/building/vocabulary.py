@@ -49,10 +49,11 @@ def learn(
     what = f"learning the {kind} vocabulary from {source.name}"
     notify(what)
     if kind in ("bpe", "unigram"):
-        sample, step = _sample(source, SAMPLE_BYTES[kind], lambda done: watch(what, done, source.size()))
+        size = source.size()
+        sample, step = _sample(source, SAMPLE_BYTES[kind], lambda done: watch(what, done, size))
         if step > 1:
-            size = sum(len(raw.data) for raw in sample)
-            notify(f"note: of that, {size / 2**20:,.0f} MiB are learnt from: evenly spaced parts, one in {step}")
+            taken = sum(len(raw.data) for raw in sample)
+            notify(f"note: of that, {taken / 2**20:,.0f} MiB are learnt from: evenly spaced parts, one in {step}")
         return train_tokenizer(kind, _texts(source, sample), vocab_size=vocab_size)
     with ExitStack() as stack:
         tokens = _count(kind, source, cache, max(1, vocab_size - FIRST), min_frequency, stack, watch, what)
@@ -66,8 +67,8 @@ def _count(
 ) -> list[str]:
     """The most frequent tokens, best first."""
     runs: list[IO[bytes]] = []
-    before = [sum(Path(path).stat().st_size for path in source.files[:k]) for k in range(len(source.files) + 1)]
-    workers = stack.enter_context(crew({"task": "count", "source": asdict(source), "kind": kind}, [], source.size()))
+    total_bytes = source.size()
+    workers = stack.enter_context(crew({"task": "count", "source": asdict(source), "kind": kind}, [], total_bytes))
 
     def keep(parts: list[bytes]) -> None:
         for part in parts:
@@ -81,7 +82,7 @@ def _count(
 
     for raw, answer in workers.work(source.raws()):
         keep(answer.parts)
-        watch(what, before[raw.file] + raw.read_bytes, before[-1])
+        watch(what, raw.read_bytes, total_bytes)
     for answer in workers.rest():
         keep(answer.parts)
     if kind == "char":
@@ -92,11 +93,9 @@ def _count(
 def _sample(source: Source, most_bytes: int, watch: Callable[[int], None]) -> tuple[list[Raw], int]:
     """Every n-th block of a source, and n: the smallest power of two by which they have no more bytes than that."""
     kept: list[Raw] = []
-    held, step, behind, file = 0, 1, 0, 0
+    held, step = 0, 1
     for number, raw in enumerate(source.raws()):
-        if raw.file != file:
-            behind, file = sum(Path(path).stat().st_size for path in source.files[: raw.file]), raw.file
-        watch(behind + raw.read_bytes)
+        watch(raw.read_bytes)
         if number % step:
             continue
         kept.append(raw)

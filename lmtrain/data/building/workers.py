@@ -24,6 +24,7 @@ from lmtrain.data.building.messages import receive, send
 from lmtrain.data.building.worker import task_of
 from lmtrain.data.reading import Raw
 from lmtrain.errors import ArtefactError, DataError, OutOfMemoryError, StorageError
+from lmtrain.processes import cores
 
 FEW_BYTES = 16 << 20  # that are sooner done here than a worker has started
 MOST_WORKERS = 8  # a hundred megabytes each
@@ -171,11 +172,6 @@ class Workers:
         for worker in self._all:
             worker.end()
         self._threads.shutdown(cancel_futures=True)
-
-
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
