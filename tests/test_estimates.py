@@ -140,6 +140,16 @@ def test_long_lines_are_taken_whole_and_once(large):
     assert len(found.splitlines()) == len(set(found.splitlines())) > 5
 
 
+@pytest.mark.parametrize("before", [0, 500])
+def test_a_line_that_is_too_long_is_said_once_however_many_pieces_it_has(large, monkeypatch, before):
+    monkeypatch.setattr(excerpts, "LONGEST_LINE_BYTES", 50_000)
+    (large / "train.txt").write_text("a b\n" * before + "x" * 2_000_000 + "\n" + "a b\n" * 9000)
+    with pytest.raises(DataError) as raised:
+        list(describe(load_config("config.yaml"), print))
+    (said,) = raised.value.faults
+    assert re.fullmatch(rf"train\.txt:{before + 1}: a line of more than 16 MiB; cut it into several", said)
+
+
 def test_small_files_are_reported_as_they_are_with_the_cost_of_training(small):
     found = said(small())
     assert found["train"].startswith("43 sequences, ")

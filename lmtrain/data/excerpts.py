@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from lmtrain.config import Config
-from lmtrain.data.reading import LONGEST_LINE_BYTES, expand, open_text
+from lmtrain.data.reading import LONGEST_LINE_BYTES, expand, open_text, too_long
 from lmtrain.errors import DataError
 
 EXCERPT_BYTES = 8 << 20  # of all the files of a corpus
@@ -101,7 +101,7 @@ def _take(files: Sequence[str], folder: Path) -> Excerpt:
 
 
 def _cut(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
-    """Pieces of whole lines, evenly spaced over the files."""
+    """Pieces of whole lines, evenly spaced over the files; raises DataError where a line is too long."""
     whole = sum(sizes.values())
     count = max(1, budget // PIECE_BYTES)
     begins = [whole * number // count for number in range(count)]
@@ -112,15 +112,28 @@ def _cut(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
             for begin in (place - before for place in begins if before <= place < before + size):
                 if handle.tell() < begin:  # else the piece before reached as far; lines may be long
                     handle.seek(begin - 1)
-                    handle.readline(LONGEST_LINE_BYTES)
+                    _finish_line(handle, _place(file, begin), 1)
                 first = handle.tell()
-                if text := handle.read(PIECE_BYTES) + handle.readline(LONGEST_LINE_BYTES):
+                text = handle.read(PIECE_BYTES)
+                if text := text + _finish_line(handle, _place(file, first), 1 + text.count(b"\n")):
                     piece = _name(folder, len(places), file)
                     piece.write_bytes(text)
-                    places[str(piece)] = f"{file} (from byte {first:,} on)" if first else file
+                    places[str(piece)] = _place(file, first)
                     taken += len(text)
         before += size
     return Excerpt(list(places), places, taken, whole)
+
+
+def _finish_line(handle: IO[bytes], place: str, line: int) -> bytes:
+    """What is left of a line that a piece would begin or end in."""
+    rest = handle.readline(LONGEST_LINE_BYTES + 1)
+    if len(rest) > LONGEST_LINE_BYTES:
+        raise too_long(place, line)
+    return rest
+
+
+def _place(file: str, first: int) -> str:
+    return f"{file} (from byte {first:,} on)" if first else file
 
 
 def _unpack(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:

@@ -89,6 +89,11 @@ def open_text(path: str) -> IO[bytes]:
         raise DataError(f"{path}: {(error.strerror or 'can not be read').lower()}{link}") from None
 
 
+def too_long(path: str, line: int) -> DataError:
+    """What is said of a line beyond `LONGEST_LINE_BYTES`."""
+    return DataError(f"{path}:{line}: a line of more than {LONGEST_LINE_BYTES >> 20} MiB; cut it into several")
+
+
 def resolve_format(path: str, format: str) -> Format:
     """`auto` goes by the suffix, `.gz` aside: .jsonl is jsonl, anything else text."""
     if format != "auto":
@@ -141,7 +146,7 @@ def _cut(path: str, chunks: Iterator[bytes], offset: int, line: int) -> Iterator
         carried.append(rest)
         size += len(rest)
         if size > LONGEST_LINE_BYTES:
-            raise DataError(f"{path}:{line}: a line of more than {LONGEST_LINE_BYTES >> 20} MiB; cut it into several")
+            raise too_long(path, line)
     if size:
         yield Raw(path, line, offset, b"".join(carried), ended=False)
 
