@@ -130,7 +130,7 @@ def test_evaluation_without_ends_and_unknown_words_and_its_worst_lines(corpus, s
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_text(corpus, small):
-    """Peak memory of scoring 1 kB, 2 MB and 20 MB."""
+    """Peak memory of scoring 1 kB, 2 MB and 8 MB."""
     run = train(small("training.max_steps=3", "model.bidirectional=false")).run
     text = (corpus / "train.txt").read_text()
     code = """
@@ -141,12 +141,12 @@ _run()
 print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0], file=sys.stderr)
 """
     peaks = []
-    for size in (10**3, 2 * 10**6, 20 * 10**6):
+    for size in (10**3, 2 * 10**6, 8 * 10**6):
         (corpus / "long.txt").write_text(text * (size // len(text) + 1))
         command = [sys.executable, "-c", code, str(run), "long.txt"]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stderr.split()[-1]) / 1024)
     print(f"peak MiB: {peaks}")
-    assert peaks[2] - peaks[1] < 60
+    assert peaks[2] - peaks[1] < 30
     assert peaks[2] - peaks[0] < 500

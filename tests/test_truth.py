@@ -22,6 +22,9 @@ def both_cores():
     torch.set_num_threads(before)
 
 
+together = pytest.mark.xdist_group("quickstart")  # one process, which trains once
+
+
 @pytest.fixture(scope="module")
 def naive():
     """scripts/naive_network.py as a module."""
@@ -37,6 +40,7 @@ def quickstart(tmp_path_factory):
         yield load(train(load_config("configs/quickstart.yaml", overrides)).run)
 
 
+@together
 def test_both_directions_come_close_to_the_truth_and_never_below_it(quickstart):
     figures, truth = quickstart.evaluate().figures(), TRUTH["test"]
     for name in ("perplexity", "backward_perplexity"):
@@ -46,12 +50,14 @@ def test_both_directions_come_close_to_the_truth_and_never_below_it(quickstart):
     assert figures["unknown_tokens"] == 0
 
 
+@together
 def test_what_it_writes_is_in_the_grammar(quickstart, naive):
     results = quickstart.generate(naive.random_prompts(200))
     assert all(result.finished for result in results)
     assert naive.share_grammatical([result.text for result in results]) >= 0.9
 
 
+@together
 def test_fillings_are_near_the_exact_posterior_and_nearer_than_the_left_side_alone(quickstart):
     """Total variation, mean over 300 places."""
     grammar = load_script("make_lesson").lesson()
@@ -80,6 +86,7 @@ def total_variation(one, other):
     return sum(abs(one.get(word, 0.0) - other.get(word, 0.0)) for word in one.keys() | other.keys()) / 2
 
 
+@together
 def test_scores_of_both_directions_tell_the_sentence_that_agrees_across_its_clause(quickstart):
     grammar = load_script("make_lesson").lesson()
     pairs = []
