@@ -185,12 +185,11 @@ def load(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> Checkp
             raise ArtefactError(f"{home / name}: damaged: not the bytes that were saved")
         contents[name] = data
     state = parse_json(home / "state.json", contents["state.json"]) if "state.json" in contents else {}
-    return Checkpoint(
-        step,
-        _tensors(home / "model.safetensors", contents.get("model.safetensors")),
-        _tensors(home / "training.safetensors", contents.get("training.safetensors")),
-        state,
-    )
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        return tensors_in(home / name, contents[name]) if name in contents else {}
+
+    return Checkpoint(step, tensors("model.safetensors"), tensors("training.safetensors"), state)
 
 
 def _manifest(home: Path, step: int) -> dict[str, Any]:
@@ -228,9 +227,8 @@ def _header(path: Path, handle: IO[bytes], size: int) -> dict[str, Kind]:
         raise ArtefactError(f"{path}: not a safetensors file") from None
 
 
-def _tensors(path: Path, data: bytes | None) -> dict[str, Tensor]:
-    if data is None:
-        return {}
+def tensors_in(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors in a safetensors file's bytes; raises ArtefactError."""
     import safetensors.torch
 
     try:

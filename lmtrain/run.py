@@ -1,7 +1,7 @@
 """The run directory: its layout, the lock on it, and what of it can be judged before torch is imported.
 
 runs/NAME/
-  config.yaml  environment.json  tokenizer.json  metrics.jsonl  events.out.tfevents...
+  config.yaml  environment.json  tokenizer.json  counts.safetensors  metrics.jsonl  events.out.tfevents...
   checkpoints/step-00000500/
   best.json  last.json
 """

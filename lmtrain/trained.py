@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lmtrain import checkpoint
+from lmtrain import checkpoint, counted
 from lmtrain.checkpoint import Kind
 from lmtrain.config import Config
 from lmtrain.data.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ def build_model(config: Config, vocab_size: int) -> LanguageModel:
         layer_norm=model.layer_norm,
         ngrams=model.ngrams,
         ngram_buckets=model.ngram_buckets,
+        counts=model.counts,
         tie_weights=model.tie_weights,
         output=model.output,
         backend=model.backend,
@@ -142,5 +143,7 @@ def load_run(run: RunDirectory, device: torch.device, notify: Callable[[str], No
             notify(f"passed over: {problem}")
         model = build_model(config, tokenizer.vocab_size)
         load_weights(model, saved.model)
+        if config.model.counts is not None:
+            model.put_counts(counted.read(run.path / counted.FILE, saved.state.get("counts"), config, tokenizer))
         return Loaded(run, config, tokenizer, model.to(device).eval(), step)
     raise unusable(problems)

@@ -35,7 +35,8 @@ from lmtrain.data.feeding import shuffled_rows
 from lmtrain.data.tokenizer import IdsTokenizer
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import Script
-from lmtrain.model.language_model import LanguageModel, count_events, lay_out
+from lmtrain.model.events import count_events, lay_out
+from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.output import FullOutput
 from lmtrain.runtime import autocast, choose_device, choose_precision, keep_freed_memory
 from lmtrain.training.optimization import build_optimizers, clip_gradient, step

@@ -27,7 +27,7 @@ def test_one_token_is_what_both_states_say_whatever_stands_in_the_blank():
     for inside in (1, 4):
         row = torch.tensor([IDS.bos_id, 1, 2, inside, 5, IDS.eos_id]).unsqueeze(1)
         with torch.no_grad():
-            states, targets = model.read(row, torch.tensor([len(row)])).events["fill"]
+            states, targets, _ = model.read(row, torch.tensor([len(row)])).events["fill"]
             inner = model.output.log_probabilities(states)[2, 1:6].softmax(-1)
         assert targets[2] == inside
         for each in found:

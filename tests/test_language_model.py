@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from lmtrain.data.batching import make_batch
 from lmtrain.model.dropout import drop
-from lmtrain.model.language_model import LanguageModel, count_events, lay_out
+from lmtrain.model.events import count_events, lay_out
+from lmtrain.model.language_model import LanguageModel
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 VOCABULARY = 11

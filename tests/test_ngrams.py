@@ -5,7 +5,7 @@ import torch
 
 from lmtrain.data.batching import make_batch
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.ngrams import NgramEmbedding
+from lmtrain.model.ngrams import NgramEmbedding, context_of, history_after
 from lmtrain.training.optimization import build_optimizers, optimizer_tensors, set_optimizer_tensors, step
 
 BOS, EOS = 1, 2
@@ -20,7 +20,7 @@ def vectors_of(orders=(2, 3), buckets=5000):
 
 def at_last(ngrams, tokens, history=None):
     """The vector after the last of these tokens."""
-    context = ngrams.context_of(torch.tensor(tokens).unsqueeze(1), history)
+    context = context_of(torch.tensor(tokens).unsqueeze(1), ngrams.history, history)
     return ngrams(context, torch.tensor([len(tokens) - 1]), torch.tensor([0]))[0]
 
 
@@ -48,7 +48,7 @@ def test_orders_are_summed():
 def test_history_is_what_was_read_before():
     ngrams = vectors_of([2, 5])
     tokens = torch.tensor([[4, 8], [5, 8], [6, 0]])
-    history = ngrams.history_after(ngrams.context_of(tokens), torch.tensor([3, 2]))
+    history = history_after(context_of(tokens, 4), 4, torch.tensor([3, 2]))
     assert history.tolist() == [[0, 5, 6, 7], [0, 0, 9, 9]]
     assert torch.equal(at_last(ngrams, [7], history[:1]), at_last(ngrams, [4, 5, 6, 7]))
 
@@ -56,7 +56,7 @@ def test_history_is_what_was_read_before():
 def test_hashes_spread():
     ngrams = vectors_of([2], buckets=1 << 16)
     tokens = torch.cartesian_prod(torch.arange(64), torch.arange(64)).t()  # every pair of 64 tokens
-    found = ngrams._buckets(ngrams.context_of(tokens))[1, :, 0]
+    found = ngrams._buckets(context_of(tokens, 1))[1, :, 0]
     assert len(found.unique()) > 0.95 * 4096  # 1 - 4096 / 2 / 65536 of them by chance
     assert int(found.min()) >= 0
     assert int(found.max()) < 1 << 16

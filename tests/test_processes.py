@@ -23,6 +23,7 @@ TOGETHER_S = 30  # in which all have to end after a fault in one
 ONE_DIRECTION = "model.bidirectional=false"
 CURVES = {
     "two directions": [],
+    "counted n-grams": ["model.counts=4"],
     "by tokens, penalties, gru": [
         "batching.max_tokens=70", "regularization.temporal_penalty=0.5", "regularization.activation_penalty=0.5",
         "regularization.label_smoothing=0.1", "model.cell=gru", "model.layer_norm=true",

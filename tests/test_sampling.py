@@ -176,7 +176,7 @@ def test_backward_it_writes_what_comes_before():
         # one row of the model's own reading: what each token costs from the right
         row = torch.tensor([IDS.bos_id, *ids, IDS.eos_id]).unsqueeze(1)
         with torch.no_grad():
-            states, targets = model.read(row, torch.tensor([len(row)])).events["backward"]
+            states, targets, _ = model.read(row, torch.tensor([len(row)])).events["backward"]
             log_probabilities = model.output.log_probabilities(states)
         written = log_probabilities[len(IDS.encode(prompt)) :]
         written[:, [IDS.pad_id, IDS.eos_id]] = -math.inf

@@ -42,8 +42,9 @@ SETTINGS = {
         "model.bidirectional=false", "averaging.name=triggered", "averaging.trigger=1", "optimizer.lr=0.3",
         "validation.every_steps=2",
     ],
+    "counted n-grams": ["model.counts=4", "averaging.name=ema"],
     "n-grams, muon, averaged": [
-        "batching.mode=stream", "batching.bptt=9", "model.bidirectional=false", "model.ngrams=[2, 3]",
+        "batching.mode=stream", "batching.bptt=9", "model.bidirectional=false", "model.ngrams=[2, 3]", "model.counts=5",
         "optimizer.name=muon", "averaging.name=ema",
     ],
     "adaptive, no validation": ["model.output=adaptive", "model.tie_weights=false", "data.valid=null"],

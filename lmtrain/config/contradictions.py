@@ -73,6 +73,8 @@ def _of_model(config: Config) -> Iterator[Fault]:
             yield ("regularization", "label_smoothing"), "would spread targets over the sampled part alone; use one"
     if len(set(config.model.ngrams)) < len(config.model.ngrams):
         yield ("model", "ngrams"), "names an order twice"
+    if config.model.counts is not None and config.batching.carry_state:
+        yield ("model", "counts"), "counts lines by themselves; use batching.mode: stream for a text that goes on"
     if config.model.output == "adaptive" and config.regularization.label_smoothing:
         yield (
             ("regularization", "label_smoothing"),

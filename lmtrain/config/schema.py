@@ -97,6 +97,8 @@ class ModelConfig(Section):
     """Orders of n-grams that are connected to the output layer directly, around the recurrence: [2, 3, 4, 5]."""
     ngram_buckets: int = Field(16384, ge=1, le=1 << 24)
     """Vectors for the n-grams of each order; n-grams are hashed to them."""
+    counts: int | None = Field(None, ge=3, le=8)
+    """Count n-grams of up to so many tokens in the training text and mix them with the network: 5; null: don't."""
     tie_weights: bool = True
     """Embedding and output layer share their weights; a projection bridges sizes that differ."""
     output: Literal["full", "adaptive"] = "full"

@@ -16,7 +16,8 @@ from torch import Tensor
 from lmtrain.data.batching import Batch
 from lmtrain.inference.scoring import readings
 from lmtrain.metrics import Tally
-from lmtrain.model.language_model import LanguageModel, Objective
+from lmtrain.model.events import Objective
+from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import CarriedState
 
 
@@ -53,10 +54,10 @@ def evaluate_with_cache(model: LanguageModel, batches: Iterable[Batch], cache: C
     keys: Tensor | None = None  # (W, P) states before the cached tokens
     values = torch.empty(0, dtype=torch.int64, device=device)  # (W,) these tokens
     for reading in readings(model, batches, columns=1):
-        states, targets = reading.events["forward"]
-        states = states.float()
+        events = reading.events["forward"]
+        states, targets = events.states.float(), events.targets
         keys = states[:0] if keys is None else keys
-        own = model.output.nats(states, targets).double()
+        own = model.nats("forward", events).double()
         for part in torch.arange(len(targets), device=device).split(512):
             start, end = int(part[0]), int(part[-1]) + 1
             keys, values = torch.cat([keys, states[start:end]]), torch.cat([values, targets[start:end]])

@@ -72,6 +72,8 @@ def onnx_model(model: LanguageModel, tokenizer: Tokenizer, tied: bool = True) ->
     """
     if not isinstance(model.output, FullOutput):
         raise ConfigError("an adaptive output layer has no ONNX form here; train with model.output: full to export")
+    if model.counted:
+        raise ConfigError("counted n-grams have no ONNX form here; train with model.counts: null to export")
     try:
         from onnx import TensorProto, checker
     except ImportError:
@@ -196,6 +198,8 @@ def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
         "model.ngrams": bool(model.ngrams),
         "model.output": not isinstance(model.output, FullOutput),
     }
+    if model.counted:
+        raise ConfigError("counted n-grams have no form outside lmtrain; train with model.counts: null to export")
     if names := [name for name, found in odd.items() if found]:
         raise ConfigError(f"no torch.nn layer has what {', '.join(names)} asked for; --format onnx takes it")
     tensors = {"embedding.weight": model.embedding.weight}

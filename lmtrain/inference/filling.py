@@ -16,7 +16,8 @@ from lmtrain.data.batching import make_batch
 from lmtrain.data.tokenizer import Tokenizer, normalise
 from lmtrain.errors import ConfigError
 from lmtrain.inference.prompts import Script
-from lmtrain.model.language_model import Direction, LanguageModel, lay_out
+from lmtrain.model.events import Direction, lay_out
+from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import select
 
 BLANK = re.compile("_{4,}")
@@ -84,8 +85,8 @@ def _one_token(
     # whatever stands in the blank itself: neither state has seen it
     row = [tokenizer.bos_id, *left, tokenizer.eos_id, *right, tokenizer.eos_id]
     batch = make_batch([row], tokenizer.pad_id)
-    states, _ = model.read(batch.tokens.to(model.embedding.weight.device), batch.lengths).events["fill"]
-    log_probabilities = model.output.log_probabilities(states[len(left) : len(left) + 1])[0]  # (V,)
+    states = model.read(batch.tokens.to(model.embedding.weight.device), batch.lengths).events["fill"].states
+    log_probabilities = model.log_probabilities("fill", states[len(left) : len(left) + 1], None)[0]  # (V,)
     log_probabilities[_never(tokenizer)] = -torch.inf
     probabilities = log_probabilities.double().softmax(0)
     best, tokens = probabilities.topk(min(top, len(probabilities)))
@@ -152,5 +153,5 @@ def _of_rows(model: LanguageModel, tokenizer: Tokenizer, rows: list[list[int]]) 
     events = model.read(batch.tokens.to(model.embedding.weight.device), batch.lengths).events
     row = lay_out(batch.lengths).rows.row.numpy()
     directions: tuple[Direction, ...] = ("forward", "backward")
-    nats = sum(model.output.nats(*events[direction]).double().cpu().numpy() for direction in directions) / 2
+    nats = sum(model.nats(direction, events[direction]).double().cpu().numpy() for direction in directions) / 2
     return -np.bincount(batch.order.numpy()[row], weights=nats, minlength=len(rows))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lmtrain.data.tokenizer import Tokenizer, normalise
 from lmtrain.errors import DataError
-from lmtrain.model.language_model import Direction
+from lmtrain.model.events import Direction
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from lmtrain.data.corpus import StoreCounts
 from lmtrain.data.reading import Block
 from lmtrain.inference.prompts import Script
 from lmtrain.metrics import Tally, bits_per, perplexity
-from lmtrain.model.language_model import Direction, LanguageModel, Objective, Reading, lay_out
+from lmtrain.model.events import Direction, Objective, Reading, lay_out
+from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.output import argmax
 from lmtrain.model.states import CarriedState
 
@@ -102,16 +103,17 @@ def evaluate(
     result.without = {name: Tally() for name in apart}
     rows_at_once = max(1, LOGITS_AT_ONCE // model.vocab_size)
     for reading in readings(model, batches, columns):
-        for objective, (states, targets) in reading.events.items():
+        for objective, events in reading.events.items():
+            states, targets = events.states, events.targets
             if objective != "fill":
-                each = model.output.nats(states, targets).double()
+                each = model.nats(objective, events).double()
                 result.tallies[objective].add(float(each.sum()), len(targets))
                 for name, ids in apart.items() if objective == "forward" else ():
                     kept = ~torch.isin(targets, ids)
                     result.without[name].add(float(each[kept].sum()), int(kept.sum()))
                 continue
             for part, wanted in zip(states.split(rows_at_once), targets.split(rows_at_once), strict=True):
-                log_probabilities = model.output.log_probabilities(part)  # (N, V)
+                log_probabilities = model.log_probabilities(objective, part, None)  # (N, V)
                 nats = -log_probabilities.gather(1, wanted.unsqueeze(1)).double().sum()
                 correct = int((argmax(log_probabilities) == wanted).sum())
                 result.tallies[objective].add(float(nats), len(wanted), correct)
@@ -207,6 +209,6 @@ def _nats_of_tokens(
         of_row = starts[places.rows.row.numpy()]
         predicted = {"forward": places.rows.time + 1, "backward": places.read_back - 1}
         for direction in directions:
-            found = model.output.nats(*events[direction]).double().cpu().numpy()
+            found = model.nats(direction, events[direction]).double().cpu().numpy()
             nats[of_row + predicted[direction].numpy()] += found / len(directions)  # a row predicts a token once
     return nats

@@ -28,7 +28,7 @@ from lmtrain.inference.sampling import Sampling
 from lmtrain.inference.scoring import Evaluation, Score
 from lmtrain.inference.vectors import embed, save
 from lmtrain.metrics import Tally
-from lmtrain.model.language_model import Direction, LanguageModel
+from lmtrain.model.language_model import LanguageModel
 from lmtrain.run import RunDirectory, find_run
 from lmtrain.runtime import choose_device
 from lmtrain.trained import load_run
@@ -242,7 +242,7 @@ class TrainedModel:
         """
         return fill(self.model, self.tokenizer, text, top=top, tokens=tokens)
 
-    def _script(self, direction: Direction) -> Script:
+    def _script(self, direction: Literal["forward", "backward"]) -> Script:
         if direction == "backward" and not self.model.bidirectional:
             raise ConfigError("this run reads in one direction; backward takes two (model.bidirectional: true)")
         return Script(self.tokenizer, self.config.batching.mode == "stream", direction)

@@ -23,7 +23,8 @@ from lmtrain.data.reading import Block
 from lmtrain.errors import ConfigError, StorageError
 from lmtrain.files import reason
 from lmtrain.inference.prompts import Script
-from lmtrain.model.language_model import Direction, LanguageModel
+from lmtrain.model.events import Direction
+from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.packing import pack_rows
 
 READ_TOKENS = 8192  # padded tokens a batch

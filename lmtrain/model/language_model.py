@@ -11,81 +11,21 @@ ever seen what it is asked to predict.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lmtrain.model.counts import CountedNgrams
 from lmtrain.model.directions import RecurrentLayers
 from lmtrain.model.dropout import drop, drop_locked, drop_words
 from lmtrain.model.embedding import Lookups
-from lmtrain.model.ngrams import NgramEmbedding
+from lmtrain.model.events import Direction, Events, Loss, Losses, Objective, Reading, lay_out
+from lmtrain.model.ngrams import NgramEmbedding, context_of, history_after, history_at
 from lmtrain.model.output import AdaptiveOutput, FullOutput, sample_vocabulary
 from lmtrain.model.packing import PackedRows, pack_rows
 from lmtrain.model.recurrence import Backend, Cell, RecurrentStack
 from lmtrain.model.states import State
-
-Direction = Literal["forward", "backward"]
-Objective = Literal[Direction, "fill"]
-
-
-class Events(NamedTuple):
-    """What one objective predicts in a batch, packed: a state and a target for each event."""
-
-    states: Tensor  # (events, P)
-    targets: Tensor  # (events,) int64
-
-
-class Loss(NamedTuple):
-    """Nats summed over an objective's events, and how many these are."""
-
-    nats: Tensor  # () float32, outside the graph
-    tokens: int
-
-
-class Losses(NamedTuple):
-    """What a batch costs."""
-
-    total: Tensor  # () the objectives' nats, weighted, and penalties: what is differentiated
-    parts: dict[Objective, Loss]
-    state: State  # of the forward stack at each row's end
-
-
-class Reading(NamedTuple):
-    """What a model makes of a batch before its output layer."""
-
-    events: dict[Objective, Events]
-    state: State  # of the forward stack at each row's end
-    penalties: dict[Objective, Tensor]  # of the states of each direction, summed over its N packed rows; may be empty
-
-
-class Places(NamedTuple):
-    """Where rows of the given lengths, `<bos>` and `<eos>` counted, are read and what each place predicts.
-
-    Both stacks read lengths - 1 tokens a row. The step of packed row k being time[k], the forward stack has read
-    tokens[time] and predicts tokens[time + 1]; the backward stack, counted from the row's end, has read
-    tokens[last - time] and predicts tokens[last - time - 1].
-    """
-
-    rows: PackedRows
-    read_back: Tensor  # (N,) time at which the token that the backward stack reads stands
-    fill_forward: Tensor  # (M,) packed row of the forward state before each inner token
-    fill_backward: Tensor  # (M,) packed row of the backward state behind the same token
-
-
-def lay_out(lengths: Tensor) -> Places:
-    """Places of the rows of a batch; lengths (B,) int64 on CPU, non-increasing, >= 2."""
-    rows = pack_rows(lengths - 1)
-    read_back = rows.lengths[rows.row] - rows.time
-    inner = rows.time < rows.lengths[rows.row] - 1  # the last event of a row is its end, not an inner token
-    time, row = rows.time[inner], rows.row[inner]
-    fill_backward = rows.at(rows.lengths[row] - 2 - time, row)
-    return Places(rows, read_back, inner.nonzero().squeeze(1), fill_backward)
-
-
-def count_events(rows: int, tokens: int) -> dict[Objective, int]:
-    """How many tokens each objective predicts in rows of so many tokens, `<bos>` and `<eos>` counted."""
-    return {"forward": tokens - rows, "backward": tokens - rows, "fill": tokens - 2 * rows}
 
 
 class LanguageModel(nn.Module):
@@ -99,6 +39,8 @@ class LanguageModel(nn.Module):
         tie_weights: the output layer uses the embedding's weight; states are projected to its size.
         ngrams, ngram_dropout: orders of the n-grams that are connected to the output layer directly, by way of
             `ngram_buckets` vectors each; see `NgramEmbedding`.
+        counts: order of the n-grams that are counted in the training text and mixed with each direction; see
+            `CountedNgrams`. They are to be put in by `put_counts`.
         output: `full`, or `adaptive` for a large vocabulary (then not tied).
         input_dropout, output_dropout: share of the features of embeddings and of states before the output layer that
             are zeroed, locked over a row's steps.
@@ -107,6 +49,8 @@ class LanguageModel(nn.Module):
         label_smoothing: see `FullOutput.loss`; with `output: full` only.
         sampled_tokens, frequent_tokens: score a part of the vocabulary in training; see `sample_vocabulary`; None: all.
     """
+
+    history: int
 
     def __init__(
         self,
@@ -123,6 +67,7 @@ class LanguageModel(nn.Module):
         layer_norm: bool = False,
         ngrams: Sequence[int] = (),
         ngram_buckets: int = 16384,
+        counts: int | None = None,
         tie_weights: bool = True,
         output: Literal["full", "adaptive"] = "full",
         backend: Backend = "auto",
@@ -180,6 +125,14 @@ class LanguageModel(nn.Module):
                 if ngrams
             }
         )
+        self.counted = nn.ModuleDict(
+            {
+                f"of_{name}": CountedNgrams(counts, vocab_size, size)
+                for name in self.objectives[:2]
+                if counts is not None
+            }
+        )
+        self.history = max(*ngrams, (counts or 2) - 1, 1) - 1  # K tokens that a state holds beside the stack's own
         self.reset_parameters()
         if tie_weights:
             assert isinstance(self.output, FullOutput), "adaptive output layers have weights of their own"
@@ -212,25 +165,21 @@ class LanguageModel(nn.Module):
             states, end = stack.step(embedded[0], state)
         else:
             states, end = stack(embedded.flatten(0, 1), pack_rows(torch.full((count,), length)), state)
-        projected = self.projections[f"of_{direction}"](states)
-        if self.ngrams:
-            place = torch.arange(length * count, device=tokens.device)
-            lengths = torch.full((count,), length)
-            direct, history = self._direct(direction, tokens, lengths, place // count, place % count, state)
-            projected, end = projected + direct, end + history
-        return self._logits(projected).unflatten(0, tokens.shape), end
+        place = torch.arange(length * count, device=tokens.device)
+        context, history = self._context(tokens, torch.full((count,), length), state)
+        direct, read = self._look_back(direction, context, place // count, place % count)
+        logits = self._logits(direction, self._project(direction, states, direct), read)
+        return logits.unflatten(0, tokens.shape), end + history
 
     def read_prompts(self, tokens: Tensor, lengths: Tensor, direction: Direction = "forward") -> tuple[Tensor, State]:
         """Ragged prompts: tokens (L, B) as `forward` takes them, lengths (B,) on CPU, longest first -> logits (B, V)
         after each, state."""
         rows = pack_rows(lengths)
         states, end = self.stack(direction)(self.embedding(tokens[rows.time, rows.row]), rows)
-        projected = self.projections[f"of_{direction}"](states[rows.last])
-        if self.ngrams:
-            last, row = (lengths - 1).to(tokens.device), torch.arange(len(lengths), device=tokens.device)
-            direct, history = self._direct(direction, tokens, lengths, last, row, None)
-            projected, end = projected + direct, end + history
-        return self._logits(projected), end
+        last, row = (lengths - 1).to(tokens.device), torch.arange(len(lengths), device=tokens.device)
+        context, history = self._context(tokens, lengths, None)
+        direct, read = self._look_back(direction, context, last, row)
+        return self._logits(direction, self._project(direction, states[rows.last], direct), read), end + history
 
     def stack(self, direction: Direction) -> RecurrentStack:
         """The layers that read in a direction."""
@@ -238,21 +187,68 @@ class LanguageModel(nn.Module):
         assert isinstance(stack, RecurrentStack)
         return stack
 
-    def _direct(
-        self, direction: Direction, tokens: Tensor, lengths: Tensor, time: Tensor, row: Tensor, state: State | None
-    ) -> tuple[Tensor, State]:
-        """What the n-grams that end at given tokens say of the next one, (N, P), and what a state holds of them behind
-        the stack's own; `lengths` (B,) are of the tokens that are read."""
-        ngrams = self.ngrams[f"of_{direction}"]
-        assert isinstance(ngrams, NgramEmbedding)
-        context = ngrams.context_of(tokens, None if state is None else state[-1][0])
-        return ngrams(context, time, row), ((ngrams.history_after(context, lengths),),)
+    def put_counts(self, counts: Mapping[str, Tensor]) -> None:
+        """Take up the counts of each direction, `of_DIRECTION.NAME` as `count` names them."""
+        for name, counted in self.counted.items():
+            prefix = f"{name}."
+            own = {key.removeprefix(prefix): part for key, part in counts.items() if key.startswith(prefix)}
+            assert isinstance(counted, CountedNgrams)
+            counted.put(own)
 
-    def _logits(self, states: Tensor) -> Tensor:
-        if isinstance(self.output, FullOutput):
+    def _context(self, tokens: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Tokens (L, B) with the history before them, (K + L, B), and the history that a state holds behind the
+        stack's own; `lengths` (B,) are of the tokens that are read."""
+        if not self.history:
+            return tokens, ()
+        context = context_of(tokens, self.history, None if state is None else state[-1][0])
+        return context, ((history_after(context, self.history, lengths),),)
+
+    def _look_back(
+        self, direction: Direction, context: Tensor, time: Tensor, row: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What n-grams say directly (N, P), and the history (N, H) that counted ones go by: of those that end with the
+        tokens read at the given steps of the given rows; None where there are none."""
+        direct = history = None
+        if self.ngrams:
+            ngrams = self.ngrams[f"of_{direction}"]
+            assert isinstance(ngrams, NgramEmbedding)
+            direct = ngrams(context[self.history - ngrams.history :], time, row)
+        if self.counted:
+            history = history_at(context, self._counted(direction).history, time + self.history, row)
+        return direct, history
+
+    def _project(self, objective: Objective, states: Tensor, direct: Tensor | None) -> Tensor:
+        """What the output layer reads, (N, P)."""
+        projected: Tensor = self.projections[f"of_{objective}"](states)
+        return projected if direct is None else projected + direct
+
+    def _logits(self, direction: Direction, states: Tensor, history: Tensor | None) -> Tensor:
+        if isinstance(self.output, FullOutput) and history is None:
             logits: Tensor = self.output(states)
             return logits.float()
-        return self.output.log_probabilities(states)  # log-probabilities are logits, too
+        return self.log_probabilities(direction, states, history)  # logits, too
+
+    def nats(self, objective: Objective, events: Events) -> Tensor:
+        """Negative log-likelihood of each target (N,), in nats, float32 at least; outside the graph."""
+        return self._mixed(objective, events, self.output.nats(events.states, events.targets)).detach()
+
+    def log_probabilities(self, objective: Objective, states: Tensor, history: Tensor | None) -> Tensor:
+        """Natural log-probabilities (N, V) of every token at events with these states and history, float32."""
+        found = self.output.log_probabilities(states)
+        return found if history is None else self._counted(objective).log_probabilities(states, history, found)
+
+    def _counted(self, objective: Objective) -> CountedNgrams:
+        counted = self.counted[f"of_{objective}"]
+        assert isinstance(counted, CountedNgrams)
+        return counted
+
+    def _mixed(self, objective: Objective, events: Events, nats: Tensor) -> Tensor:
+        """Nats (N,) of the mixture, given the network's; its gate alone learns from them."""
+        if events.history is None:
+            return nats
+        states, left_out = events.states.detach(), self.training
+        shares, counted = self._counted(objective).mix(states, events.history, events.targets, left_out)
+        return -torch.logsumexp(torch.cat([-nats.unsqueeze(1), counted], 1) + shares, 1)
 
     def read(self, tokens: Tensor, lengths: Tensor, state: State | None = None) -> Reading:
         """Read a batch and give each objective's states and targets.
@@ -269,29 +265,30 @@ class LanguageModel(nn.Module):
         places = lay_out(lengths)
         device, rows = tokens.device, places.rows
         time, row = rows.time.to(device), rows.row.to(device)
-        states, direct, penalties = dict[Objective, Tensor](), dict[Objective, Tensor](), dict[Objective, Tensor]()
-        states["forward"], end = self._run("forward", tokens[time, row], rows, lookups, penalties, state)
-        targets: dict[Objective, Tensor] = {"forward": tokens[time + 1, row]}
-        if self.ngrams:
-            direct["forward"], history = self._direct("forward", tokens, rows.lengths, time, row, state)
-            end += history
+        penalties = dict[Objective, Tensor]()
+        states, end = self._run("forward", tokens[time, row], rows, lookups, penalties, state)
+        context, history = self._context(tokens, rows.lengths, state)
+        direct, read = self._look_back("forward", context, time, row)
+        targets = tokens[time + 1, row]
+        events: dict[Objective, Events] = {
+            "forward": Events(self._project("forward", states, direct), targets, read),
+        }
         if self.bidirectional:
             back = places.read_back.to(device)
-            states["backward"], _ = self._run("backward", tokens[back, row], rows, lookups, penalties)
-            targets["backward"] = tokens[back - 1, row]
+            states_back, _ = self._run("backward", tokens[back, row], rows, lookups, penalties)
+            real = torch.arange(len(tokens), device=device).unsqueeze(1) < lengths.to(device)
+            flipped = torch.where(real, tokens, -1).flip(0)  # behind a row's end there is nothing
+            context, _ = self._context(flipped, rows.lengths, None)
+            direct_back, read_back = self._look_back("backward", context, len(tokens) - 1 - back, row)
+            events["backward"] = Events(
+                self._project("backward", states_back, direct_back), tokens[back - 1, row], read_back
+            )
             before, behind = places.fill_forward.to(device), places.fill_backward.to(device)
-            sides = states["forward"].index_select(0, before), states["backward"].index_select(0, behind)
-            states["fill"] = torch.cat(sides, 1)  # (M, 2H)
-            targets["fill"] = targets["forward"][before]
-            if direct:
-                real = torch.arange(len(tokens), device=device).unsqueeze(1) < lengths.to(device)
-                flipped = torch.where(real, tokens, -1).flip(0)  # behind a row's end there is nothing
-                last = len(tokens) - 1
-                direct["backward"], _ = self._direct("backward", flipped, rows.lengths, last - back, row, None)
-                direct["fill"] = direct["forward"][before] + direct["backward"][behind]
-        read = {name: self.projections[f"of_{name}"](states[name]) for name in self.objectives}  # (events, P)
-        read |= {name: read[name] + found for name, found in direct.items()}
-        return Reading({name: Events(read[name], targets[name]) for name in read}, end, penalties)
+            sides = torch.cat([states.index_select(0, before), states_back.index_select(0, behind)], 1)  # (M, 2H)
+            if direct is not None and direct_back is not None:
+                direct = direct[before] + direct_back[behind]
+            events["fill"] = Events(self._project("fill", sides, direct), targets[before])
+        return Reading(events, end + history, penalties)
 
     def _run(
         self,
@@ -340,7 +337,8 @@ class LanguageModel(nn.Module):
         """
         lookups = Lookups(self.embedding.weight, self.embedding.sparse)
         events, end, penalties = self._read(tokens, lengths, state, lookups)
-        states, targets = (torch.cat(parts) for parts in zip(*events.values(), strict=True))
+        states = torch.cat([part.states for part in events.values()])
+        targets = torch.cat([part.targets for part in events.values()])
         sizes = [len(part.targets) for part in events.values()]
         each = {name: 1.0 if weights is None else weights[name] for name in events}
         of_events = torch.tensor(list(each.values())).repeat_interleave(torch.tensor(sizes)).to(states.device)
@@ -355,5 +353,10 @@ class LanguageModel(nn.Module):
             total, nats = self.output.loss(states, targets, of_events)
         for direction, penalty in penalties.items():
             total = total + each[direction] * penalty
-        parts = zip(events, nats.split(sizes), sizes, strict=True)
-        return Losses(total, {name: Loss(part.sum(), size) for name, part, size in parts}, end)
+        parts: dict[Objective, Loss] = {}
+        for (objective, of_objective), own in zip(events.items(), nats.split(sizes), strict=True):
+            mixed = self._mixed(objective, of_objective, own)
+            if mixed is not own:
+                total = total + each[objective] * mixed.sum()
+            parts[objective] = Loss(mixed.detach().sum(), len(own))
+        return Losses(total, parts, end)

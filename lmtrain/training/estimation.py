@@ -12,7 +12,8 @@ import torch
 from lmtrain.config import Config
 from lmtrain.data.feeding import Feed, Group, Reading
 from lmtrain.data.tokenizer import Tokenizer
-from lmtrain.model.language_model import LanguageModel, count_events
+from lmtrain.model.events import count_events
+from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import CarriedState
 from lmtrain.processes import Alone
 from lmtrain.runtime import autocast, choose_device, choose_precision, keep_freed_memory

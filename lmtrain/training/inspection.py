@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from lmtrain import checkpoint
+from lmtrain import checkpoint, counted
 from lmtrain.errors import ArtefactError
 from lmtrain.run import RunDirectory
 from lmtrain.trained import count_weights
@@ -35,6 +35,12 @@ def inspect(run: RunDirectory) -> Iterator[str]:
             continue
         size = sum((home / name).stat().st_size for name in (*checkpoint.FILES, "manifest.json"))
         where = "finished" if saved.state.finished else f"epoch {saved.state.epoch + 1}"
+        if config.model.counts is not None and not whole:
+            try:
+                counted.read(run.path / counted.FILE, saved.counts, config, tokenizer)
+                yield f"{counted.FILE}: whole, {(run.path / counted.FILE).stat().st_size:,} bytes"
+            except ArtefactError as error:
+                faults.extend(error.faults)
         yield f"{home.name}: whole, {size:,} bytes, {where}"
         whole.append(step)
         rows = max(rows, saved.lengths.get(METRICS, 0))

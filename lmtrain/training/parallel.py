@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lmtrain.data.batching import Batch
-from lmtrain.model.language_model import LanguageModel, Losses, Objective
+from lmtrain.model.events import Losses, Objective
+from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import State
 from lmtrain.processes import Alone
 from lmtrain.runtime import random_state, set_random_state
@@ -49,7 +50,7 @@ class Gradients:
         names = {name for name, weight in self._loss.named_parameters() if any(weight is own for own in self._sparse)}
         self._loss._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
         with processes.communicating():
-            self._parallel = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
+            self._parallel = DistributedDataParallel(self._loss, gradient_as_bucket_view=True, broadcast_buffers=False)
         self._parallel.register_comm_hook(None, lambda state, bucket: self._sum_bucket(bucket))
 
     _parallel: Any

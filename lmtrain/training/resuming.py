@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lmtrain import checkpoint
 from lmtrain.config import Config
+from lmtrain.counted import FILE, LARGEST_BYTES, dump
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
+from lmtrain.files import hash_of, read_bytes, write_atomically
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import CarriedState
 from lmtrain.processes import Alone
@@ -53,10 +56,19 @@ class Saves:
         averaging: Averaging,
         carried: CarriedState | None,
         processes: Alone,
+        counts: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.run, self.model, self.optimizers, self.device = run, model, optimizers, device
         self.corpora, self.config, self.averaging, self.carried = corpora, config, averaging, carried
         self.processes = processes
+        self.counts_digest = None if counts is None or processes.rank else self._keep(dump(counts))
+
+    def _keep(self, counts: bytes) -> str:
+        """The SHA-256 of the run's counts; the file is written where it is not there, or is another."""
+        digest, path = hash_of(counts), self.run.path / FILE
+        if not (path.is_file() and hash_of(read_bytes(path, LARGEST_BYTES)) == digest):
+            write_atomically(path, counts)
+        return digest
 
     def save(self, state: TrainingState, lengths: dict[str, int], begun_in: dict[str, Any]) -> None:
         """Save the run as it stands, then remove what is older than the newest `keep` and not the best.
@@ -72,6 +84,7 @@ class Saves:
             "data": self.corpora.hashes,
             "tokenizer": self.corpora.tokenizer.fingerprint(),
             "environment": begun_in,
+            **({} if self.counts_digest is None else {"counts": self.counts_digest}),
         }
         if not all(bool(torch.isfinite(weight).all()) for weight in weights(self.model).values()):
             raise DivergedError(f"step {state.step}: a weight is not finite; try a lower optimizer.lr")

@@ -65,6 +65,7 @@ class Saved(NamedTuple):
     lengths: dict[str, int]  # bytes of each metric file
     environment: dict[str, Any]  # in which the run was begun
     data: dict[str, str]  # SHA-256 of each file
+    counts: Any = None  # SHA-256 of the run's counted n-grams
 
 
 def newest_whole(run: RunDirectory, config: Config, tokenizer: Tokenizer, problems: list[str]) -> Saved | None:
@@ -106,7 +107,7 @@ def read_saved(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: in
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise ArtefactError(f"{home}/state.json: not a training state") from None
-    return Saved(home, saved.model, saved.training, state, lengths, begun_in, data)
+    return Saved(home, saved.model, saved.training, state, lengths, begun_in, data, saved.state.get("counts"))
 
 
 def _belongs(name: str, kind: Kind, wanted: Mapping[str, Kind], config: Config) -> bool:
@@ -120,7 +121,7 @@ def _belongs(name: str, kind: Kind, wanted: Mapping[str, Kind], config: Config) 
             return weight is not None and (kind.shape == weight.shape or prod(kind.shape) == 1)
         case "carried":
             model, rows = config.model, config.batching.batch_size
-            widest = max(model.layer_sizes or [model.hidden_size]) + max(model.ngrams or [0])
+            widest = max(model.layer_sizes or [model.hidden_size]) + max(model.ngrams or [0]) + (model.counts or 0)
             place = re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
             return place and len(kind.shape) == 2 and kind.shape[0] == rows and kind.shape[1] <= widest
         case _:

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from lmtrain.config import Config
+from lmtrain.counted import count_text
 from lmtrain.data.feeding import Dealt, Feed, Reading, Share
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
-from lmtrain.model.language_model import count_events
+from lmtrain.model.events import count_events
 from lmtrain.model.states import CarriedState
 from lmtrain.processes import Alone
 from lmtrain.progress import Progress
@@ -66,6 +67,9 @@ class Trainer:
         share = Share(processes.rank, processes.world_size, columns)
         torch.manual_seed(config.seed)
         self.model = build_model(config, tokenizer.vocab_size)
+        counts = processes.agree(lambda: count_text(config, corpora.train, tokenizer))
+        if counts is not None:
+            self.model.put_counts(counts)
         self.model.to(device)
         if processes.rank:  # equal weights, but dropout of its own
             torch.manual_seed(seed_of(config.seed, 0, processes.rank))
@@ -85,7 +89,7 @@ class Trainer:
         self.averaging = Averaging(self.model, name=config.averaging.name, decay=config.averaging.decay)
         self.carried = None if columns is None else CarriedState(columns // processes.world_size)
         self.saves = Saves(
-            run, self.model, self.optimizers, device, corpora, config, self.averaging, self.carried, processes
+            run, self.model, self.optimizers, device, corpora, config, self.averaging, self.carried, processes, counts
         )
         restored = self.saves.restore(progress.note)
         self.state, lengths, self.begun_in = restored or self._begin()

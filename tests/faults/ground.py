@@ -44,7 +44,7 @@ SAVE_EVERY = 3  # steps
 SETTINGS = (
     ["training.max_epochs=4"],
     ["training.max_epochs=8", "batching.mode=stream", "batching.bptt=9", "model.bidirectional=false",
-     "averaging.name=ema", "model.ngrams=[2]"],
+     "averaging.name=ema", "model.ngrams=[2]", "model.counts=3"],
 )  # fmt: skip
 EVERY_RUN = ["logging.every_steps=1", f"checkpoint.every_steps={SAVE_EVERY}"]
 PATIENCE_S = 120.0

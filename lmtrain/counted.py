@@ -1,0 +1,102 @@
+"""The counted n-grams of a run: made of its training text, kept in a file, held against the run's checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lmtrain.checkpoint import tensors_in
+from lmtrain.config import Config
+from lmtrain.data.corpus import TokenStore
+from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.errors import ArtefactError, ConfigError
+from lmtrain.files import hash_of, read_bytes
+from lmtrain.model.counts import LARGEST_TOKENS, count
+
+FILE = "counts.safetensors"
+LARGEST_BYTES = 1 << 34
+PARTS = {"contexts": torch.int64, "pairs": torch.int64, "counts": torch.int32}
+
+
+def count_text(config: Config, store: TokenStore, tokenizer: Tokenizer) -> dict[str, Tensor] | None:
+    """The n-grams of each direction in which the model reads, as `LanguageModel.put_counts` takes them; None where none
+    are asked for. The same text gives the same counts.
+
+    Raises:
+        ConfigError: the text is too large for it.
+    """
+    order = config.model.counts
+    if order is None:
+        return None
+    if len(store.tokens) > LARGEST_TOKENS:
+        raise ConfigError(
+            f"model.counts: {len(store.tokens):,} tokens are too many to count in memory (at most {LARGEST_TOKENS:,}); "
+            "set model.counts: null"
+        )
+    tokens, place = _laid_out(store, tokenizer.eos_id, backward=False)
+    found = {"forward": count(tokens, place, order, tokenizer.vocab_size)}
+    if config.model.bidirectional:
+        found["backward"] = count(*_laid_out(store, tokenizer.eos_id, backward=True), order, tokenizer.vocab_size)
+    return {f"of_{direction}.{name}": part for direction, own in found.items() for name, part in own.items()}
+
+
+def _laid_out(store: TokenStore, eos_id: int, backward: bool) -> tuple[Tensor, Tensor]:
+    """All tokens in the order in which a direction reads them, and how many of its sequence stand before each."""
+    tokens: NDArray[np.int64] = np.asarray(store.tokens).astype(np.int64)
+    if store.counts.stream:  # one text, that begins behind an end
+        tokens = np.concatenate([[eos_id], tokens])
+        return torch.from_numpy(tokens), torch.arange(len(tokens))
+    offsets = np.asarray(store.offsets).astype(np.int64)
+    lengths = np.diff(offsets)
+    place = np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
+    if backward:
+        tokens = tokens[np.repeat(offsets[1:], lengths) - 1 - place]
+    return torch.from_numpy(tokens), torch.from_numpy(place)
+
+
+def dump(counts: Mapping[str, Tensor]) -> bytes:
+    """The bytes of the file."""
+    import safetensors.torch
+
+    data: bytes = safetensors.torch.save(dict(counts))
+    return data
+
+
+def read(path: Path, digest: object, config: Config, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """The counts of a run.
+
+    Args:
+        digest: SHA-256 of the file, as a checkpoint of the run has it.
+
+    Raises:
+        ArtefactError: missing, damaged, or not counts of this model.
+    """
+    data = read_bytes(path, LARGEST_BYTES)
+    if hash_of(data) != digest:
+        raise ArtefactError(f"{path}: damaged: not the counts that the model was trained with")
+    counts = tensors_in(path, data)
+    directions = ("forward", "backward") if config.model.bidirectional else ("forward",)
+    orders = range(1, (config.model.counts or 0) + 1)
+    wanted = {f"of_{direction}.{order}" for direction in directions for order in orders}
+    if counts.keys() != {f"{name}.{part}" for name in wanted for part in PARTS}:
+        raise ArtefactError(f"{path}: not the counts of this model")
+    for name in sorted(wanted):
+        contexts, pairs, own = (counts[f"{name}.{part}"] for part in PARTS)
+        if not _sound(contexts, pairs, own, tokenizer.vocab_size):
+            raise ArtefactError(f"{path}: {name}: not counts of a vocabulary of {tokenizer.vocab_size:,}")
+    return counts
+
+
+def _sound(contexts: Tensor, pairs: Tensor, counts: Tensor, vocab_size: int) -> bool:
+    """Whether these can be looked up in: types, ascending keys, places that there are, counts of one and more."""
+    if [part.dtype for part in (contexts, pairs, counts)] != list(PARTS.values()):
+        return False
+    if any(part.dim() != 1 for part in (contexts, pairs, counts)) or len(pairs) != len(counts) or not len(pairs):
+        return False
+    ascending = bool((contexts.diff() > 0).all()) and bool((pairs.diff() > 0).all())
+    return ascending and int(pairs[0]) >= 0 and int(pairs[-1]) < len(contexts) * vocab_size and int(counts.min()) > 0
