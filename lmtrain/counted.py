@@ -23,21 +23,21 @@ LARGEST_BYTES = 1 << 34
 PARTS = {"contexts": torch.int64, "pairs": torch.int64, "counts": torch.int32}
 
 
-def count_text(config: Config, store: TokenStore, tokenizer: Tokenizer) -> dict[str, Tensor] | None:
-    """The n-grams of each direction in which the model reads, as `LanguageModel.put_counts` takes them; None where none
-    are asked for. The same text gives the same counts.
-
-    Raises:
-        ConfigError: the text is too large for it.
-    """
-    order = config.model.counts
-    if order is None:
-        return None
-    if len(store.tokens) > LARGEST_TOKENS:
+def refuse_large(config: Config, store: TokenStore) -> None:
+    """Raises ConfigError where n-grams are to be counted of a text too large for it."""
+    if config.model.counts is not None and len(store.tokens) > LARGEST_TOKENS:
         raise ConfigError(
             f"model.counts: {len(store.tokens):,} tokens are too many to count in memory (at most {LARGEST_TOKENS:,}); "
             "set model.counts: null"
         )
+
+
+def count_text(config: Config, store: TokenStore, tokenizer: Tokenizer) -> dict[str, Tensor] | None:
+    """The n-grams of each direction in which the model reads, as `LanguageModel.put_counts` takes them; None where none
+    are asked for. The same text gives the same counts."""
+    order = config.model.counts
+    if order is None:
+        return None
     tokens, place = _laid_out(store, tokenizer.eos_id, backward=False)
     found = {"forward": count(tokens, place, order, tokenizer.vocab_size)}
     if config.model.bidirectional:
@@ -98,5 +98,6 @@ def _sound(contexts: Tensor, pairs: Tensor, counts: Tensor, vocab_size: int) -> 
         return False
     if any(part.dim() != 1 for part in (contexts, pairs, counts)) or len(pairs) != len(counts) or not len(pairs):
         return False
-    ascending = bool((contexts.diff() > 0).all()) and bool((pairs.diff() > 0).all())
+    # compared, for the difference of two keys may be too large for 64 bits
+    ascending = all(bool((part[1:] > part[:-1]).all()) for part in (contexts, pairs))
     return ascending and int(pairs[0]) >= 0 and int(pairs[-1]) < len(contexts) * vocab_size and int(counts.min()) > 0

@@ -282,6 +282,25 @@ def test_a_text_too_large_to_count_is_refused(small, tmp_path, monkeypatch):
     monkeypatch.setattr(counted, "LARGEST_TOKENS", 50)
     with pytest.raises(ConfigError, match=r"model\.counts: [\d,]+ tokens are too many to count in memory"):
         train(small("model.counts=3"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_may_lie_farther_apart_than_a_key_is_large():
+    contexts, pairs, counts = (
+        torch.tensor([-(1 << 62) - 5, (1 << 62) + 5]),
+        torch.tensor([3, V + 1]),
+        torch.ones(2).int(),
+    )
+    assert counted._sound(contexts, pairs, counts, V)
+    assert not counted._sound(contexts.flip(0), pairs, counts, V)
+
+
+def test_a_text_of_one_word_is_counted_and_its_counts_are_sound(small, tmp_path):
+    for number, text in enumerate(["a\n", "a b\n", "b a c\na\n"]):  # keys of few contexts may lie far apart
+        (tmp_path / "few.txt").write_text(text)
+        settings = ["data.valid=null", f"data.train={tmp_path}/few.txt", "model.counts=4", "training.max_steps=2"]
+        result = train(small(*settings), tmp_path / f"run-{number}")
+        assert lmtrain.load(result.run).generate([""])
 
 
 def test_lines_that_follow_on_are_not_counted(small):

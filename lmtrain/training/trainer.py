@@ -67,6 +67,8 @@ class Trainer:
         share = Share(processes.rank, processes.world_size, columns)
         torch.manual_seed(config.seed)
         self.model = build_model(config, tokenizer.vocab_size)
+        if config.model.counts is not None:
+            progress.note(f"counting n-grams of up to {config.model.counts} tokens")
         counts = processes.agree(lambda: count_text(config, corpora.train, tokenizer))
         if counts is not None:
             self.model.put_counts(counts)
