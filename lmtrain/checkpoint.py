@@ -165,7 +165,7 @@ def survey(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> dict
             if os.fstat(handle.fileno()).st_size != files[name]["bytes"]:
                 raise ArtefactError(f"{path}: damaged: not the bytes that were saved")
             if path.suffix == ".safetensors":
-                kinds[name] = _header(path, handle, files[name]["bytes"])
+                kinds[name] = header_of(path, handle, files[name]["bytes"])
     return kinds
 
 
@@ -210,9 +210,9 @@ def _manifest(home: Path, step: int) -> dict[str, Any]:
     return files
 
 
-def _header(path: Path, handle: IO[bytes], size: int) -> dict[str, Kind]:
-    """The tensors of a safetensors file, https://huggingface.co/docs/safetensors: eight bytes that say how long the
-    JSON behind them is, which says where in the rest each tensor lies."""
+def header_of(path: Path, handle: IO[bytes], size: int) -> dict[str, Kind]:
+    """The tensors of an open safetensors file of so many bytes, https://huggingface.co/docs/safetensors: eight bytes
+    that say how long the JSON behind them is, which says where in the rest each tensor lies."""
     length = int.from_bytes(handle.read(8), "little")
     if length > min(size, LARGEST_JSON_BYTES):
         raise ArtefactError(f"{path}: not a safetensors file")

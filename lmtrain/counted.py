@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmtrain.checkpoint import tensors_in
+from lmtrain.checkpoint import header_of, tensors_in
 from lmtrain.config import Config
 from lmtrain.data.corpus import TokenStore
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import ArtefactError, ConfigError
-from lmtrain.files import hash_of, read_bytes
+from lmtrain.files import LARGEST_JSON_BYTES, hash_of, opened, read_bytes
 from lmtrain.model.counts import LARGEST_TOKENS, count
 
 FILE = "counts.safetensors"
-LARGEST_BYTES = 1 << 34
-PARTS = {"contexts": torch.int64, "pairs": torch.int64, "counts": torch.int32}
+PARTS = ("contexts", "pairs", "counts")
 
 
 def refuse_large(config: Config, store: TokenStore) -> None:
@@ -76,28 +76,44 @@ def read(path: Path, digest: object, config: Config, tokenizer: Tokenizer) -> di
     Raises:
         ArtefactError: missing, damaged, or not counts of this model.
     """
-    data = read_bytes(path, LARGEST_BYTES)
-    if hash_of(data) != digest:
-        raise ArtefactError(f"{path}: damaged: not the counts that the model was trained with")
-    counts = tensors_in(path, data)
     directions = ("forward", "backward") if config.model.bidirectional else ("forward",)
     orders = range(1, (config.model.counts or 0) + 1)
-    wanted = {f"of_{direction}.{order}" for direction in directions for order in orders}
-    if counts.keys() != {f"{name}.{part}" for name in wanted for part in PARTS}:
-        raise ArtefactError(f"{path}: not the counts of this model")
-    for name in sorted(wanted):
+    names = [f"of_{direction}.{order}" for direction in directions for order in orders]
+    counts = tensors_in(path, _bytes(path, digest, names, tokenizer.vocab_size))
+    for name in names:
         contexts, pairs, own = (counts[f"{name}.{part}"] for part in PARTS)
         if not _sound(contexts, pairs, own, tokenizer.vocab_size):
-            raise ArtefactError(f"{path}: {name}: not counts of a vocabulary of {tokenizer.vocab_size:,}")
+            raise _odd(path, name, tokenizer.vocab_size)
     return counts
 
 
+def _bytes(path: Path, digest: object, names: Sequence[str], vocab_size: int) -> bytes:
+    """The file, once its header says that it holds counts, and no more of them than there could be."""
+    with opened(path) as handle:
+        kinds = header_of(path, handle, os.fstat(handle.fileno()).st_size)
+    if kinds.keys() != {f"{name}.{part}" for name in names for part in PARTS}:
+        raise ArtefactError(f"{path}: not the counts of this model")
+    most = LARGEST_JSON_BYTES
+    for name in names:
+        contexts, pairs, own = (kinds[f"{name}.{part}"] for part in PARTS)
+        shapes = contexts.shape + pairs.shape + own.shape
+        types = (contexts.dtype, pairs.dtype, own.dtype) == ("I64", "I64", "I32")
+        one_dimension = len(contexts.shape) == len(pairs.shape) == len(own.shape) == 1
+        if not (types and one_dimension and 0 < shapes[0] <= shapes[1] == shapes[2] <= LARGEST_TOKENS):
+            raise _odd(path, name, vocab_size)
+        most += 8 * shapes[0] + 12 * shapes[1]
+    data = read_bytes(path, most)
+    if hash_of(data) != digest:
+        raise ArtefactError(f"{path}: damaged: not the counts that the model was trained with")
+    return data
+
+
+def _odd(path: Path, name: str, vocab_size: int) -> ArtefactError:
+    return ArtefactError(f"{path}: {name}: not counts of a vocabulary of {vocab_size:,}")
+
+
 def _sound(contexts: Tensor, pairs: Tensor, counts: Tensor, vocab_size: int) -> bool:
-    """Whether these can be looked up in: types, ascending keys, places that there are, counts of one and more."""
-    if [part.dtype for part in (contexts, pairs, counts)] != list(PARTS.values()):
-        return False
-    if any(part.dim() != 1 for part in (contexts, pairs, counts)) or len(pairs) != len(counts) or not len(pairs):
-        return False
+    """Whether these can be looked up in: ascending keys, places that there are, counts of one and more."""
     # compared, for the difference of two keys may be too large for 64 bits
     ascending = all(bool((part[1:] > part[:-1]).all()) for part in (contexts, pairs))
     return ascending and int(pairs[0]) >= 0 and int(pairs[-1]) < len(contexts) * vocab_size and int(counts.min()) > 0

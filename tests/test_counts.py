@@ -13,7 +13,7 @@ import torch
 import lmtrain
 from lmtrain import checkpoint, counted
 from lmtrain.data.batching import make_batch
-from lmtrain.errors import ConfigError
+from lmtrain.errors import ConfigError, DataError
 from lmtrain.model.counts import CountedNgrams, count
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.training.start import train
@@ -293,6 +293,25 @@ def test_keys_may_lie_farther_apart_than_a_key_is_large():
     )
     assert counted._sound(contexts, pairs, counts, V)
     assert not counted._sound(contexts.flip(0), pairs, counts, V)
+
+
+def test_a_text_that_has_changed_costs_a_finished_run_nothing(small, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("a b c\nb c d\n" * 9)
+    config = small(f"data.train={path}", "data.valid=null", "model.counts=3", "training.max_steps=3")
+    train(config, tmp_path / "run")
+    before = lmtrain.load(tmp_path / "run").generate([""])[0].text
+    path.write_text("a b c\nd c d\n" * 9)
+    with pytest.raises(DataError, match="changed since the run was begun"):
+        train(config, tmp_path / "run", resume=True)
+    assert lmtrain.load(tmp_path / "run").generate([""])[0].text == before
+
+
+def test_a_file_that_claims_more_than_could_be_counted_is_not_read(trained, shell, monkeypatch):
+    monkeypatch.setattr(counted, "LARGEST_TOKENS", 5)
+    done = shell("generate", "run")
+    assert done.returncode == 4
+    assert done.stderr.startswith("run/counts.safetensors: of_forward.1: not counts of a vocabulary")
 
 
 def test_a_text_of_one_word_is_counted_and_its_counts_are_sound(small, tmp_path):

@@ -39,7 +39,7 @@ class Dynamic:
     """Dynamic evaluation by gradient descent: Krause et al. 2018, https://arxiv.org/abs/1709.07432.
 
     Each chunk of `steps` tokens is scored, and then learnt from: w <- w - lr * gradient + decay * (w_0 - w), the
-    gradient being that of the chunk's nats per token.
+    gradient being that of the chunk's nats per token; with counts the network follows its own, the gate the mixture's.
     """
 
     lr: float

@@ -17,13 +17,13 @@ that were seen once, by which every event of the text itself is certain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-LARGEST_TOKENS = 1 << 26  # that are counted: the memory it takes is some 60 bytes a token
+LARGEST_TOKENS = 1 << 24  # that are counted: that takes some 200 bytes a token, half of it until all is counted
 HIDDEN = 64  # of the gate
 LEAST_DISCOUNT, MOST_DISCOUNT = 0.05, 0.95
 FACTOR, SHIFT = -7046029254386353131, 29  # 2**64 / golden ratio; products of int64 wrap
@@ -52,6 +52,9 @@ class _Order(nn.Module):
             self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int32), persistent=False)
         self.discount = MOST_DISCOUNT
+
+    def __deepcopy__(self, memo: Any) -> _Order:
+        return self  # nothing ever changes it
 
     def put(self, contexts: Tensor, pairs: Tensor, counts: Tensor, vocab_size: int) -> None:
         """Take up counts, and work out what is asked of them."""
@@ -206,19 +209,18 @@ def _find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return place, keys[place] == wanted
 
 
-def context_keys(history: Tensor) -> list[Tensor]:
+def context_keys(history: Tensor) -> Iterator[Tensor]:
     """A key (N,) of the last 0, 1 .. H tokens of each history (N, H).
 
-    64 bits: that two of a hundred million contexts share one has a chance of some 3 in 10,000, and if they did, their
+    64 bits: that two of ten million contexts share one has a chance of some 3 in a million, and if they did, their
     probabilities would still sum to one.
     """
     key = torch.zeros(len(history), dtype=torch.int64, device=history.device)
-    keys = [key]
+    yield key
     for back in range(1, history.shape[1] + 1):
         mixed = (key ^ (history[:, -back] + back * 2_097_593)) * FACTOR
         key = mixed ^ (mixed >> SHIFT)
-        keys.append(key)
-    return keys
+        yield key
 
 
 def count(tokens: Tensor, place: Tensor, order: int, vocab_size: int) -> dict[str, Tensor]:
@@ -227,7 +229,7 @@ def count(tokens: Tensor, place: Tensor, order: int, vocab_size: int) -> dict[st
     Args:
         tokens: (T,) int64 ids, one sequence behind the other, in the order in which they are read.
         place: (T,) int64 tokens of its sequence before each one; those at place 0 begin one, and are not predicted.
-        order: tokens of the longest n-grams.
+        order: tokens of the longest n-grams, >= 2.
 
     Returns:
         By `ORDER.contexts` (C,) int64, `ORDER.pairs` (P,) int64 and `ORDER.counts` (P,) int32: what `CountedNgrams.put`
@@ -235,10 +237,9 @@ def count(tokens: Tensor, place: Tensor, order: int, vocab_size: int) -> dict[st
     """
     events = place > 0
     targets = tokens[events]
-    before = [
-        torch.where(place >= back, tokens.roll(back) + 1, 0)[events] for back in range(order - 1, 0, -1)
-    ]  # from the farthest to the last
-    history = torch.stack(before, 1) if before else targets.new_zeros(len(targets), 0)
+    history = torch.stack(  # from the farthest token to the last
+        [torch.where(place >= back, tokens.roll(back) + 1, 0)[events] for back in range(order - 1, 0, -1)], 1
+    )
     found: dict[str, Tensor] = {}
     for number, keys in enumerate(context_keys(history), 1):
         contexts, context = torch.unique(keys, return_inverse=True)

@@ -34,7 +34,7 @@ class Loss(NamedTuple):
 class Losses(NamedTuple):
     """What a batch costs."""
 
-    total: Tensor  # () the objectives' nats, weighted, and penalties: what is differentiated
+    total: Tensor  # () what is differentiated: the network's nats, weighted, the mixture's for its gate, penalties
     parts: dict[Objective, Loss]
     state: State  # of the forward stack at each row's end
 

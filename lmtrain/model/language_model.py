@@ -332,6 +332,8 @@ class LanguageModel(nn.Module):
     ) -> Losses:
         """Nats of each objective, and their weighted sum; arguments as `read`. Padding is never scored.
 
+        With counts the nats are the mixture's; in the sum stand the network's own, too, by which it learns alone.
+
         Args:
             weights: of a nat of each objective in the total; 1 where left out.
         """

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from lmtrain import checkpoint
 from lmtrain.config import Config
-from lmtrain.counted import FILE, LARGEST_BYTES, dump
+from lmtrain.counted import FILE, dump
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
-from lmtrain.files import hash_of, read_bytes, write_atomically
+from lmtrain.files import hash_of, write_atomically
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import CarriedState
 from lmtrain.processes import Alone
@@ -61,14 +61,16 @@ class Saves:
         self.run, self.model, self.optimizers, self.device = run, model, optimizers, device
         self.corpora, self.config, self.averaging, self.carried = corpora, config, averaging, carried
         self.processes = processes
-        self.counts_digest = None if counts is None or processes.rank else self._keep(dump(counts))
+        self._counts = None if counts is None or processes.rank else dump(counts)
+        self.counts_digest = None if self._counts is None else hash_of(self._counts)
 
-    def _keep(self, counts: bytes) -> str:
-        """The SHA-256 of the run's counts; the file is written where it is not there, or is another."""
-        digest, path = hash_of(counts), self.run.path / FILE
-        if not (path.is_file() and hash_of(read_bytes(path, LARGEST_BYTES)) == digest):
-            write_atomically(path, counts)
-        return digest
+    def keep_counts(self) -> None:
+        """Write the run's counts where they are not there yet, or damaged; to be called once nothing speaks against
+        going on."""
+        path = self.run.path / FILE
+        if self._counts is not None and not (path.is_file() and hash_of(path.read_bytes()) == self.counts_digest):
+            write_atomically(path, self._counts)
+        self._counts = None
 
     def save(self, state: TrainingState, lengths: dict[str, int], begun_in: dict[str, Any]) -> None:
         """Save the run as it stands, then remove what is older than the newest `keep` and not the best.
@@ -156,6 +158,8 @@ class Saves:
         for path in sorted(saved.data.keys() | self.corpora.hashes.keys()):
             if self.corpora.hashes.get(path) != saved.data.get(path):
                 raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
+        if saved.counts != self.counts_digest:
+            raise ArtefactError(f"{saved.name}: was trained with other counts of its text than this lmtrain's")
         return saved
 
     def _shared(self, read: Callable[[], Saved | None]) -> Saved | None:

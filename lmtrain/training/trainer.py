@@ -94,6 +94,7 @@ class Trainer:
             run, self.model, self.optimizers, device, corpora, config, self.averaging, self.carried, processes, counts
         )
         restored = self.saves.restore(progress.note)
+        self.saves.keep_counts()
         self.state, lengths, self.begun_in = restored or self._begin()
         self.tracker = Unseen() if processes.rank else Tracker(run.path, lengths, progress.note)
         place = self.state.epoch, self.state.next_batch
