@@ -17,10 +17,9 @@ from lmtrain.data.corpus import TokenStore
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import ArtefactError, ConfigError
 from lmtrain.files import LARGEST_JSON_BYTES, hash_of, opened, read_bytes
-from lmtrain.model.counts import LARGEST_TOKENS, count
+from lmtrain.model.counts import LARGEST_TOKENS, PARTS, count
 
 FILE = "counts.safetensors"
-PARTS = ("contexts", "pairs", "counts")
 
 
 def refuse_large(config: Config, store: TokenStore) -> None:

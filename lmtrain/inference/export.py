@@ -68,7 +68,7 @@ def onnx_model(model: LanguageModel, tokenizer: Tokenizer, tied: bool = True) ->
         tied: let embedding and output layer share one constant where they share their weights.
 
     Raises:
-        ConfigError: onnx is not installed, or an adaptive output layer.
+        ConfigError: onnx is not installed, an adaptive output layer, or counted n-grams.
     """
     if not isinstance(model.output, FullOutput):
         raise ConfigError("an adaptive output layer has no ONNX form here; train with model.output: full to export")
@@ -189,7 +189,7 @@ def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
 
     Raises:
         ConfigError: what no `torch.nn` layer has: layers that differ in size, residual connections, layer norm,
-            n-grams, an adaptive output layer.
+            n-grams, counted or not, an adaptive output layer.
     """
     odd = {
         "model.layer_sizes": len(set(model.recurrence.hidden_sizes)) > 1,

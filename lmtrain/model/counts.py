@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 LARGEST_TOKENS = 1 << 24  # that are counted: that takes some 200 bytes a token, half of it until all is counted
+PARTS = ("contexts", "pairs", "counts")  # of an order, as `count` makes and `CountedNgrams.put` takes them
 HIDDEN = 64  # of the gate
 LEAST_DISCOUNT, MOST_DISCOUNT = 0.05, 0.95
 FACTOR, SHIFT = -7046029254386353131, 29  # 2**64 / golden ratio; products of int64 wrap
@@ -48,9 +49,11 @@ class _Order(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("contexts", "pairs", "totals", "types", "singles"):
-            self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
-        self.register_buffer("counts", torch.zeros(0, dtype=torch.int32), persistent=False)
+        nothing = torch.zeros(1, dtype=torch.int64)  # one context that was never seen, until `put`
+        for name in ("contexts", "totals", "types", "singles"):
+            self.register_buffer(name, nothing, persistent=False)
+        self.register_buffer("pairs", nothing - 1, persistent=False)
+        self.register_buffer("counts", nothing.int(), persistent=False)
         self.discount = MOST_DISCOUNT
 
     def __deepcopy__(self, memo: Any) -> _Order:
@@ -71,23 +74,14 @@ class _Order(nn.Module):
         """The place of each context (N,), any where it was never seen, and whether it was."""
         return _find(self.contexts, keys)
 
-    def seen(self, place: Tensor, found: Tensor, targets: Tensor, vocab_size: int, left_out: bool) -> _Seen:
-        """How often contexts (N,) were seen, with their targets and without.
+    def seen(self, place: Tensor, found: Tensor) -> _Seen:
+        """How often contexts (N,) were seen."""
+        return _Seen(*(torch.where(found, part[place], 0) for part in (self.totals, self.types, self.singles)))
 
-        Args:
-            left_out: the event itself is one of those that were counted, and does not count.
-        """
+    def times(self, place: Tensor, found: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        """How often targets (N,) followed these contexts."""
         at, there = _find(self.pairs, place * vocab_size + targets)
-        here = found & there
-        count = torch.where(here, self.counts[at].long() if len(self.counts) else 0, 0)
-        total, types, singles = (
-            torch.where(found, part[place] if len(part) else 0, 0) for part in (self.totals, self.types, self.singles)
-        )
-        if left_out:
-            once = count == 1
-            singles = singles - once.long() + (count == 2).long()
-            types, total, count = types - once.long(), total - here.long(), count - here.long()
-        return _Seen(count, total, types, singles)
+        return torch.where(found & there, self.counts[at].long(), 0)
 
     def followers(self, place: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of contexts (N,) that were seen: row, token and count of all that followed them, (F,) each."""
@@ -99,12 +93,16 @@ class _Order(nn.Module):
 
 
 class _Seen(NamedTuple):
-    """Of N contexts and targets, all (N,)."""
+    """Of N contexts, as `_Order` has it; all (N,)."""
 
-    times: Tensor  # target behind context
     total: Tensor
     types: Tensor
     singles: Tensor
+
+    def without(self, times: Tensor) -> _Seen:
+        """The same but for one event, whose target followed the context so many times (N,), 0 where it never did."""
+        counted, once, twice = (times > 0).long(), (times == 1).long(), (times == 2).long()
+        return _Seen(self.total - counted, self.types - once, self.singles - once + twice)
 
 
 class CountedNgrams(nn.Module):
@@ -120,7 +118,7 @@ class CountedNgrams(nn.Module):
 
     def __init__(self, order: int, vocab_size: int, size: int) -> None:
         super().__init__()
-        self.order, self.vocab_size = order, vocab_size
+        self.vocab_size = vocab_size
         self.history = order - 1  # H
         self.orders = nn.ModuleList(_Order() for _ in range(order))
         self.of_state = nn.Linear(size, HIDDEN)
@@ -133,7 +131,7 @@ class CountedNgrams(nn.Module):
         """Take up what `count` made, or a file keeps."""
         device = self.shares.weight.device
         for number, order in enumerate(self._orders, 1):
-            contexts, pairs, own = (counts[f"{number}.{name}"].to(device) for name in ("contexts", "pairs", "counts"))
+            contexts, pairs, own = (counts[f"{number}.{name}"].to(device) for name in PARTS)
             order.put(contexts, pairs, own, self.vocab_size)
 
     @property
@@ -153,9 +151,11 @@ class CountedNgrams(nn.Module):
         estimates, features = list[Tensor](), list[Tensor]()
         for number, (order, keys) in enumerate(zip(self._orders, context_keys(history), strict=True), 1):
             place, found = order.find(keys)
-            seen = order.seen(place, found, targets, self.vocab_size, left_out)
-            total, left = seen.total.clamp(min=1), _left(order, seen)
-            p = (seen.times - order.discount).clamp(min=0) / total + left * p
+            seen, times = order.seen(place, found), order.times(place, found, targets, self.vocab_size)
+            if left_out:
+                seen, times = seen.without(times), (times - 1).clamp(min=0)
+            left = _left(order, seen)
+            p = (times - order.discount).clamp(min=0) / seen.total.clamp(min=1) + left * p
             if number > 1:
                 estimates.append(p)
                 features += _features(seen, left)
@@ -168,12 +168,11 @@ class CountedNgrams(nn.Module):
             states, history: as `mix`.
             network: (N, V) its log-probabilities.
         """
-        nothing = torch.zeros(len(history), dtype=torch.int64, device=history.device)
         p = torch.full_like(network, 1 / self.vocab_size)
         estimates, features = [network], list[Tensor]()
         for number, (order, keys) in enumerate(zip(self._orders, context_keys(history), strict=True), 1):
             place, found = order.find(keys)
-            seen = order.seen(place, found, nothing, self.vocab_size, left_out=False)
+            seen = order.seen(place, found)
             left = _left(order, seen)
             p = p * left.unsqueeze(1)
             row, token, count = order.followers(place[found], self.vocab_size)
@@ -202,9 +201,7 @@ def _features(seen: _Seen, left: Tensor) -> list[Tensor]:
 
 
 def _find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Where in ascending `keys` each of `wanted` stands, any where it does not, and whether it does."""
-    if not len(keys):
-        return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
+    """Where in ascending `keys`, one at least, each of `wanted` stands, any where it does not, and whether it does."""
     place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
     return place, keys[place] == wanted
 

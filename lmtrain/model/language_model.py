@@ -11,7 +11,7 @@ ever seen what it is asked to predict.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,17 @@ from lmtrain.model.output import AdaptiveOutput, FullOutput, sample_vocabulary
 from lmtrain.model.packing import PackedRows, pack_rows
 from lmtrain.model.recurrence import Backend, Cell, RecurrentStack
 from lmtrain.model.states import State
+
+
+class _Before(NamedTuple):
+    """What was read up to N places, beside what the recurrence knows of it."""
+
+    direct: Tensor | None  # (N, P) what n-grams say to the output layer
+    history: Tensor | None  # (N, H) by which counted n-grams go
+    state: State  # what a state holds of it, behind the stack's own
+
+
+NOTHING_BEFORE = _Before(None, None, ())
 
 
 class LanguageModel(nn.Module):
@@ -165,11 +176,13 @@ class LanguageModel(nn.Module):
             states, end = stack.step(embedded[0], state)
         else:
             states, end = stack(embedded.flatten(0, 1), pack_rows(torch.full((count,), length)), state)
-        place = torch.arange(length * count, device=tokens.device)
-        context, history = self._context(tokens, torch.full((count,), length), state)
-        direct, read = self._look_back(direction, context, place // count, place % count)
-        logits = self._logits(direction, self._project(direction, states, direct), read)
-        return logits.unflatten(0, tokens.shape), end + history
+        before = NOTHING_BEFORE
+        if self.history:
+            place = torch.arange(length * count, device=tokens.device)
+            lengths = torch.full((count,), length)
+            before = self._look_back(direction, tokens, lengths, place // count, place % count, state)
+        logits = self._logits(direction, self._project(direction, states, before.direct), before.history)
+        return logits.unflatten(0, tokens.shape), end + before.state
 
     def read_prompts(self, tokens: Tensor, lengths: Tensor, direction: Direction = "forward") -> tuple[Tensor, State]:
         """Ragged prompts: tokens (L, B) as `forward` takes them, lengths (B,) on CPU, longest first -> logits (B, V)
@@ -177,9 +190,9 @@ class LanguageModel(nn.Module):
         rows = pack_rows(lengths)
         states, end = self.stack(direction)(self.embedding(tokens[rows.time, rows.row]), rows)
         last, row = (lengths - 1).to(tokens.device), torch.arange(len(lengths), device=tokens.device)
-        context, history = self._context(tokens, lengths, None)
-        direct, read = self._look_back(direction, context, last, row)
-        return self._logits(direction, self._project(direction, states[rows.last], direct), read), end + history
+        before = self._look_back(direction, tokens, lengths, last, row, None)
+        projected = self._project(direction, states[rows.last], before.direct)
+        return self._logits(direction, projected, before.history), end + before.state
 
     def stack(self, direction: Direction) -> RecurrentStack:
         """The layers that read in a direction."""
@@ -195,19 +208,18 @@ class LanguageModel(nn.Module):
             assert isinstance(counted, CountedNgrams)
             counted.put(own)
 
-    def _context(self, tokens: Tensor, lengths: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Tokens (L, B) with the history before them, (K + L, B), and the history that a state holds behind the
-        stack's own; `lengths` (B,) are of the tokens that are read."""
-        if not self.history:
-            return tokens, ()
-        context = context_of(tokens, self.history, None if state is None else state[-1][0])
-        return context, ((history_after(context, self.history, lengths),),)
-
     def _look_back(
-        self, direction: Direction, context: Tensor, time: Tensor, row: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What n-grams say directly (N, P), and the history (N, H) that counted ones go by: of those that end with the
-        tokens read at the given steps of the given rows; None where there are none."""
+        self, direction: Direction, tokens: Tensor, lengths: Tensor, time: Tensor, row: Tensor, state: State | None
+    ) -> _Before:
+        """What was read before, for those that go by more than the recurrence; of a model that has none, nothing.
+
+        Args:
+            tokens, lengths: (L, B) in the order in which they are read, (B,) how many of them are.
+            time, row: (N,) the steps and rows up to and with which.
+        """
+        if not self.history:
+            return NOTHING_BEFORE
+        context = context_of(tokens, self.history, None if state is None else state[-1][0])  # (K + L, B)
         direct = history = None
         if self.ngrams:
             ngrams = self.ngrams[f"of_{direction}"]
@@ -215,7 +227,7 @@ class LanguageModel(nn.Module):
             direct = ngrams(context[self.history - ngrams.history :], time, row)
         if self.counted:
             history = history_at(context, self._counted(direction).history, time + self.history, row)
-        return direct, history
+        return _Before(direct, history, ((history_after(context, self.history, lengths),),))
 
     def _project(self, objective: Objective, states: Tensor, direct: Tensor | None) -> Tensor:
         """What the output layer reads, (N, P)."""
@@ -267,28 +279,27 @@ class LanguageModel(nn.Module):
         time, row = rows.time.to(device), rows.row.to(device)
         penalties = dict[Objective, Tensor]()
         states, end = self._run("forward", tokens[time, row], rows, lookups, penalties, state)
-        context, history = self._context(tokens, rows.lengths, state)
-        direct, read = self._look_back("forward", context, time, row)
+        before = self._look_back("forward", tokens, rows.lengths, time, row, state)
         targets = tokens[time + 1, row]
         events: dict[Objective, Events] = {
-            "forward": Events(self._project("forward", states, direct), targets, read),
+            "forward": Events(self._project("forward", states, before.direct), targets, before.history),
         }
         if self.bidirectional:
             back = places.read_back.to(device)
             states_back, _ = self._run("backward", tokens[back, row], rows, lookups, penalties)
             real = torch.arange(len(tokens), device=device).unsqueeze(1) < lengths.to(device)
             flipped = torch.where(real, tokens, -1).flip(0)  # behind a row's end there is nothing
-            context, _ = self._context(flipped, rows.lengths, None)
-            direct_back, read_back = self._look_back("backward", context, len(tokens) - 1 - back, row)
+            behind = self._look_back("backward", flipped, rows.lengths, len(tokens) - 1 - back, row, None)
             events["backward"] = Events(
-                self._project("backward", states_back, direct_back), tokens[back - 1, row], read_back
+                self._project("backward", states_back, behind.direct), tokens[back - 1, row], behind.history
             )
-            before, behind = places.fill_forward.to(device), places.fill_backward.to(device)
-            sides = torch.cat([states.index_select(0, before), states_back.index_select(0, behind)], 1)  # (M, 2H)
-            if direct is not None and direct_back is not None:
-                direct = direct[before] + direct_back[behind]
-            events["fill"] = Events(self._project("fill", sides, direct), targets[before])
-        return Reading(events, end + history, penalties)
+            left, right = places.fill_forward.to(device), places.fill_backward.to(device)
+            sides = torch.cat([states.index_select(0, left), states_back.index_select(0, right)], 1)  # (M, 2H)
+            direct = None
+            if before.direct is not None and behind.direct is not None:
+                direct = before.direct[left] + behind.direct[right]
+            events["fill"] = Events(self._project("fill", sides, direct), targets[left])
+        return Reading(events, end + before.state, penalties)
 
     def _run(
         self,

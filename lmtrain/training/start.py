@@ -91,7 +91,7 @@ def _train(
     if (threads := config.training.num_threads or processes.threads()) is not None:
         torch.set_num_threads(threads)
     corpora = _prepared(config, progress, tokenizer, processes)  # before the run directory: its faults leave nothing
-    refuse_large(config, corpora.train)
+    processes.agree(lambda: refuse_large(config, corpora.train))
     reading = processes.agree(lambda: training_reading(config, corpora.train, corpora.tokenizer.eos_id))
     new = run is None and first
     if new:
