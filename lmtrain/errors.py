@@ -5,7 +5,31 @@ The command line prints `faults`, one a line, and leaves with `exit_code`; anyth
 bug and shows its traceback.
 """
 
-from lmtrain.lines import escape
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+
+# they reorder the text around them, so that a line may read as what it is not: https://trojansource.codes
+BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def escape(text: str, kept: str = "\n\t") -> str:
+    """Text whose control characters are written out (`\\x1b`), so that it can't drive a terminal.
+
+    Args:
+        kept: control characters that stay.
+    """
+
+    def written_out() -> Iterator[str]:
+        for character in text:
+            control = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in BIDIRECTIONAL
+            if not control or character in kept:
+                yield character
+            else:
+                yield f"\\x{ord(character):02x}" if character <= "\xff" else f"\\u{ord(character):04x}"
+
+    return text if text.isascii() and text.isprintable() else "".join(written_out())
 
 
 class LmtrainError(Exception):

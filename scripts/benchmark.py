@@ -38,8 +38,8 @@ from lmtrain.inference.prompts import Script
 from lmtrain.model.events import count_events, lay_out
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.output import FullOutput
-from lmtrain.runtime import autocast, choose_device, choose_precision, keep_freed_memory
-from lmtrain.training.optimization import build_optimizers, clip_gradient, step
+from lmtrain.system.device import autocast, choose_device, choose_precision, keep_freed_memory
+from lmtrain.training.optimization import build_optimizers, clip_gradient, optimizer_step
 
 BOS, EOS = 1, 2
 
@@ -217,7 +217,7 @@ def training_step(shape: Shape, model: LanguageModel, precision: str, device: to
             losses = model.loss(batch.tokens, batch.lengths, {name: 1 / events[name] for name in model.objectives})
         losses.total.backward()
         clip_gradient(model.parameters(), 1.0)
-        step(optimizers)
+        optimizer_step(optimizers)
 
     return train
 

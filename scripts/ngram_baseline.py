@@ -25,7 +25,7 @@ from lmtrain.data.corpus import TokenStore, open_store
 from lmtrain.data.preparation import source_of
 from lmtrain.data.tokenizer import train_tokenizer
 from lmtrain.metrics import Tally, bits_per
-from lmtrain.run import RunDirectory
+from lmtrain.runs.directory import RunDirectory
 
 Keys = NDArray[np.uint64]
 Numbers = NDArray[np.float64]
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--characters", action="store_true", help="of characters, whatever the run's tokens are")
     given = parser.parse_args(arguments)
     run = RunDirectory(given.run)
-    config, tokenizer = run.judged()
+    config, tokenizer = run.config_and_tokenizer()
     if given.characters:
         texts = source_of(config, "train")
         assert texts is not None

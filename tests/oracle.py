@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from lmtrain import checkpoint
+from lmtrain.runs import checkpoint
 
 WALL_CLOCK = ("_per_second", "_s", "wait_fraction")  # the metrics that no two runs share
 

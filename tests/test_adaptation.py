@@ -6,13 +6,7 @@ import torch
 
 from lmtrain.data.streaming import Stream
 from lmtrain.errors import ConfigError
-from lmtrain.inference.adaptation import (
-    Cache,
-    Dynamic,
-    cache_probability,
-    evaluate_dynamically,
-    evaluate_with_cache,
-)
+from lmtrain.inference.adaptation import Cache, Dynamic, cache_probability, evaluate_dynamically, evaluate_with_cache
 from lmtrain.inference.scoring import evaluate
 from lmtrain.inference.trained_model import load
 from lmtrain.model.language_model import LanguageModel

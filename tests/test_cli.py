@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtrain.lines import escape
+from lmtrain.errors import escape
 from lmtrain.training.start import train
 
 COMMAND = [sys.executable, "-m", "lmtrain"]

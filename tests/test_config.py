@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lmtrain.config import Config, dump_config, load_config
 from lmtrain.config.contradictions import contradictions
 from lmtrain.errors import ConfigError
-from lmtrain.trained import build_model
+from lmtrain.runs.weights import build_model
 from tests.conftest import ROOT, SHARED
 
 TEMPLATES = sorted((ROOT / "configs").rglob("*.yaml"))

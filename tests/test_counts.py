@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import lmtrain
-from lmtrain import checkpoint, counted
 from lmtrain.data.batching import make_batch
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.model.counts import CountedNgrams, count
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.runs import checkpoint
+from lmtrain.runs import ngram_counts as counted
 from lmtrain.training.start import train
 
 BOS, EOS, V = 1, 2, 9
@@ -195,7 +196,7 @@ def trained(small, tmp_path, monkeypatch):
     """A run with counts, and its file of them."""
     monkeypatch.chdir(tmp_path)
     train(small("training.max_steps=4", "model.counts=3"), "run")
-    return tmp_path / "run" / counted.FILE
+    return tmp_path / "run" / counted.COUNTS_FILE
 
 
 def test_a_run_keeps_its_counts_and_says_so(trained, shell):
@@ -221,7 +222,7 @@ def rewrite(path, change):
     """Other counts, with a checkpoint that asks for them."""
     tensors = checkpoint.tensors_in(path, path.read_bytes())
     change(tensors)
-    path.write_bytes(counted.dump(tensors))
+    path.write_bytes(counted.dump_counts(tensors))
     checkpoints = path.parent / "checkpoints"
     for step in checkpoint.steps(checkpoints):
         saved = checkpoint.load(checkpoints, step)

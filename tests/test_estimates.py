@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmtrain.check import configuration as report
+from lmtrain.check.configuration import describe_configuration, describe_duration
+from lmtrain.check.cost import Measured, measure_cost, why_not_measured
 from lmtrain.config import load_config
 from lmtrain.data import excerpts
 from lmtrain.data.corpus import ARRAYS
 from lmtrain.data.preparation import prepare
 from lmtrain.errors import DataError
-from lmtrain.training import report
-from lmtrain.training.estimation import Measured, measure, why_not_measured
-from lmtrain.training.report import describe, in_words
 
 WORDS = [f"w{number:03}" for number in range(300)]
 
@@ -41,7 +41,7 @@ def large(corpus, monkeypatch):
 
 def said(config):
     """The report's lines by what stands before their colon."""
-    return dict(line.split(": ", 1) for line in describe(config, print) if ": " in line)
+    return dict(line.split(": ", 1) for line in describe_configuration(config, print) if ": " in line)
 
 
 def numbers(text):
@@ -99,7 +99,7 @@ def test_faults_in_the_pieces_are_named_where_they_stand(large):
     (large / "train.txt").write_bytes(b"a b \xff c\n" + text[:middle] + b"\xff\xfe\n" * 20_000 + text[middle:])
     (large / "valid.txt").write_bytes(b"\0")
     with pytest.raises(DataError) as raised:
-        list(describe(load_config("config.yaml"), print))
+        list(describe_configuration(load_config("config.yaml"), print))
     first, *more, last = raised.value.faults
     assert first.startswith("train.txt:1:5: byte 4 is not UTF-8")
     assert last.startswith("valid.txt:1:1: a NUL character")
@@ -107,7 +107,7 @@ def test_faults_in_the_pieces_are_named_where_they_stand(large):
     assert any(abs(int(begin.replace(",", "")) - len(text) / 2) < len(text) / 4 for begin in begins)
     (large / "valid.txt").unlink()
     with pytest.raises(DataError, match=r"valid\.txt: no such file"):
-        list(describe(load_config("config.yaml", check_files=False), print))
+        list(describe_configuration(load_config("config.yaml", check_files=False), print))
     assert list((large / "temporary").iterdir()) == []
 
 
@@ -127,7 +127,7 @@ def test_packed_files_of_several_parts_are_read_on(large):
 def test_a_packed_file_that_is_broken_is_named(large, content):
     (large / "train.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"^train\.gz: broken gzip file: "):
-        list(describe(load_config("config.yaml", ["data.train=train.gz"]), print))
+        list(describe_configuration(load_config("config.yaml", ["data.train=train.gz"]), print))
 
 
 def test_long_lines_are_taken_whole_and_once(large):
@@ -145,7 +145,7 @@ def test_a_line_that_is_too_long_is_said_once_however_many_pieces_it_has(large, 
     monkeypatch.setattr(excerpts, "LONGEST_LINE_BYTES", 50_000)
     (large / "train.txt").write_text("a b\n" * before + "x" * 2_000_000 + "\n" + "a b\n" * 9000)
     with pytest.raises(DataError) as raised:
-        list(describe(load_config("config.yaml"), print))
+        list(describe_configuration(load_config("config.yaml"), print))
     (said,) = raised.value.faults
     assert re.fullmatch(rf"train\.txt:{before + 1}: a line of more than 16 MiB; cut it into several", said)
 
@@ -175,7 +175,7 @@ def test_any_training_is_measured_and_leaves_no_trace(small, overrides):
     torch.manual_seed(3)
     wanted = torch.rand(3)
     torch.manual_seed(3)
-    measured = measure(config, corpora.tokenizer, reading)
+    measured = measure_cost(config, corpora.tokenizer, reading)
     assert torch.rand(3).equal(wanted)
     assert measured.tokens_per_second > 0
     assert measured.steps >= 1
@@ -203,7 +203,7 @@ def test_a_model_that_is_too_large_is_not_built(small, monkeypatch):
 
 
 def test_durations_in_words():
-    assert [in_words(each) for each in (0.123, 45, 600, 7300, 400_000)] == [
+    assert [describe_duration(each) for each in (0.123, 45, 600, 7300, 400_000)] == [
         "0.12 s",
         "45.0 s",
         "10.0 min",

@@ -21,12 +21,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmtrain import checkpoint
 from lmtrain.config import dump_config, load_config
 from lmtrain.data.corpus import Source, open_store
 from lmtrain.data.tokenizer import ByteTokenizer, IdsTokenizer, SubwordTokenizer, loads, train_tokenizer
-from lmtrain.errors import ArtefactError, ConfigError, DataError
-from lmtrain.lines import escape
+from lmtrain.errors import ArtefactError, ConfigError, DataError, escape
+from lmtrain.runs import checkpoint
 from tests.conftest import ROOT
 
 SECONDS = float(os.environ.get("LMTRAIN_FUZZ_SECONDS", "0"))

@@ -11,12 +11,8 @@ from tests.conftest import ROOT
 
 # a file may import from files that stand before it; one row is one floor of the house
 FLOORS = [
+    ["errors", "metrics"],
     [
-        "lines",
-        "errors",
-        "files",
-        "metrics",
-        "progress",
         "model.packing",
         "model.products",
         "model.states",
@@ -32,14 +28,19 @@ FLOORS = [
         "model.language_model",
     ],
     [
+        "system.console",
+        "system.files",
+        "system.progress",
+        "system.signals",
+        "system.device",
+        "system.processes",
+    ],
+    [
         "config.located_yaml",
         "config.schema",
         "config.contradictions",
         "config.loading",
         "config",
-        "runtime",
-        "processes",
-        "checkpoint",
     ],
     [
         "data.tokens.words",
@@ -66,7 +67,14 @@ FLOORS = [
         "data.streaming",
         "data.feeding",
     ],
-    ["counted", "run", "trained"],
+    [
+        "runs.environment",
+        "runs.checkpoint",
+        "runs.directory",
+        "runs.ngram_counts",
+        "runs.weights",
+        "runs.loading",
+    ],
     [
         "inference.prompts",
         "inference.sampling",
@@ -87,14 +95,12 @@ FLOORS = [
         "training.figures",
         "training.parallel",
         "training.validation",
-        "training.saved",
-        "training.resuming",
+        "training.state",
+        "training.checkpointer",
         "training.trainer",
         "training.start",
-        "training.estimation",
-        "training.report",
-        "training.inspection",
     ],
+    ["check.cost", "check.configuration", "check.run"],
     ["cli.terminal", "cli.training", "cli.generation", "cli.inference", "cli", "__main__"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]

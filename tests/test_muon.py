@@ -5,7 +5,7 @@ import torch
 
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.training.muon import ITERATIONS, Muon, orthogonalised
-from lmtrain.training.optimization import build_optimizers, set_learning_rate, step
+from lmtrain.training.optimization import build_optimizers, optimizer_step, set_learning_rate
 
 SHAPES = [(24, 24), (96, 24), (24, 96), (1, 7), (7, 1)]
 
@@ -85,6 +85,6 @@ def test_a_model_learns_with_it():
     for _ in range(80):
         total = model.loss(tokens, lengths).total
         total.backward()
-        step(optimizers)
+        optimizer_step(optimizers)
         losses.append(float(total.detach()))
     assert losses[-1] < 0.1 * losses[0]

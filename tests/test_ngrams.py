@@ -6,7 +6,7 @@ import torch
 from lmtrain.data.batching import make_batch
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.ngrams import NgramEmbedding, context_of, history_after
-from lmtrain.training.optimization import build_optimizers, optimizer_tensors, set_optimizer_tensors, step
+from lmtrain.training.optimization import build_optimizers, optimizer_step, optimizer_tensors, set_optimizer_tensors
 
 BOS, EOS = 1, 2
 
@@ -103,7 +103,7 @@ def test_only_the_vectors_of_a_batch_move_and_the_optimizer_comes_back_from_tens
     def train(model, optimizers, rows):
         model.loss(*make_batch([rows], 0)[:2]).total.backward()
         assert model.ngrams["of_forward"].weight.grad.is_sparse
-        step(optimizers)
+        optimizer_step(optimizers)
 
     torch.manual_seed(4)
     model, optimizers = start()

@@ -227,7 +227,7 @@ LARGE = """
 import resource, sys, torch
 from lmtrain.data.batching import make_batch
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.runtime import autocast, keep_freed_memory
+from lmtrain.system.device import autocast, keep_freed_memory
 from lmtrain.training.optimization import build_optimizers, clip_gradient
 
 keep_freed_memory()

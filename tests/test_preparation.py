@@ -26,7 +26,7 @@ from lmtrain.data.source import Source
 from lmtrain.data.tokenizer import ByteTokenizer, IdsTokenizer, WordTokenizer, train_tokenizer
 from lmtrain.data.tokens import pieces
 from lmtrain.errors import DataError, OutOfMemoryError, StorageError
-from lmtrain.files import sealed
+from lmtrain.system.files import sealed
 from tests.conftest import sentences
 
 SPACES = " \n\t\r\x0b\x1c\x1f\x85\xa0\u1680\u2003\u2028\u3000"
@@ -142,7 +142,7 @@ def crowd(monkeypatch):
 
     def gather(count=3):
         monkeypatch.setattr(workers, "FEW_BYTES", 0)
-        monkeypatch.setattr(workers, "cores", lambda: count)
+        monkeypatch.setattr(workers, "core_count", lambda: count)
         monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
 
     return gather
@@ -261,7 +261,7 @@ def test_no_worker_outlives_its_parent(tmp_path):
 
 
 def test_a_worker_loads_no_torch():
-    for module in ("lmtrain.data.building.worker", "lmtrain.data.preparation", "lmtrain.progress"):
+    for module in ("lmtrain.data.building.worker", "lmtrain.data.preparation", "lmtrain.system.progress"):
         script = f"import sys, {module}; print('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"
 

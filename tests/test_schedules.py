@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtrain import checkpoint
 from lmtrain.errors import ConfigError
 from lmtrain.inference.trained_model import load
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.trained import weights
+from lmtrain.runs import checkpoint
+from lmtrain.runs.weights import named_weights
 from lmtrain.training.averaging import Averaging
 from lmtrain.training.optimization import learning_rate
 from lmtrain.training.start import train
@@ -82,12 +82,12 @@ def move(model):
 def test_the_exponential_average_is_what_its_recursion_says():
     model = tiny()
     averaging = Averaging(model, name="ema", decay=0.6)
-    wanted = {name: weight.detach().clone() for name, weight in weights(model).items()}
+    wanted = {name: weight.detach().clone() for name, weight in named_weights(model).items()}
     for step in range(1, 12):
         move(model)
         averaging.update()
         decay = min(0.6, (1 + step) / (10 + step))
-        wanted = {name: decay * old + (1 - decay) * weights(model)[name] for name, old in wanted.items()}
+        wanted = {name: decay * old + (1 - decay) * named_weights(model)[name] for name, old in wanted.items()}
     for name, average in averaging.averages.items():
         torch.testing.assert_close(average, wanted[name])
 
@@ -98,7 +98,7 @@ def test_the_vectors_of_ngrams_are_taken_as_they_are():
     move(model)
     averaging.update()
     vectors = model.ngrams["of_forward"].weight.detach().clone()
-    assert set(averaging.averages) == set(weights(model)) - {"ngrams.of_forward.weight"}
+    assert set(averaging.averages) == set(named_weights(model)) - {"ngrams.of_forward.weight"}
     with averaging.applied():
         assert torch.equal(model.ngrams["of_forward"].weight, vectors)
 
@@ -110,11 +110,11 @@ def test_the_triggered_average_is_the_mean_of_all_steps_since():
     averaging.update()
     assert not averaging.active
     averaging.begin()
-    seen = [{name: weight.detach().clone() for name, weight in weights(model).items()}]
+    seen = [{name: weight.detach().clone() for name, weight in named_weights(model).items()}]
     for _ in range(6):
         move(model)
         averaging.update()
-        seen.append({name: weight.detach().clone() for name, weight in weights(model).items()})
+        seen.append({name: weight.detach().clone() for name, weight in named_weights(model).items()})
     for name, average in averaging.averages.items():
         torch.testing.assert_close(average, torch.stack([each[name] for each in seen]).mean(0))
 
@@ -124,10 +124,10 @@ def test_the_average_is_lent_and_the_weights_come_back_bit_for_bit():
     averaging = Averaging(model, name="ema", decay=0.9)
     move(model)
     averaging.update()
-    before = {name: weight.detach().clone() for name, weight in weights(model).items()}
+    before = {name: weight.detach().clone() for name, weight in named_weights(model).items()}
     with averaging.applied():
-        assert all(torch.equal(weight, averaging.averages[name]) for name, weight in weights(model).items())
-    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+        assert all(torch.equal(weight, averaging.averages[name]) for name, weight in named_weights(model).items())
+    assert all(torch.equal(weight, before[name]) for name, weight in named_weights(model).items())
 
 
 def test_the_average_is_what_is_validated_and_saved(small, tmp_path):
@@ -136,7 +136,7 @@ def test_the_average_is_what_is_validated_and_saved(small, tmp_path):
     saved = checkpoint.load(tmp_path / "run" / "checkpoints", result.best_step)
     loaded = load(result.run)
     assert loaded.step == result.best_step
-    for name, weight in weights(loaded.model).items():
+    for name, weight in named_weights(loaded.model).items():
         assert torch.equal(weight, saved.model[name])
         assert not torch.equal(weight, saved.training[f"weights/{name}"])
     found = loaded.evaluate(["valid.txt"]).tallies["forward"].nats_per_token
@@ -185,7 +185,7 @@ def test_a_rollback_takes_up_the_saved_weights(small, tmp_path, monkeypatch):
         react(self, loss, improved)
         if self.state.cut != before:
             best = checkpoint.load(self.run.checkpoints, self.state.best_step)
-            taken.append(all(torch.equal(w, best.model[name]) for name, w in weights(self.model).items()))
+            taken.append(all(torch.equal(w, best.model[name]) for name, w in named_weights(self.model).items()))
 
     monkeypatch.setattr(Trainer, "_react", noted)
     train(small("schedule.name=plateau", "optimizer.lr=0.5", "training.max_epochs=4"), tmp_path / "run")

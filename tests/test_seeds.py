@@ -12,7 +12,7 @@ from lmtrain.model.kernels import GRULayer, LSTMLayer, RNNLayer
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.packing import pack_rows
 from lmtrain.model.recurrence import RecurrentStack
-from lmtrain.runtime import choose_device
+from lmtrain.system.device import choose_device
 from lmtrain.training.optimization import clip_gradient
 from tests.conftest import ROOT
 

@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 
-from lmtrain import checkpoint
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
-from lmtrain.progress import Quiet
-from lmtrain.run import RunDirectory
-from lmtrain.trained import weights
+from lmtrain.runs import checkpoint
+from lmtrain.runs.directory import RunDirectory
+from lmtrain.runs.weights import named_weights
+from lmtrain.system.progress import NullProgress
 from lmtrain.training.start import train
 from tests.oracle import digest
 
@@ -51,7 +51,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-class Lines(Quiet):
+class Lines(NullProgress):
     """Keeps the notes."""
 
     def __init__(self):
@@ -206,7 +206,7 @@ def test_a_newer_format_is_no_damage_to_pass_over(small, tmp_path, monkeypatch):
     train(small(), run, stop_at_step=5)
     saved = checkpoint.load(run / "checkpoints", 5)
     with monkeypatch.context() as later:
-        later.setattr(checkpoint, "FORMAT", 2)
+        later.setattr(checkpoint, "CHECKPOINT_FORMAT", 2)
         checkpoint.save(run / "checkpoints", saved)
     with pytest.raises(ArtefactError, match="format 2 is newer"):
         train(small(), run, resume=True)
@@ -244,7 +244,7 @@ def test_resume_takes_the_highest_number_whatever_the_gaps(small, tmp_path):
 def test_the_run_s_config_says_how_it_was_last_trained(small, tmp_path):
     train(small("training.max_steps=2"), tmp_path / "run")
     train(small("training.max_steps=4", "generation.max_tokens=3"), tmp_path / "run", resume=True)
-    config, _ = RunDirectory(tmp_path / "run").judged()
+    config, _ = RunDirectory(tmp_path / "run").config_and_tokenizer()
     assert (config.training.max_steps, config.generation.max_tokens) == (4, 3)
 
 
@@ -308,7 +308,7 @@ def test_tied_weights_are_saved_once(small, tmp_path):
     assert "output.weight" not in saved
     model = load(run).model
     assert model.output.weight is model.embedding.weight
-    assert all(torch.equal(saved[name], tensor) for name, tensor in weights(model).items())
+    assert all(torch.equal(saved[name], tensor) for name, tensor in named_weights(model).items())
 
 
 def test_the_start_does_not_wait_for_pytorchs_compiler(small):

@@ -12,8 +12,8 @@ from typer.exceptions import TyperException
 
 from lmtrain.cli import generation, inference, training
 from lmtrain.cli.terminal import silence_stdout
-from lmtrain.errors import LmtrainError, out_of_memory
-from lmtrain.lines import escape, say
+from lmtrain.errors import LmtrainError, escape, out_of_memory
+from lmtrain.system.console import say
 
 app = typer.Typer(
     name="lmtrain",

@@ -18,8 +18,8 @@ from lmtrain.cli.terminal import (
     named,
     print_json,
 )
-from lmtrain.errors import ConfigError
-from lmtrain.lines import decode, escape, say
+from lmtrain.errors import ConfigError, escape
+from lmtrain.system.console import decode_utf8, say
 
 if TYPE_CHECKING:
     from lmtrain.inference.beam import Beams
@@ -178,7 +178,7 @@ def _read_prompts(source: str) -> list[str]:
     if len(data) > LARGEST_PROMPTS_BYTES:
         raise ConfigError(f"--prompts {source}: over {LARGEST_PROMPTS_BYTES >> 20} MiB; cut it into parts")
     try:
-        text = decode(data, f"--prompts {source}")
+        text = decode_utf8(data, f"--prompts {source}")
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []

@@ -21,8 +21,8 @@ from lmtrain.cli.terminal import (
     named,
     print_json,
 )
-from lmtrain.errors import ConfigError
-from lmtrain.lines import escape, say
+from lmtrain.errors import ConfigError, escape
+from lmtrain.system.console import say
 
 if TYPE_CHECKING:
     from lmtrain.data.reading import Block

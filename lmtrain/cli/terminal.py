@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmtrain.errors import ConfigError
-from lmtrain.lines import is_text, say
+from lmtrain.system.console import is_text, say
 
 if TYPE_CHECKING:
     from lmtrain.inference.trained_model import TrainedModel
@@ -32,10 +32,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line
 
 def load_model(run: str | None, device: Device | None) -> TrainedModel:
     """The model of a run; what can be told to be no run of ours is refused before torch is imported."""
-    from lmtrain.run import find_run
+    from lmtrain.runs.directory import find_run
 
     found = find_run(run)
-    found.judged()
+    found.config_and_tokenizer()
     import lmtrain
 
     return lmtrain.load(found, device or "auto", say)

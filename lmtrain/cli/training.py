@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lmtrain.cli.terminal import DeviceOption, JsonOption, print_json, silence_stdout
-from lmtrain.errors import ConfigError
-from lmtrain.lines import escape, say
+from lmtrain.errors import ConfigError, escape
+from lmtrain.system.console import say
 
 if TYPE_CHECKING:
     from lmtrain.cli.terminal import Device
     from lmtrain.config import Config
-    from lmtrain.progress import Progress
+    from lmtrain.system.progress import Progress
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 OverridesArgument = Annotated[
@@ -42,21 +42,21 @@ def train(
     device: DeviceOption = None,
 ) -> None:
     """Train the model that a config describes."""
-    from lmtrain.processes import launched
+    from lmtrain.system.processes import launched_by_torchrun
 
     load = partial(_load, config, overrides, device)
-    settings = load if launched() else load()
+    settings = load if launched_by_torchrun() else load()
     if callable(settings):
         # of several processes, one tells of a fault for all: PyTorch's own warnings would stand beside it
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     elif resume:
-        from lmtrain.run import find_resumable
+        from lmtrain.runs.directory import find_resumable
 
         if (run := find_resumable(settings, run_dir)) is not None:
-            run.judged()  # before torch is imported
+            run.config_and_tokenizer()  # before torch is imported
     from lmtrain.training.start import train as run_training
 
-    first = not launched() or os.environ["RANK"] == "0"
+    first = not launched_by_torchrun() or os.environ["RANK"] == "0"
     result = run_training(settings, run_dir, resume=resume, progress=_progress() if first else None)
     if not first:
         return
@@ -88,18 +88,18 @@ def check(
     if os.path.isdir(config):
         if overrides or device:
             raise ConfigError(f"check {config}: a run is checked as it is; leave out what would change it")
-        from lmtrain.run import find_run
+        from lmtrain.runs.directory import find_run
 
         run = find_run(config)
-        run.judged()
-        from lmtrain.training.inspection import inspect
+        run.config_and_tokenizer()
+        from lmtrain.check.run import inspect_run
 
-        lines = inspect(run)
+        lines = inspect_run(run)
     else:
         settings = _load(config, overrides, device)
-        from lmtrain.training.report import describe
+        from lmtrain.check.configuration import describe_configuration
 
-        lines = describe(settings, say)
+        lines = describe_configuration(settings, say)
     for line in lines:
         print(escape(line))
 
@@ -132,6 +132,6 @@ def prepare(config: ConfigArgument, overrides: OverridesArgument = None, as_json
 
 
 def _progress() -> Progress:
-    from lmtrain.progress import Bar, Lines
+    from lmtrain.system.progress import Bar, Lines
 
     return Bar() if sys.stderr.isatty() else Lines()

@@ -19,7 +19,7 @@ from lmtrain.config.located_yaml import Located, parse, read
 from lmtrain.config.located_yaml import Path as KeyPath
 from lmtrain.config.schema import Config, Section
 from lmtrain.errors import ConfigError
-from lmtrain.lines import is_text
+from lmtrain.system.console import is_text
 
 MOST_FAULTS = 50
 

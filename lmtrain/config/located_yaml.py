@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lmtrain.errors import ConfigError
-from lmtrain.lines import decode, is_text
+from lmtrain.system.console import decode_utf8, is_text
 
 LARGEST_BYTES = 1 << 20
 DEEPEST = 16
@@ -94,7 +94,7 @@ def read(path: str) -> str:
     if len(data) > LARGEST_BYTES:
         raise ConfigError(f"{path}: over {LARGEST_BYTES >> 20} MiB; is this a configuration file?")
     try:
-        return decode(data, path)
+        return decode_utf8(data, path)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -27,7 +27,7 @@ from lmtrain.data.paging import release
 from lmtrain.data.source import Source
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import ArtefactError, DataError, StorageError
-from lmtrain.files import read_sealed, reason
+from lmtrain.system.files import read_sealed, reason_of
 
 COMPARED = 1 << 20  # sequences at once
 DIGESTS = "digests"  # in the cache directory
@@ -137,7 +137,7 @@ def open_store(
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"{cache}: can't be made: {reason(error)}; set data.cache_dir") from None
+        raise StorageError(f"{cache}: can't be made: {reason_of(error)}; set data.cache_dir") from None
     try:
         remove_abandoned(cache, but=home.name)
         with locked(cache, home.name, announce) as directory:
@@ -149,7 +149,7 @@ def open_store(
             shutil.rmtree(home, ignore_errors=True)  # what is broken
             directory.rename(home)
     except OSError as error:
-        raise StorageError(f"{cache}: the token store can't be written: {reason(error)}") from None
+        raise StorageError(f"{cache}: the token store can't be written: {reason_of(error)}") from None
     try:
         _await_rest(home)
         store = TokenStore(home, digests)

@@ -21,8 +21,8 @@ from typing import IO, Any
 
 from lmtrain.data.reading import open_text
 from lmtrain.errors import ArtefactError, StorageError
-from lmtrain.files import read_sealed, sealed, write_atomically
-from lmtrain.processes import cores
+from lmtrain.system.files import read_sealed, sealed, write_atomically
+from lmtrain.system.processes import core_count
 
 LARGE_BYTES = 64 << 20
 AT_REST_NS = 2 * 10**9
@@ -50,7 +50,7 @@ class Digests:
 
     def sha256_of(self, paths: Sequence[str]) -> list[str]:
         """SHA-256 of files to read, on all cores; raises DataError where one can't be."""
-        with ThreadPoolExecutor(min(MOST_THREADS, cores())) as pool:  # hashing holds no lock
+        with ThreadPoolExecutor(min(MOST_THREADS, core_count())) as pool:  # hashing holds no lock
             return list(pool.map(self.sha256, paths))
 
     def sha256(self, path: str) -> str:

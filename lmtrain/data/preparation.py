@@ -15,7 +15,7 @@ from lmtrain.data.digests import Digests, Watch, unwatched
 from lmtrain.data.source import Source
 from lmtrain.data.tokenizer import Tokenizer, normalise, train_tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, DataError, StorageError
-from lmtrain.files import reason, write_atomically
+from lmtrain.system.files import reason_of, write_atomically
 
 MANY_SEQUENCES = 1 << 22  # that are compared with others only once
 Notify = Callable[[str], None]
@@ -118,7 +118,7 @@ def _tokenizer(
             raise DataError(f"{source.name}: {error} (tokenizer.min_frequency)") from None
         raise
     except OSError as error:
-        raise StorageError(f"{cache}: can't be written: {reason(error)}; set data.cache_dir") from None
+        raise StorageError(f"{cache}: can't be written: {reason_of(error)}; set data.cache_dir") from None
 
 
 def tokenizer_file(config: Config, source: Source, digests: Digests) -> Path:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lmtrain.data.batching import Ints, cut_batches, longest_first
 from lmtrain.data.windows import Stretches, WindowedRows
-from lmtrain.processes import cores
+from lmtrain.system.processes import core_count
 
 Part = TypeVar("Part", covariant=True)
 Row = TypeVar("Row", bound=np.generic)
@@ -143,7 +143,7 @@ class WindowSampler:
             lengths = self.rows.short_lengths(windows[window])
             return sum(map(self.cut.count, deal(lengths, self.cut.bucket_rows, self.random(epoch, window))))
 
-        with ThreadPoolExecutor(min(2, cores())) as pool:  # sorting holds no lock; each takes some 50 MB
+        with ThreadPoolExecutor(min(2, core_count())) as pool:  # sorting holds no lock; each takes some 50 MB
             return list(pool.map(count, range(len(windows))))
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import ConfigError, StorageError
-from lmtrain.files import reason, room, write_synced
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.ngrams import FACTOR, MIX, PRIME, NgramEmbedding
 from lmtrain.model.output import FullOutput
+from lmtrain.system.files import reason_of, space_note, write_synced
 
 OPSET = 17
 
@@ -234,7 +234,7 @@ def write(path: Path, tokenizer: Tokenizer, files: dict[str, bytes]) -> None:
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         size = sum(map(len, contents.values()))
-        raise StorageError(f"{path}: can't be written: {reason(error)}{room(path.parent, size)}") from None
+        raise StorageError(f"{path}: can't be written: {reason_of(error)}{space_note(path.parent, size)}") from None
 
 
 class Steps:

@@ -29,9 +29,9 @@ from lmtrain.inference.scoring import Evaluation, Score
 from lmtrain.inference.vectors import embed, save
 from lmtrain.metrics import Tally
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.run import RunDirectory, find_run
-from lmtrain.runtime import choose_device
-from lmtrain.trained import load_run
+from lmtrain.runs.directory import RunDirectory, find_run
+from lmtrain.runs.loading import load_run
+from lmtrain.system.device import choose_device
 
 LINES_AT_ONCE = 4096
 COMPARED_TOKENS = 5000

@@ -21,11 +21,11 @@ from lmtrain.data.batching import Ints, gather, sorted_parts
 from lmtrain.data.building.encoding import encode_block, frame
 from lmtrain.data.reading import Block
 from lmtrain.errors import ConfigError, StorageError
-from lmtrain.files import reason
 from lmtrain.inference.prompts import Script
 from lmtrain.model.events import Direction
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.packing import pack_rows
+from lmtrain.system.files import reason_of
 
 READ_TOKENS = 8192  # padded tokens a batch
 
@@ -114,7 +114,7 @@ def save(path: str | Path, blocks: Iterable[Vectors]) -> int:
     except BaseException as error:
         target.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise StorageError(f"{target}: can't be written: {reason(error)}") from None
+            raise StorageError(f"{target}: can't be written: {reason_of(error)}") from None
         raise
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.trained import weights
+from lmtrain.runs.weights import named_weights
 
 
 def averaged_weights(model: LanguageModel) -> dict[str, Tensor]:
     """The weights that an average is taken of, by name."""
-    return {name: weight for name, weight in weights(model).items() if not name.startswith("ngrams.")}
+    return {name: weight for name, weight in named_weights(model).items() if not name.startswith("ngrams.")}
 
 
 class Averaging:

@@ -68,6 +68,6 @@ def validation_figures(result: Evaluation, weights: LossWeights) -> dict[str, fl
     return figures
 
 
-def in_words(figures: Mapping[str, float]) -> str:
+def describe_figures(figures: Mapping[str, float]) -> str:
     """Validation metrics for people."""
     return ", ".join(f"{tag.removeprefix('valid/').replace('_', ' ')} {value:.4f}" for tag, value in figures.items())

@@ -15,7 +15,7 @@ from lmtrain.model.language_model import LanguageModel
 from lmtrain.training.muon import Muon
 
 # At an optimizer's first use PyTorch imports its compiler, which takes two seconds, only to keep it off. Where its own
-# cache for that (this attribute) is filled, it does not; `step` has the other half.
+# cache for that (this attribute) is filled, it does not; `optimizer_step` has the other half.
 _add_group = inspect.unwrap(Optimizer.add_param_group)
 _add_group.__dynamo_disable = _add_group
 
@@ -127,7 +127,7 @@ def set_learning_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
             group["lr"] = rate * group.get("share", 1.0)
 
 
-def step(optimizers: Sequence[Optimizer]) -> None:
+def optimizer_step(optimizers: Sequence[Optimizer]) -> None:
     """One update of the weights by their gradients, which are then gone.
 
     The method is called without PyTorch's wrappers: they import its compiler, take notes for its profiler and call

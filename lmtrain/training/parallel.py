@@ -19,8 +19,8 @@ from lmtrain.data.batching import Batch
 from lmtrain.model.events import Losses, Objective
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import State
-from lmtrain.processes import Alone
-from lmtrain.runtime import random_state, set_random_state
+from lmtrain.system.device import random_state, set_random_state
+from lmtrain.system.processes import SingleProcess
 
 
 class _Loss(nn.Module):
@@ -37,7 +37,7 @@ class _Loss(nn.Module):
 class Gradients:
     """Forward and backward passes of one process, their gradients summed over all."""
 
-    def __init__(self, model: LanguageModel, processes: Alone) -> None:
+    def __init__(self, model: LanguageModel, processes: SingleProcess) -> None:
         self.model, self.processes = model, processes
         self.complete_s = 0.0  # when this process had its part of the last gradient, by `time.perf_counter`
         self._loss, self._parallel = _Loss(model), None
@@ -107,7 +107,7 @@ class Gradients:
             torch.distributed.all_gather(parts, part.contiguous())
         return parts
 
-    def settle(self, batch: Batch, precision: AbstractContextManager[Any]) -> None:
+    def warm_up(self, batch: Batch, precision: AbstractContextManager[Any]) -> None:
         """Pass once over a batch for nothing: after its first pass DistributedDataParallel lays out anew what it sums
         together, by the order in which gradients come. Sums of three and more depend on that layout in their last
         digits, and a resumed run should have them as if it had never been stopped."""

@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 
 from lmtrain.config import Config, load_config
-from lmtrain.counted import refuse_large
 from lmtrain.data.feeding import training_reading
 from lmtrain.data.preparation import Corpora, prepare
 from lmtrain.data.tokenizer import Tokenizer, loads
 from lmtrain.errors import ConfigError, DataError, out_of_memory
-from lmtrain.processes import Alone, compare, joined
-from lmtrain.progress import Progress, Quiet
-from lmtrain.run import RunDirectory, create_run, find_resumable, refuse_full, refuse_read_only
-from lmtrain.runtime import choose_device, environment, keep_freed_memory, noted_signals
-from lmtrain.training.resuming import check_unchanged, flatten
+from lmtrain.runs.directory import RunDirectory, create_run, find_resumable, refuse_full, refuse_read_only
+from lmtrain.runs.environment import environment
+from lmtrain.runs.ngram_counts import refuse_large
+from lmtrain.system.device import choose_device, keep_freed_memory
+from lmtrain.system.processes import SingleProcess, join_processes, require_equal
+from lmtrain.system.progress import NullProgress, Progress
+from lmtrain.system.signals import noted_signals
+from lmtrain.training.checkpointer import check_unchanged, flatten_keys
 from lmtrain.training.trainer import Trainer, TrainingResult
 
 
@@ -48,19 +50,22 @@ def train(
     """
     start_s = time.monotonic()
     named = None if run_dir is None else str(run_dir)
-    with joined() as processes:
+    with join_processes() as processes:
         settings = processes.agree(lambda: _settings(config, processes))
-        compare(
-            processes, flatten(settings.model_dump()), "{key} is {mine!r} here and {first!r} for rank 0", ConfigError
+        require_equal(
+            processes,
+            flatten_keys(settings.model_dump()),
+            "{key} is {mine!r} here and {first!r} for rank 0",
+            ConfigError,
         )
-        shown = progress if progress is not None and processes.rank == 0 else Quiet()
+        shown = progress if progress is not None and processes.rank == 0 else NullProgress()
         try:
             return _train(settings, named, resume, stop_at_step, shown, start_s, processes)
         finally:
             shown.close()
 
 
-def _settings(config: Config | str | Path | Callable[[], Config], processes: Alone) -> Config:
+def _settings(config: Config | str | Path | Callable[[], Config], processes: SingleProcess) -> Config:
     """The configuration; raises ConfigError where it can't be shared out to these processes."""
     if isinstance(config, str | Path):
         config = load_config(config)
@@ -81,7 +86,7 @@ def _train(
     stop_at_step: int | None,
     progress: Progress,
     start_s: float,
-    processes: Alone,
+    processes: SingleProcess,
 ) -> TrainingResult:
     first = processes.rank == 0
     begun = processes.agree(lambda: _begun(config, named, resume, progress, processes) if first else None)
@@ -125,7 +130,7 @@ def _train(
 
 
 def _begun(
-    config: Config, named: str | None, resume: bool, progress: Progress, processes: Alone
+    config: Config, named: str | None, resume: bool, progress: Progress, processes: SingleProcess
 ) -> tuple[RunDirectory, Tokenizer] | None:
     """The run to go on with, and its tokenizer; None for a new one.
 
@@ -141,12 +146,12 @@ def _begun(
     refuse_read_only(run.path if run is not None else named or config.runs_dir)
     if run is None:
         return None
-    begun_with, tokenizer = run.judged()
+    begun_with, tokenizer = run.config_and_tokenizer()
     check_unchanged(begun_with, config)
     return run, tokenizer
 
 
-def _prepared(config: Config, progress: Progress, tokenizer: Tokenizer | None, processes: Alone) -> Corpora:
+def _prepared(config: Config, progress: Progress, tokenizer: Tokenizer | None, processes: SingleProcess) -> Corpora:
     """What the training reads: made by rank 0; the others find it there, or make their own on another machine."""
     if not processes.together:
         return prepare(config, progress.note, tokenizer, progress.reading)
@@ -155,5 +160,5 @@ def _prepared(config: Config, progress: Progress, tokenizer: Tokenizer | None, p
     made = processes.agree(lambda: read(tokenizer) if first else None, rank_0_first=True)
     learnt = processes.share(None if made is None else made.tokenizer.dumps())
     corpora = processes.agree(lambda: made or read(loads(learnt)))
-    compare(processes, corpora.hashes, "{key} holds another text here than for rank 0", DataError)
+    require_equal(processes, corpora.hashes, "{key} holds another text here than for rank 0", DataError)
     return corpora

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard.summary import histogram, hparams, scalar, text
 
 from lmtrain.errors import StorageError
-from lmtrain.files import reason
+from lmtrain.system.files import reason_of
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents*"
@@ -56,7 +56,7 @@ class Tracker:
 
     def _fault(self, error: OSError) -> StorageError:
         return StorageError(
-            f"{self.run / METRICS}: {reason(error)}; the checkpoints are whole: mend that, and --resume goes on"
+            f"{self.run / METRICS}: {reason_of(error)}; the checkpoints are whole: mend that, and --resume goes on"
         )
 
     def log(self, step: int, epoch: float, values: Mapping[str, Any]) -> None:
@@ -120,7 +120,7 @@ class Tracker:
             self._on_board(self.board.close)
 
 
-class Unseen(Tracker):
+class NullTracker(Tracker):
     """What a process writes that is not the first of those that train together: nothing."""
 
     def __init__(self) -> None: ...

@@ -15,24 +15,31 @@ from pathlib import Path
 import torch
 
 from lmtrain.config import Config
-from lmtrain.counted import count_text
 from lmtrain.data.feeding import Dealt, Feed, Reading, Share
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.model.events import count_events
 from lmtrain.model.states import CarriedState
-from lmtrain.processes import Alone
-from lmtrain.progress import Progress
-from lmtrain.run import RunDirectory
-from lmtrain.runtime import autocast, choose_precision, environment, seed_of
-from lmtrain.trained import build_model
+from lmtrain.runs.directory import RunDirectory
+from lmtrain.runs.environment import environment
+from lmtrain.runs.ngram_counts import count_text
+from lmtrain.runs.weights import build_model
+from lmtrain.system.device import autocast, choose_precision, seed_of
+from lmtrain.system.processes import SingleProcess
+from lmtrain.system.progress import Progress
 from lmtrain.training.averaging import Averaging
-from lmtrain.training.figures import Window, in_words
-from lmtrain.training.optimization import build_optimizers, clip_gradient, learning_rate, set_learning_rate, step
+from lmtrain.training.checkpointer import Checkpointer, Restored, flatten_keys
+from lmtrain.training.figures import Window, describe_figures
+from lmtrain.training.optimization import (
+    build_optimizers,
+    clip_gradient,
+    learning_rate,
+    optimizer_step,
+    set_learning_rate,
+)
 from lmtrain.training.parallel import Gradients
-from lmtrain.training.resuming import Restored, Saves, flatten
-from lmtrain.training.saved import TrainingState
-from lmtrain.training.tracking import Tracker, Unseen
+from lmtrain.training.state import TrainingState
+from lmtrain.training.tracking import NullTracker, Tracker
 from lmtrain.training.validation import Validation, stalled
 
 
@@ -58,7 +65,7 @@ class Trainer:
         device: torch.device,
         progress: Progress,
         start_s: float,
-        processes: Alone,
+        processes: SingleProcess,
     ) -> None:
         self.config, self.run, self.corpora = config, run, corpora
         self.device, self.progress, self.start_s, self.processes = device, progress, start_s, processes
@@ -90,19 +97,19 @@ class Trainer:
         self.validation = Validation(config, corpora, self.model, self.loss_weights, processes)
         self.averaging = Averaging(self.model, name=config.averaging.name, decay=config.averaging.decay)
         self.carried = None if columns is None else CarriedState(columns // processes.world_size)
-        self.saves = Saves(
+        self.saves = Checkpointer(
             run, self.model, self.optimizers, device, corpora, config, self.averaging, self.carried, processes, counts
         )
         restored = self.saves.restore(progress.note)
         self.saves.keep_counts()
         self.state, lengths, self.begun_in = restored or self._begin()
-        self.tracker = Unseen() if processes.rank else Tracker(run.path, lengths, progress.note)
+        self.tracker = NullTracker() if processes.rank else Tracker(run.path, lengths, progress.note)
         place = self.state.epoch, self.state.next_batch
         self.feed = Feed(reading, tokenizer.pad_id, config.training.accumulate, *place, share)
         coming = self.feed.peek()
         self.epoch_batches = coming.epoch_batches
         self.gradients = Gradients(self.model, processes)
-        self.gradients.settle(coming.batches[0].batch, autocast(self.state.precision, device))
+        self.gradients.warm_up(coming.batches[0].batch, autocast(self.state.precision, device))
         self.feed.waited_s = self.ranks_waited_s = 0.0  # what the start took is no wait
         self.window_start_s = time.monotonic()
         self.figures: dict[str, float] = {}
@@ -138,7 +145,7 @@ class Trainer:
         """Train until the configured end, a signal, or `stop_at_step`."""
         self.model.train()
         self.elapsed_before_s, self.stopped_by = self.state.elapsed_s, stopped_by
-        self._meet()
+        self._synchronise()
         self.saved_s = self.elapsed_s
         if self.state.finished and self._ended():
             self.progress.note(f"the run ended at step {self.state.step} already; nothing to do")
@@ -173,7 +180,7 @@ class Trainer:
             or (training.patience is not None and state.bad_validations >= training.patience)
         )
 
-    def _meet(self, *values: float) -> list[list[float]]:
+    def _synchronise(self, *values: float) -> list[list[float]]:
         """Bring all processes to one view: of the time that has been worked on this run (rank 0's), of a signal that
         came to any of them, and of each one's values, by rank."""
         elapsed_s = self.elapsed_before_s + time.monotonic() - self.start_s
@@ -222,7 +229,7 @@ class Trainer:
                 places += batch.tokens.numel()
                 for objective, part in losses.parts.items():
                     own[objective] += float(part.nats)
-        met = self._meet(self.gradients.complete_s - self.met_s, places, *own.values())
+        met = self._synchronise(self.gradients.complete_s - self.met_s, places, *own.values())
         busy_s, all_places, *all_nats = zip(*met, strict=True)
         self.ranks_waited_s += max(busy_s) - sum(busy_s) / len(busy_s)
         nats = dict(zip(own, map(math.fsum, all_nats), strict=True))
@@ -233,7 +240,7 @@ class Trainer:
                 f"{norm:g}); try a lower optimizer.lr, a longer schedule.warmup_steps or a smaller "
                 "optimizer.clip_grad_norm; the weights saved last are sound"
             )
-        step(self.optimizers)
+        optimizer_step(self.optimizers)
         self.averaging.update()
         self.last_norm, self.last_rate = norm, rate
         state.window.add(nats, events, int(sum(all_places)), sum(dealt.tokens for dealt in batches))
@@ -310,10 +317,12 @@ class Trainer:
             if improved:
                 state.best_loss, state.best_step, state.best_figures = loss, state.step, values
             state.bad_validations = 0 if improved else state.bad_validations + 1
-            self.progress.note(f"step {state.step}: validation {in_words(values)}{' (best)' if improved else ''}")
+            self.progress.note(
+                f"step {state.step}: validation {describe_figures(values)}{' (best)' if improved else ''}"
+            )
             self._react(loss, improved)
         self.model.train()
-        self._meet()
+        self._synchronise()
         self.window_start_s += time.monotonic() - started_s  # not part of the training's tokens per second
         return improved
 
@@ -349,7 +358,7 @@ class Trainer:
         """The last validation, the last row of hyperparameters, the last save."""
         if self.state.validated_step != self.state.step:
             self._validate()
-        flat = flatten(self.config.model_dump())
+        flat = flatten_keys(self.config.model_dump())
         figures = {f"hparam/{tag.replace('/', '_')}": value for tag, value in self._figures().items()}
         self.tracker.hyperparameters(flat, figures)
         self.state.finished = True

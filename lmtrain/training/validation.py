@@ -12,7 +12,7 @@ from lmtrain.inference.prompts import Script
 from lmtrain.inference.scoring import evaluate
 from lmtrain.metrics import Tally
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.processes import Alone
+from lmtrain.system.processes import SingleProcess
 from lmtrain.training.figures import LossWeights, validation_figures
 
 
@@ -20,7 +20,7 @@ class Validation:
     """The validation set and the sample prompts of a run."""
 
     def __init__(
-        self, config: Config, corpora: Corpora, model: LanguageModel, weights: LossWeights, processes: Alone
+        self, config: Config, corpora: Corpora, model: LanguageModel, weights: LossWeights, processes: SingleProcess
     ) -> None:
         self.config, self.corpora, self.model, self.weights = config, corpora, model, weights
         self.processes = processes

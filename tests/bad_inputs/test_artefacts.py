@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmtrain import checkpoint
+from lmtrain.runs import checkpoint
 from tests.bad_inputs.table import text
 
 STEP = Path("run/checkpoints/step-00000003")

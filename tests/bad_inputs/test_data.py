@@ -720,7 +720,7 @@ def test_an_id_beyond_16_bits_is_stored_as_it_is(desk, shell):
 # a process of its own, which tells its exit code, its seconds without the start, and its peak of memory
 DRIVER = """
 import json, sys, time
-import lmtrain.training.report, lmtrain.training.start
+import lmtrain.check.configuration, lmtrain.training.start
 from lmtrain.cli import _run
 from tests.bad_inputs.table import peak_bytes
 from tests.conftest import ROOT

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from lmtrain import checkpoint
 from lmtrain.config import load_config
+from lmtrain.runs import checkpoint
 from lmtrain.training.start import train
 from tests.conftest import SMALL, sentences
 

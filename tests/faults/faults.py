@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import torch
 
-from lmtrain import checkpoint
 from lmtrain.config import load_config
 from lmtrain.errors import ArtefactError
-from lmtrain.run import RunDirectory
-from lmtrain.training.saved import read_saved
+from lmtrain.runs import checkpoint
+from lmtrain.runs.directory import RunDirectory
+from lmtrain.training.state import read_saved
 from tests.faults.ground import SAVE_EVERY, Field, Ground, mounted, until
 from tests.oracle import digest
 
@@ -310,7 +310,7 @@ def _damaged(ground: Ground, home: Path) -> bool:
     """Whether a resume would pass this checkpoint over."""
     run = RunDirectory(ground.run)
     try:
-        read_saved(run, *run.judged(), int(home.name[5:]))
+        read_saved(run, *run.config_and_tokenizer(), int(home.name[5:]))
     except ArtefactError:
         return True
     return False

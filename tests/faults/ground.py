@@ -26,11 +26,11 @@ from typing import Any
 
 import pytest
 
-from lmtrain import checkpoint
+from lmtrain.check.run import inspect_run
 from lmtrain.cli import main
 from lmtrain.config import load_config
-from lmtrain.run import RunDirectory
-from lmtrain.training.inspection import inspect
+from lmtrain.runs import checkpoint
+from lmtrain.runs.directory import RunDirectory
 from lmtrain.training.start import train
 from tests.conftest import SMALL, sentences
 from tests.oracle import digest
@@ -223,7 +223,7 @@ class Ground:
         """Assert that the run is whole and tidy; the number of steps that a resume would have to do again."""
         if not RunDirectory(self.run).holds_run():
             return 0
-        list(inspect(RunDirectory(self.run)))
+        list(inspect_run(RunDirectory(self.run)))
         steps = checkpoint.steps(self.run / "checkpoints")
         lines = (self.run / "metrics.jsonl").read_text().splitlines() if self.rows() else []
         logged = [json.loads(line)["step"] for line in lines if line.endswith("}")]

@@ -22,7 +22,7 @@ import numpy as np
 from lmtrain.data.building.encoding import Answer
 from lmtrain.data.reading import Raw
 from lmtrain.errors import ArtefactError, DataError
-from lmtrain.files import read_sealed, sealed, sync_directory, write_atomically
+from lmtrain.system.files import read_sealed, sealed, sync_directory, write_atomically
 
 ARRAYS = ("tokens", "offsets", "hashes")
 SUMS = ("sequences", "tokens", "unknown_tokens", "characters", "bytes", "blank", "longest")

@@ -19,14 +19,7 @@ from lmtrain.data.building.workers import crew
 from lmtrain.data.digests import Watch
 from lmtrain.data.reading import Raw
 from lmtrain.data.source import Source
-from lmtrain.data.tokenizer import (
-    FIRST,
-    CharTokenizer,
-    Tokenizer,
-    WordTokenizer,
-    no_vocabulary,
-    train_tokenizer,
-)
+from lmtrain.data.tokenizer import FIRST, CharTokenizer, Tokenizer, WordTokenizer, no_vocabulary, train_tokenizer
 
 SAMPLE_BYTES = {"bpe": 64 << 20, "unigram": 16 << 20}  # what the library's trainers take 500 MB for
 SMALL_RUN_BYTES = 1 << 20  # that is not worth a file

@@ -24,7 +24,7 @@ from lmtrain.data.building.messages import receive, send
 from lmtrain.data.building.worker import task_of
 from lmtrain.data.reading import Raw
 from lmtrain.errors import ArtefactError, DataError, OutOfMemoryError, StorageError
-from lmtrain.processes import cores
+from lmtrain.system.processes import core_count
 
 FEW_BYTES = 16 << 20  # that are sooner done here than a worker has started
 MOST_WORKERS = 8  # a hundred megabytes each
@@ -177,7 +177,7 @@ class Workers:
 @contextmanager
 def crew(header: dict[str, Any], parts: list[bytes], size: int) -> Iterator[Crew]:
     """Those who do a task (`worker.task_of`) on so many bytes."""
-    count = min(MOST_WORKERS, cores())
+    count = min(MOST_WORKERS, core_count())
     if size < FEW_BYTES or count == 1:
         yield Alone(header, parts)
         return

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from lmtrain import checkpoint
-from lmtrain.checkpoint import Kind, NewerFormatError
 from lmtrain.config import Config
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import ArtefactError
-from lmtrain.run import RunDirectory, check_tokenizer
-from lmtrain.trained import check_finite, check_weights, weight_kinds
+from lmtrain.runs import checkpoint
+from lmtrain.runs.checkpoint import NewerFormatError, TensorSpec
+from lmtrain.runs.directory import RunDirectory, check_tokenizer
+from lmtrain.runs.weights import check_finite, check_weights, weight_specs
 from lmtrain.training.figures import Window
 
 FACTS = TypeAdapter(tuple[dict[str, int], dict[str, Any], dict[str, str]])
@@ -55,7 +55,7 @@ class TrainingState:
         return found
 
 
-class Saved(NamedTuple):
+class LoadedCheckpoint(NamedTuple):
     """A checkpoint that is whole and of this run."""
 
     name: str
@@ -68,7 +68,9 @@ class Saved(NamedTuple):
     counts: Any = None  # SHA-256 of the run's counted n-grams
 
 
-def newest_whole(run: RunDirectory, config: Config, tokenizer: Tokenizer, problems: list[str]) -> Saved | None:
+def newest_whole(
+    run: RunDirectory, config: Config, tokenizer: Tokenizer, problems: list[str]
+) -> LoadedCheckpoint | None:
     """The newest checkpoint that is whole and of this run; what is wrong with newer ones goes to `problems`.
 
     Raises:
@@ -84,14 +86,14 @@ def newest_whole(run: RunDirectory, config: Config, tokenizer: Tokenizer, proble
     return None
 
 
-def read_saved(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: int) -> Saved:
+def read_saved(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: int) -> LoadedCheckpoint:
     """Read a checkpoint; its tensors are held against the configuration before their memory is taken.
 
     Raises:
         ArtefactError: damaged, or not of this run.
     """
     home = str(checkpoint.home_of(run.checkpoints, step))
-    kinds, wanted = checkpoint.survey(run.checkpoints, step), weight_kinds(config, tokenizer.vocab_size)
+    kinds, wanted = checkpoint.read_headers(run.checkpoints, step), weight_specs(config, tokenizer.vocab_size)
     check_weights(kinds["model.safetensors"], wanted, f"{home}/model.safetensors")
     for name, kind in kinds["training.safetensors"].items():
         if not _belongs(name, kind, wanted, config):
@@ -107,10 +109,12 @@ def read_saved(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: in
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise ArtefactError(f"{home}/state.json: not a training state") from None
-    return Saved(home, saved.model, saved.training, state, lengths, begun_in, data, saved.state.get("counts"))
+    return LoadedCheckpoint(
+        home, saved.model, saved.training, state, lengths, begun_in, data, saved.state.get("counts")
+    )
 
 
-def _belongs(name: str, kind: Kind, wanted: Mapping[str, Kind], config: Config) -> bool:
+def _belongs(name: str, kind: TensorSpec, wanted: Mapping[str, TensorSpec], config: Config) -> bool:
     """Whether a tensor may be part of what this training keeps."""
     part, _, rest = name.partition("/")
     match part:

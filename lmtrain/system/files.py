@@ -31,7 +31,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
-        raise StorageError(f"{path}: can't be written: {reason(error)}{room(path.parent, len(content))}") from None
+        raise StorageError(
+            f"{path}: can't be written: {reason_of(error)}{space_note(path.parent, len(content))}"
+        ) from None
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -52,12 +54,12 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
     """What the system says, for a message."""
     return (error.strerror or str(error)).lower()
 
 
-def room(directory: Path, needed: int) -> str:
+def space_note(directory: Path, needed: int) -> str:
     """What a write takes and what there is, for a message."""
     try:
         system = os.statvfs(directory)
@@ -100,7 +102,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def open_regular(path: Path) -> Iterator[IO[bytes]]:
     """A regular file, no link.
 
     Raises:
@@ -112,7 +114,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         with open(path, "rb") as handle:
             yield handle
     except OSError as error:
-        raise ArtefactError(f"{path}: {reason(error)}") from None
+        raise ArtefactError(f"{path}: {reason_of(error)}") from None
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -121,7 +123,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     Raises:
         ArtefactError: it has more than `most`.
     """
-    with opened(path) as handle:
+    with open_regular(path) as handle:
         size = os.fstat(handle.fileno()).st_size
         if size > most:
             raise ArtefactError(f"{path}: {size:,} bytes are more than there should be ({most:,})")

@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from lmtrain.errors import ArtefactError, StorageError
-from lmtrain.files import (
+from lmtrain.system.files import (
     LARGEST_JSON_BYTES,
     dump_json,
     hash_of,
-    opened,
+    open_regular,
     parse_json,
     read_bytes,
     read_sealed,
-    reason,
-    room,
+    reason_of,
     sealed,
+    space_note,
     sync_directory,
     write_synced,
 )
@@ -39,7 +39,7 @@ from lmtrain.files import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 FILES = ("model.safetensors", "training.safetensors", "state.json")
 REPLACED = ".replaced"  # a checkpoint that stood where a new one is being put
 
@@ -48,7 +48,7 @@ class NewerFormatError(ArtefactError):
     """A checkpoint that a later lmtrain wrote: nothing to pass over, but a reason to stop."""
 
 
-class Kind(NamedTuple):
+class TensorSpec(NamedTuple):
     """What a file's header says of a tensor."""
 
     dtype: str  # as safetensors names it: F32
@@ -89,7 +89,7 @@ def save(checkpoints: Path, checkpoint: Checkpoint) -> None:
         "state.json": dump_json(checkpoint.state),
     }
     manifest = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "step": checkpoint.step,
         "files": {name: {"bytes": len(data), "sha256": hash_of(data)} for name, data in contents.items()},
     }
@@ -113,8 +113,8 @@ def save(checkpoints: Path, checkpoint: Checkpoint) -> None:
             remove_leftovers(checkpoints)
         needed = sum(map(len, contents.values()))
         raise StorageError(
-            f"{home}: the save failed: {reason(error)}{room(checkpoints, needed)}; what was saved before is whole, and "
-            "--resume goes on from it"
+            f"{home}: the save failed: {reason_of(error)}{space_note(checkpoints, needed)}; what was saved before is "
+            "whole, and --resume goes on from it"
         ) from None
 
 
@@ -134,7 +134,7 @@ def remove(checkpoints: Path, step: int) -> None:
     try:
         home.rename(doomed)
     except OSError as error:
-        raise StorageError(f"{home}: can't be removed: {reason(error)}") from None
+        raise StorageError(f"{home}: can't be removed: {reason_of(error)}") from None
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -150,7 +150,7 @@ def remove_leftovers(checkpoints: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def survey(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> dict[str, dict[str, Kind]]:
+def read_headers(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> dict[str, dict[str, TensorSpec]]:
     """What the named parts of a checkpoint claim to be: of each safetensors file the kinds of its tensors by name.
 
     Raises:
@@ -161,11 +161,11 @@ def survey(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> dict
     files = _manifest(home, step)
     for name in parts:
         path = home / name
-        with opened(path) as handle:
+        with open_regular(path) as handle:
             if os.fstat(handle.fileno()).st_size != files[name]["bytes"]:
                 raise ArtefactError(f"{path}: damaged: not the bytes that were saved")
             if path.suffix == ".safetensors":
-                kinds[name] = header_of(path, handle, files[name]["bytes"])
+                kinds[name] = read_header(path, handle, files[name]["bytes"])
     return kinds
 
 
@@ -176,7 +176,7 @@ def load(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> Checkp
         ArtefactError: anything that is not as it was saved.
     """
     home = home_of(checkpoints, step)
-    survey(checkpoints, step, parts)
+    read_headers(checkpoints, step, parts)
     files = _manifest(home, step)
     contents = {}
     for name in parts:
@@ -197,9 +197,9 @@ def _manifest(home: Path, step: int) -> dict[str, Any]:
     path = home / "manifest.json"
     manifest = read_sealed(path)
     format, files = manifest.get("format"), manifest.get("files")
-    if type(format) is int and format > FORMAT:
+    if type(format) is int and format > CHECKPOINT_FORMAT:
         raise NewerFormatError(f"{path}: format {format} is newer than this lmtrain's; upgrade lmtrain")
-    if format != FORMAT or not isinstance(files, dict) or manifest.get("step") != step:
+    if format != CHECKPOINT_FORMAT or not isinstance(files, dict) or manifest.get("step") != step:
         raise ArtefactError(f"{path}: not a manifest of step {step}")
     if set(files) != set(FILES):
         raise ArtefactError(f"{path}: names other files than {', '.join(FILES)}")
@@ -210,7 +210,7 @@ def _manifest(home: Path, step: int) -> dict[str, Any]:
     return files
 
 
-def header_of(path: Path, handle: IO[bytes], size: int) -> dict[str, Kind]:
+def read_header(path: Path, handle: IO[bytes], size: int) -> dict[str, TensorSpec]:
     """The tensors of an open safetensors file of so many bytes, https://huggingface.co/docs/safetensors: eight bytes
     that say how long the JSON behind them is, which says where in the rest each tensor lies."""
     length = int.from_bytes(handle.read(8), "little")
@@ -220,7 +220,7 @@ def header_of(path: Path, handle: IO[bytes], size: int) -> dict[str, Kind]:
     header.pop("__metadata__", None)
     try:
         return {
-            name: Kind(str(entry["dtype"]), tuple(map(operator.index, entry["shape"])))
+            name: TensorSpec(str(entry["dtype"]), tuple(map(operator.index, entry["shape"])))
             for name, entry in header.items()
         }
     except (KeyError, TypeError):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lmtrain import checkpoint, counted
-from lmtrain.checkpoint import Kind
 from lmtrain.config import Config
-from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import ArtefactError
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.run import USED, RunDirectory, check_tokenizer, unusable
+from lmtrain.runs.checkpoint import TensorSpec
 
 
 def build_model(config: Config, vocab_size: int) -> LanguageModel:
@@ -45,7 +42,7 @@ def build_model(config: Config, vocab_size: int) -> LanguageModel:
     )
 
 
-def weights(model: LanguageModel) -> dict[str, Tensor]:
+def named_weights(model: LanguageModel) -> dict[str, Tensor]:
     """The model's weights by name; tied ones once."""
     return dict(model.named_parameters())
 
@@ -60,19 +57,19 @@ class _NoStartValues(TorchFunctionMode):
         return function(*args, **given)
 
 
-def weight_kinds(config: Config, vocab_size: int) -> dict[str, Kind]:
+def weight_specs(config: Config, vocab_size: int) -> dict[str, TensorSpec]:
     """What the weights of a configuration's model look like, without any memory for them."""
     with torch.device("meta"), _NoStartValues():
-        own = weights(build_model(config, vocab_size))
-    return {name: Kind("F32", tuple(weight.shape)) for name, weight in own.items()}
+        own = named_weights(build_model(config, vocab_size))
+    return {name: TensorSpec("F32", tuple(weight.shape)) for name, weight in own.items()}
 
 
 def count_weights(config: Config, vocab_size: int) -> int:
     """How many numbers there are to learn; tied ones once."""
-    return sum(prod(kind.shape) for kind in weight_kinds(config, vocab_size).values())
+    return sum(prod(kind.shape) for kind in weight_specs(config, vocab_size).values())
 
 
-def check_weights(found: Mapping[str, Kind], wanted: Mapping[str, Kind], name: str) -> None:
+def check_weights(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], name: str) -> None:
     """Hold saved weights against a configuration's before they are read.
 
     Raises:
@@ -95,55 +92,12 @@ def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
             raise ArtefactError(f"{name}: tensor {key!r} holds values that are not finite")
 
 
-def _words(kind: Kind) -> str:
+def _words(kind: TensorSpec) -> str:
     return f"{kind.shape} {kind.dtype}"
 
 
 @torch.no_grad()
 def load_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
     """Put saved weights, checked before, into a model."""
-    for key, parameter in weights(model).items():
+    for key, parameter in named_weights(model).items():
         parameter.copy_(tensors[key])
-
-
-class Loaded(NamedTuple):
-    """A trained model as it comes out of its run."""
-
-    run: RunDirectory
-    config: Config
-    tokenizer: Tokenizer
-    model: LanguageModel
-    step: int
-
-
-def load_run(run: RunDirectory, device: torch.device, notify: Callable[[str], None]) -> Loaded:
-    """The run's best model, else its last one, in evaluation mode; a damaged checkpoint is passed over and named.
-
-    Raises:
-        ArtefactError: no checkpoint that is whole, or files that don't fit together.
-    """
-    config, tokenizer = run.judged()
-    wanted = weight_kinds(config, tokenizer.vocab_size)
-    problems: list[str] = []
-    if not run.candidates():
-        raise ArtefactError(f"{run.path}: no checkpoint yet; train it further with --resume")
-    for step in run.candidates():
-        name = str(checkpoint.home_of(run.checkpoints, step) / "model.safetensors")
-        try:
-            check_weights(checkpoint.survey(run.checkpoints, step, USED)["model.safetensors"], wanted, name)
-            saved = checkpoint.load(run.checkpoints, step, USED)
-            check_finite(saved.model, name)
-            check_tokenizer(tokenizer, saved.state, name)
-        except checkpoint.NewerFormatError:
-            raise
-        except ArtefactError as error:
-            problems.extend(error.faults)
-            continue
-        for problem in problems:
-            notify(f"passed over: {problem}")
-        model = build_model(config, tokenizer.vocab_size)
-        load_weights(model, saved.model)
-        if config.model.counts is not None:
-            model.put_counts(counted.read(run.path / counted.FILE, saved.state.get("counts"), config, tokenizer))
-        return Loaded(run, config, tokenizer, model.to(device).eval(), step)
-    raise unusable(problems)

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
-import shlex
-import signal
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.metadata import version
-from types import FrameType
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -121,57 +113,3 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 def seed_of(seed: int, step: int, rank: int) -> int:
     """A seed for a process that has no random state of its own at a step, 64 bits."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
-
-
-def environment(device: torch.device, processes: int = 1, launch: str | None = None) -> dict[str, Any]:
-    """What a run's result depends on beside its config: versions, device, threads, command, git commit.
-
-    Args:
-        processes, launch: that train together, and what torchrun calls them.
-    """
-    return {
-        "lmtrain": version("lmtrain"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "num_threads": torch.get_num_threads(),
-        "processes": processes,
-        "launch": launch,
-        "command": shlex.join(sys.argv),
-        "git_commit": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the working directory, where it is a git checkout; the run goes on without."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-@contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """While this lasts, a signal to end is noted, for the loop to act on after its step; a second one is no worse."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    try:
-        before = {
-            number: signal.signal(number, note)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # nohup stays nohup
-        }
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

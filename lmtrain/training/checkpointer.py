@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lmtrain import checkpoint
 from lmtrain.config import Config
-from lmtrain.counted import FILE, dump
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
-from lmtrain.files import hash_of, write_atomically
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import CarriedState
-from lmtrain.processes import Alone
-from lmtrain.run import RunDirectory, unusable
-from lmtrain.runtime import environment, random_state, seed_of, set_random_state
-from lmtrain.trained import load_weights, weights
+from lmtrain.runs import checkpoint
+from lmtrain.runs.directory import RunDirectory, unusable
+from lmtrain.runs.environment import environment
+from lmtrain.runs.ngram_counts import COUNTS_FILE, dump_counts
+from lmtrain.runs.weights import load_weights, named_weights
+from lmtrain.system.device import random_state, seed_of, set_random_state
+from lmtrain.system.files import hash_of, write_atomically
+from lmtrain.system.processes import SingleProcess
 from lmtrain.training.averaging import Averaging, averaged_weights
 from lmtrain.training.optimization import optimizer_tensors, set_optimizer_tensors
-from lmtrain.training.saved import Saved, TrainingState, newest_whole, part_of, read_saved
+from lmtrain.training.state import LoadedCheckpoint, TrainingState, newest_whole, part_of, read_saved
 
 # what may differ when a run is resumed: where it ends, what it shows and keeps, where things lie
 MAY_CHANGE = (
@@ -42,7 +43,7 @@ class Restored(NamedTuple):
     environment: dict[str, Any]  # in which the run was begun
 
 
-class Saves:
+class Checkpointer:
     """The checkpoints of one run: what goes into them, what comes out, which are kept."""
 
     def __init__(
@@ -55,19 +56,19 @@ class Saves:
         config: Config,
         averaging: Averaging,
         carried: CarriedState | None,
-        processes: Alone,
+        processes: SingleProcess,
         counts: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.run, self.model, self.optimizers, self.device = run, model, optimizers, device
         self.corpora, self.config, self.averaging, self.carried = corpora, config, averaging, carried
         self.processes = processes
-        self._counts = None if counts is None or processes.rank else dump(counts)
+        self._counts = None if counts is None or processes.rank else dump_counts(counts)
         self.counts_digest = None if self._counts is None else hash_of(self._counts)
 
     def keep_counts(self) -> None:
         """Write the run's counts where they are not there yet, or damaged; to be called once nothing speaks against
         going on."""
-        path = self.run.path / FILE
+        path = self.run.path / COUNTS_FILE
         if self._counts is not None and not (path.is_file() and hash_of(path.read_bytes()) == self.counts_digest):
             write_atomically(path, self._counts)
         self._counts = None
@@ -88,7 +89,7 @@ class Saves:
             "environment": begun_in,
             **({} if self.counts_digest is None else {"counts": self.counts_digest}),
         }
-        if not all(bool(torch.isfinite(weight).all()) for weight in weights(self.model).values()):
+        if not all(bool(torch.isfinite(weight).all()) for weight in named_weights(self.model).values()):
             raise DivergedError(f"step {state.step}: a weight is not finite; try a lower optimizer.lr")
         carried = {} if self.carried is None else self.carried.tensors()
         carried = {name: torch.cat(self.processes.gather_tensor(part.cpu())) for name, part in carried.items()}
@@ -106,7 +107,7 @@ class Saves:
         }
         training = {f"{part}/{name}": value for part, own in parts.items() for name, value in own.items()}
         training |= random
-        saved_model = weights(self.model) | self.averaging.averages
+        saved_model = named_weights(self.model) | self.averaging.averages
         checkpoints = self.run.checkpoints
         checkpoint.save(checkpoints, checkpoint.Checkpoint(state.step, saved_model, training, content))
         self._point(state)
@@ -144,7 +145,7 @@ class Saves:
         notify(f"resumed from step {saved.state.step}")
         return Restored(saved.state, saved.lengths, saved.environment)
 
-    def _newest(self, notify: Callable[[str], None]) -> Saved | None:
+    def _newest(self, notify: Callable[[str], None]) -> LoadedCheckpoint | None:
         """The newest whole checkpoint of this run and of its text; raises as `restore`."""
         checkpoint.remove_leftovers(self.run.checkpoints)
         problems: list[str] = []
@@ -162,7 +163,7 @@ class Saves:
             raise ArtefactError(f"{saved.name}: was trained with other counts of its text than this lmtrain's")
         return saved
 
-    def _shared(self, read: Callable[[], Saved | None]) -> Saved | None:
+    def _shared(self, read: Callable[[], LoadedCheckpoint | None]) -> LoadedCheckpoint | None:
         """What rank 0 reads, in every process: the others may be on machines that don't see the run directory."""
         processes = self.processes
         saved = processes.agree(lambda: read() if processes.rank == 0 else None, rank_0_first=True)
@@ -172,9 +173,9 @@ class Saves:
         name, state, begun_in = shared
         model = processes.share_tensors({} if saved is None else saved.model)
         training = processes.share_tensors({} if saved is None else saved.training)
-        return saved or Saved(name, model, training, TrainingState.from_json(state), {}, begun_in, {})
+        return saved or LoadedCheckpoint(name, model, training, TrainingState.from_json(state), {}, begun_in, {})
 
-    def _set_random_state(self, saved: Saved) -> None:
+    def _set_random_state(self, saved: LoadedCheckpoint) -> None:
         """This process's own, where it was saved; else one that no other process has."""
         rank = self.processes.rank
         if rank == 0:
@@ -186,7 +187,7 @@ class Saves:
         else:
             torch.manual_seed(seed_of(self.config.seed, saved.state.step, rank))
 
-    def _load(self, saved: Saved) -> None:
+    def _load(self, saved: LoadedCheckpoint) -> None:
         """Weights, their average and the optimizer as they were saved."""
         own, averaged_steps = saved.model, saved.state.averaged_steps
         try:
@@ -201,7 +202,7 @@ class Saves:
     def roll_back(self, step: int, notify: Callable[[str], None]) -> None:
         """Take up the weights, their average and the optimizer of a step that was saved; all else goes on."""
 
-        def read() -> Saved | None:
+        def read() -> LoadedCheckpoint | None:
             try:
                 return read_saved(self.run, self.config, self.corpora.tokenizer, step)
             except ArtefactError as error:
@@ -224,7 +225,7 @@ class Saves:
 def check_unchanged(saved: Config, config: Config) -> None:
     """A resumed run goes on with the settings it was begun with."""
     faults = []
-    before, now = flatten(saved.model_dump()), flatten(config.model_dump())
+    before, now = flatten_keys(saved.model_dump()), flatten_keys(config.model_dump())
     for key, value in now.items():
         free = any(key == part or key.startswith(part + ".") for part in MAY_CHANGE)
         if value != before[key] and not free:
@@ -233,9 +234,9 @@ def check_unchanged(saved: Config, config: Config) -> None:
         raise ConfigError(*faults)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"model.cell": "lstm", ...}"""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmtrain.checkpoint import header_of, tensors_in
 from lmtrain.config import Config
 from lmtrain.data.corpus import TokenStore
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import ArtefactError, ConfigError
-from lmtrain.files import LARGEST_JSON_BYTES, hash_of, opened, read_bytes
 from lmtrain.model.counts import LARGEST_TOKENS, PARTS, count
+from lmtrain.runs.checkpoint import read_header, tensors_in
+from lmtrain.system.files import LARGEST_JSON_BYTES, hash_of, open_regular, read_bytes
 
-FILE = "counts.safetensors"
+COUNTS_FILE = "counts.safetensors"
 
 
 def refuse_large(config: Config, store: TokenStore) -> None:
@@ -58,7 +58,7 @@ def _laid_out(store: TokenStore, eos_id: int, backward: bool) -> tuple[Tensor, T
     return torch.from_numpy(tokens), torch.from_numpy(place)
 
 
-def dump(counts: Mapping[str, Tensor]) -> bytes:
+def dump_counts(counts: Mapping[str, Tensor]) -> bytes:
     """The bytes of the file."""
     import safetensors.torch
 
@@ -66,7 +66,7 @@ def dump(counts: Mapping[str, Tensor]) -> bytes:
     return data
 
 
-def read(path: Path, digest: object, config: Config, tokenizer: Tokenizer) -> dict[str, Tensor]:
+def read_counts(path: Path, digest: object, config: Config, tokenizer: Tokenizer) -> dict[str, Tensor]:
     """The counts of a run.
 
     Args:
@@ -88,8 +88,8 @@ def read(path: Path, digest: object, config: Config, tokenizer: Tokenizer) -> di
 
 def _bytes(path: Path, digest: object, names: Sequence[str], vocab_size: int) -> bytes:
     """The file, once its header says that it holds counts, and no more of them than there could be."""
-    with opened(path) as handle:
-        kinds = header_of(path, handle, os.fstat(handle.fileno()).st_size)
+    with open_regular(path) as handle:
+        kinds = read_header(path, handle, os.fstat(handle.fileno()).st_size)
     if kinds.keys() != {f"{name}.{part}" for name in names for part in PARTS}:
         raise ArtefactError(f"{path}: not the counts of this model")
     most = LARGEST_JSON_BYTES

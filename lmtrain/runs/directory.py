@@ -18,12 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lmtrain import checkpoint
 from lmtrain.config import Config, dump_config, load_config
 from lmtrain.data import tokenizer as tokenizers
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, StorageError
-from lmtrain.files import read_json, read_text, write_atomically
+from lmtrain.runs import checkpoint
+from lmtrain.system.files import read_json, read_text, write_atomically
 
 USED = ("model.safetensors", "state.json")  # what a trained model is made of
 
@@ -34,7 +34,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self._judged: tuple[Config, Tokenizer] | None = None
+        self._config_and_tokenizer: tuple[Config, Tokenizer] | None = None
 
     def holds_run(self) -> bool:
         """Whether training was ever started here."""
@@ -106,19 +106,19 @@ class RunDirectory:
                 if not stat.S_ISDIR(path.lstat().st_mode) and not stat.S_ISREG(path.lstat().st_mode):
                     raise ArtefactError(f"{path}: not a regular file; a run directory holds nothing else")
 
-    def judged(self) -> tuple[Config, Tokenizer]:
+    def config_and_tokenizer(self) -> tuple[Config, Tokenizer]:
         """The run's configuration and tokenizer, after a look at all that takes neither torch nor much time.
 
         Raises:
             ArtefactError: a link, a broken config or tokenizer, or checkpoints none of which could be used.
         """
-        if self._judged is None:
+        if self._config_and_tokenizer is None:
             self.refuse_links()
-            self._judged = self._config(), self._tokenizer()
+            self._config_and_tokenizer = self._config(), self._tokenizer()
             problems: list[str] = []
             for step in self.candidates():
                 try:
-                    checkpoint.survey(self.checkpoints, step, USED)
+                    checkpoint.read_headers(self.checkpoints, step, USED)
                     break
                 except checkpoint.NewerFormatError:
                     raise
@@ -127,7 +127,7 @@ class RunDirectory:
             else:
                 if problems:
                     raise unusable(problems)
-        return self._judged
+        return self._config_and_tokenizer
 
     def candidates(self) -> list[int]:
         """The steps whose models may be used, the best first, then the last, then the others, newest first."""

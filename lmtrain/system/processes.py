@@ -32,8 +32,8 @@ LOOK_AGAIN_S, LINGER_S = 0.05, 1.0
 SIGNS = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout")
 
 
-class Alone:
-    """One process, with nobody to agree with: what `Processes` does among several, at no cost."""
+class SingleProcess:
+    """One process, with nobody to agree with: what `ProcessGroup` does among several, at no cost."""
 
     rank = 0
     world_size = 1
@@ -87,7 +87,7 @@ class Alone:
         return None
 
 
-class Processes(Alone):
+class ProcessGroup(SingleProcess):
     """This process among those that torchrun started.
 
     Raises:
@@ -231,7 +231,7 @@ class Processes(Alone):
             ) from None
 
     def threads(self) -> int | None:
-        return max(1, cores() // self.local_world_size)
+        return max(1, core_count() // self.local_world_size)
 
     def tells(self, error: BaseException) -> bool:
         """Whether it is this process that tells of the fault that ends all."""
@@ -256,28 +256,28 @@ class LostError(StorageError):
     """Another process is gone, or has not answered in time."""
 
 
-def cores() -> int:
+def core_count() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def launched() -> bool:
+def launched_by_torchrun() -> bool:
     """Whether torchrun started this process."""
     return all(name in os.environ for name in GIVEN)
 
 
 @contextmanager
-def joined() -> Iterator[Alone]:
+def join_processes() -> Iterator[SingleProcess]:
     """The processes that train together; one alone where torchrun started none.
 
     Raises:
         LmtrainError: a fault, in the one process that tells of it.
         PeerError: in all others.
     """
-    if not launched():
-        yield Alone()
+    if not launched_by_torchrun():
+        yield SingleProcess()
         return
-    processes = Processes()
+    processes = ProcessGroup()
     try:
         yield processes
     except LmtrainError as error:
@@ -294,7 +294,7 @@ def joined() -> Iterator[Alone]:
     distributed.destroy_process_group()
 
 
-def compare(processes: Alone, mine: Mapping[str, Any], words: str, kind: type[LmtrainError]) -> None:
+def require_equal(processes: SingleProcess, mine: Mapping[str, Any], words: str, kind: type[LmtrainError]) -> None:
     """Hold what should be the same in all processes against rank 0's.
 
     Args:

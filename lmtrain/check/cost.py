@@ -15,11 +15,11 @@ from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.model.events import count_events
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import CarriedState
-from lmtrain.processes import Alone
-from lmtrain.runtime import autocast, choose_device, choose_precision, keep_freed_memory
-from lmtrain.trained import build_model
+from lmtrain.runs.weights import build_model
+from lmtrain.system.device import autocast, choose_device, choose_precision, keep_freed_memory
+from lmtrain.system.processes import SingleProcess
 from lmtrain.training.averaging import Averaging
-from lmtrain.training.optimization import build_optimizers, clip_gradient, set_learning_rate, step
+from lmtrain.training.optimization import build_optimizers, clip_gradient, optimizer_step, set_learning_rate
 from lmtrain.training.parallel import Gradients
 
 MEASURED_S, MOST_STEPS = 1.5, 40  # so long steps are taken, or so many
@@ -60,7 +60,7 @@ def why_not_measured(config: Config, weights: int) -> str | None:
     return None
 
 
-def measure(config: Config, tokenizer: Tokenizer, reading: Reading) -> Measured:
+def measure_cost(config: Config, tokenizer: Tokenizer, reading: Reading) -> Measured:
     """Train a fresh model for a second or two as `Trainer` would; nothing of it is kept."""
     device = choose_device(config.training.device)
     keep_freed_memory()
@@ -82,7 +82,7 @@ def _steps(config: Config, model: LanguageModel, feed: Feed, reading: Reading, d
     optimizers = build_optimizers(model, **config.optimizer.model_dump(exclude={"clip_grad_norm"}))
     set_learning_rate(optimizers, config.optimizer.lr / max(1, config.schedule.warmup_steps))
     averaging = Averaging(model, name=config.averaging.name, decay=config.averaging.decay)
-    gradients = Gradients(model, Alone())
+    gradients = Gradients(model, SingleProcess())
     carried = None if reading.columns is None else CarriedState(reading.columns)
     weight_of = config.training.loss_weights.model_dump()
 
@@ -96,7 +96,7 @@ def _steps(config: Config, model: LanguageModel, feed: Feed, reading: Reading, d
             if carried is not None:
                 carried.put(batch.order, losses.state)
         clip_gradient(model.parameters(), config.optimizer.clip_grad_norm)
-        step(optimizers)
+        optimizer_step(optimizers)
         averaging.update()
         if carried is not None and group.ends_epoch:
             carried.clear()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from lmtrain.check.cost import measure_cost, why_not_measured
 from lmtrain.config import Config
 from lmtrain.data.building.encoding import encode_block
 from lmtrain.data.corpus import DIGESTS, TokenStore
@@ -23,16 +24,15 @@ from lmtrain.data.streaming import Stream
 from lmtrain.data.tokenizer import IdsTokenizer, Tokenizer, loads
 from lmtrain.data.windows import WINDOW_BYTES, WINDOW_ROWS
 from lmtrain.errors import ArtefactError, DataError, out_of_memory
-from lmtrain.processes import cores
-from lmtrain.runtime import choose_device
-from lmtrain.trained import count_weights
-from lmtrain.training.estimation import measure, why_not_measured
+from lmtrain.runs.weights import count_weights
+from lmtrain.system.device import choose_device
+from lmtrain.system.processes import core_count
 
 LARGE_BYTES = 64 << 20  # files of more in all are not read as a whole
 PARTS = ("train", "valid", "test")
 
 
-def describe(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
+def describe_configuration(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
     """Lines on the data and the model. Of large files they are estimates, from excerpts.
 
     Raises:
@@ -87,7 +87,7 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
     yield _room(config, stored_bytes)
     read = [of[name] for name in ("train", "valid") if name in of]
     scale = sum(each.all_bytes for each in read) / sum(each.taken_bytes for each in read)
-    yield f"preparing: about {in_words(prepared_s * scale / cores())} on {cores()} cores, once"
+    yield f"preparing: about {describe_duration(prepared_s * scale / core_count())} on {core_count()} cores, once"
     reading = training_reading(sampled, stores["train"], tokenizer.eos_id)
     yield _batches(reading, of["train"].scale)
     yield from _training(config, tokenizer, stores["train"], reading, of["train"].scale)
@@ -126,7 +126,7 @@ def _training(config: Config, tokenizer: Tokenizer, store: TokenStore, reading: 
         yield f"time: not measured: {why}"
         return
     try:
-        measured = measure(config, tokenizer, reading)
+        measured = measure_cost(config, tokenizer, reading)
     except (RuntimeError, MemoryError) as error:
         if (memory := out_of_memory(error, "lower batching.batch_size or model.hidden_size")) is not None:
             raise memory from None
@@ -137,7 +137,7 @@ def _training(config: Config, tokenizer: Tokenizer, store: TokenStore, reading: 
     batches = scale * len(reading.sampler.epoch(0))
     epoch_s, whole_s = measured.duration_s(config, scale * store.counts.events, batches)
     yield (
-        f"time: about {in_words(epoch_s)} an epoch, {in_words(whole_s)} in all, validation aside: "
+        f"time: about {describe_duration(epoch_s)} an epoch, {describe_duration(whole_s)} in all, validation aside: "
         f"{_about(measured.tokens_per_second)} tokens/s over {measured.steps} steps "
         f"({measured.device.type}, {measured.precision})"
     )
@@ -186,7 +186,7 @@ def _about(number: float) -> str:
     return f"{round(number, digits):,.{max(0, digits)}f}"
 
 
-def in_words(duration_s: float) -> str:
+def describe_duration(duration_s: float) -> str:
     """A duration in the unit that people would take: 45 s, 12.5 min, 3.2 h, 4.1 days."""
     for unit, seconds, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
         if duration_s / seconds < most:

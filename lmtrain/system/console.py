@@ -3,30 +3,9 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
-from collections.abc import Iterator
 from contextlib import suppress
 
-# they reorder the text around them, so that a line may read as what it is not: https://trojansource.codes
-BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-def escape(text: str, kept: str = "\n\t") -> str:
-    """Text whose control characters are written out (`\\x1b`), so that it can't drive a terminal.
-
-    Args:
-        kept: control characters that stay.
-    """
-
-    def written_out() -> Iterator[str]:
-        for character in text:
-            control = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in BIDIRECTIONAL
-            if not control or character in kept:
-                yield character
-            else:
-                yield f"\\x{ord(character):02x}" if character <= "\xff" else f"\\u{ord(character):04x}"
-
-    return text if text.isascii() and text.isprintable() else "".join(written_out())
+from lmtrain.errors import escape
 
 
 def is_text(text: str) -> bool:
@@ -34,7 +13,7 @@ def is_text(text: str) -> bool:
     return "\0" not in text and (text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text))
 
 
-def decode(data: bytes, name: str) -> str:
+def decode_utf8(data: bytes, name: str) -> str:
     """A small file of UTF-8, a BOM left out; raises ValueError with the place."""
     try:
         return data.decode("utf-8-sig")

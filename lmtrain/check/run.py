@@ -6,21 +6,22 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from lmtrain import checkpoint, counted
 from lmtrain.errors import ArtefactError
-from lmtrain.run import RunDirectory
-from lmtrain.trained import count_weights
-from lmtrain.training.saved import read_saved
+from lmtrain.runs import checkpoint
+from lmtrain.runs.directory import RunDirectory
+from lmtrain.runs.ngram_counts import COUNTS_FILE, read_counts
+from lmtrain.runs.weights import count_weights
+from lmtrain.training.state import read_saved
 from lmtrain.training.tracking import METRICS
 
 
-def inspect(run: RunDirectory) -> Iterator[str]:
+def inspect_run(run: RunDirectory) -> Iterator[str]:
     """Lines on every part, as a resume would find it: hashes, seals, formats, shapes, numbers.
 
     Raises:
         ArtefactError: at the end, with all that is damaged.
     """
-    config, tokenizer = run.judged()
+    config, tokenizer = run.config_and_tokenizer()
     count, vocab_size = count_weights(config, tokenizer.vocab_size), tokenizer.vocab_size
     yield f"{run.path}: {count:,} weights, vocabulary {vocab_size:,} ({tokenizer.kind})"
     faults: list[str] = []
@@ -37,8 +38,8 @@ def inspect(run: RunDirectory) -> Iterator[str]:
         where = "finished" if saved.state.finished else f"epoch {saved.state.epoch + 1}"
         if config.model.counts is not None and not whole:
             try:
-                counted.read(run.path / counted.FILE, saved.counts, config, tokenizer)
-                yield f"{counted.FILE}: whole, {(run.path / counted.FILE).stat().st_size:,} bytes"
+                read_counts(run.path / COUNTS_FILE, saved.counts, config, tokenizer)
+                yield f"{COUNTS_FILE}: whole, {(run.path / COUNTS_FILE).stat().st_size:,} bytes"
             except ArtefactError as error:
                 faults.extend(error.faults)
         yield f"{home.name}: whole, {size:,} bytes, {where}"

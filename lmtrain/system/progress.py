@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from lmtrain.lines import escape, say
+from lmtrain.errors import escape
+from lmtrain.system.console import say
 
 
 class Progress(Protocol):
@@ -30,7 +31,7 @@ class Progress(Protocol):
         """The training is over."""
 
 
-class Quiet:
+class NullProgress:
     """No progress."""
 
     def note(self, line: str) -> None: ...

@@ -1,0 +1,42 @@
+"""What the result of a run depends on beside its configuration, for `environment.json`."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+def environment(device: torch.device, processes: int = 1, launch: str | None = None) -> dict[str, Any]:
+    """What a run's result depends on beside its config: versions, device, threads, command, git commit.
+
+    Args:
+        processes, launch: that train together, and what torchrun calls them.
+    """
+    return {
+        "lmtrain": version("lmtrain"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "num_threads": torch.get_num_threads(),
+        "processes": processes,
+        "launch": launch,
+        "command": shlex.join(sys.argv),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the working directory, where it is a git checkout; the run goes on without."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
