@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lmtrain.data.batching import Batch, make_batch
-from lmtrain.data.feeding import shuffled_rows
-from lmtrain.data.tokenizer import IdsTokenizer
+from lmtrain.data.batches.loader import shuffled_rows
+from lmtrain.data.batches.rows import Batch, make_batch
+from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import Script
 from lmtrain.model.events import count_events, lay_out

@@ -138,7 +138,7 @@ FIRST_BATCH = """
 import sys, time
 start_s = time.monotonic()
 from lmtrain.config import load_config
-from lmtrain.data.feeding import Feed, training_reading
+from lmtrain.data.batches.loader import Feed, training_reading
 from lmtrain.data.preparation import prepare
 config = load_config(sys.argv[1])
 corpora = prepare(config, print)

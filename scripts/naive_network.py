@@ -23,8 +23,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lmtrain
-from lmtrain.data.batching import make_batch
-from lmtrain.data.tokenizer import Tokenizer, train_tokenizer
+from lmtrain.data.batches.rows import make_batch
+from lmtrain.data.tokenizers.base import Tokenizer
+from lmtrain.data.tokenizers.learning import train_tokenizer
 from lmtrain.metrics import Tally
 
 LESSON = Path(__file__).resolve().parent.parent / "data" / "lesson"

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lmtrain.data.corpus import TokenStore, open_store
 from lmtrain.data.preparation import source_of
-from lmtrain.data.tokenizer import train_tokenizer
+from lmtrain.data.store.token_store import TokenStore, open_store
+from lmtrain.data.tokenizers.learning import train_tokenizer
 from lmtrain.metrics import Tally, bits_per
 from lmtrain.runs.directory import RunDirectory
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmtrain.data.streaming import Stream
+from lmtrain.data.batches.streams import Stream
 from lmtrain.errors import ConfigError
 from lmtrain.inference.adaptation import Cache, Dynamic, cache_probability, evaluate_dynamically, evaluate_with_cache
 from lmtrain.inference.scoring import evaluate

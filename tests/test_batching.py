@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.config.schema import BatchingConfig
-from lmtrain.data.batching import Rows, make_batch, sorted_parts
-from lmtrain.data.feeding import Feed, Reading
-from lmtrain.data.sampling import EpochSampler, WindowSampler
-from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
-from lmtrain.data.windows import WindowedRows
+from lmtrain.data.batches.loader import BatchLoader, TrainingBatches
+from lmtrain.data.batches.order import EpochSampler, WindowSampler
+from lmtrain.data.batches.rows import Rows, make_batch, sorted_parts
+from lmtrain.data.batches.streams import LinesSampler, Stream, StreamSampler
+from lmtrain.data.batches.windows import WindowedRows
 from tests.conftest import shared
 
 LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=80).map(np.array)
@@ -134,7 +134,7 @@ def feed_of(kind, lengths, epoch=0, next_batch=0):
         "stream": (stream, StreamSampler(stream, bptt=5, random_bptt=False, seed=7)),
         "random stream": (stream, StreamSampler(stream, bptt=5, random_bptt=True, seed=7)),
     }[kind]
-    return Feed(Reading(source, sampler, None), 0, 2, epoch, next_batch)
+    return BatchLoader(TrainingBatches(source, sampler, None), 0, 2, epoch, next_batch)
 
 
 def taken(feed, count):
@@ -191,7 +191,7 @@ def test_the_feed_gives_the_samplers_batches_from_any_place(lengths, size):
     a_epoch = len(wanted) // 3
     for begin in range(2 * a_epoch):
         epoch, first = wanted[begin][0], (begin % a_epoch) * size
-        feed = Feed(Reading(rows, sampler, None), 0, size, epoch, first)
+        feed = BatchLoader(TrainingBatches(rows, sampler, None), 0, size, epoch, first)
         for epoch, end, epoch_batches, indices in wanted[begin : begin + a_epoch]:
             peeked, group = feed.peek(), feed.take()
             assert peeked is group

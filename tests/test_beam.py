@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lmtrain.data.tokenizer import IdsTokenizer
+from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.errors import ConfigError
 from lmtrain.inference.beam import Beams, search
 from lmtrain.inference.generation import generate

@@ -18,10 +18,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lmtrain.data import corpus, reading
-from lmtrain.data.corpus import open_store
-from lmtrain.data.source import Source
-from lmtrain.data.tokenizer import ByteTokenizer, IdsTokenizer, train_tokenizer
+from lmtrain.data.store import token_store as corpus
+from lmtrain.data.store.token_store import open_store
+from lmtrain.data.text import reading
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.data.tokenizers.learning import train_tokenizer
+from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
 from lmtrain.errors import DataError
 from tests.conftest import shared
 
@@ -144,7 +147,7 @@ def test_a_store_is_built_once_and_mended_when_broken(tmp_path):
 def test_two_builders_at_once_both_get_a_whole_store(tmp_path):
     (tmp_path / "text.txt").write_text("ab cd\n" * 20000)
     script = (
-        "import sys; from lmtrain.data.corpus import *; from lmtrain.data.tokenizer import *;"
+        "import sys; from lmtrain.data.store.token_store import *; from lmtrain.data.tokenizers.vocabulary import *;"
         "print(open_store(Source(('text.txt',)), ByteTokenizer(), 'cache').counts.sequences)"
     )
     builders = [
@@ -278,9 +281,9 @@ def test_korean_reviews_survive_the_way_there_and_back(tmp_path):
 
 BUILD = """
 import resource, sys
-from lmtrain.data.corpus import open_store
-from lmtrain.data.source import Source
-from lmtrain.data.tokenizer import train_tokenizer
+from lmtrain.data.store.token_store import open_store
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.learning import train_tokenizer
 source = Source((sys.argv[1],))
 tokenizer = train_tokenizer("word", source.texts(), vocab_size=1000)
 open_store(source, tokenizer, "cache")

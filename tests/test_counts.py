@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lmtrain
-from lmtrain.data.batching import make_batch
+from lmtrain.data.batches.rows import make_batch
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.model.counts import CountedNgrams, count
 from lmtrain.model.language_model import LanguageModel

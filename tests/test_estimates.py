@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmtrain.check import configuration as report
+from lmtrain.check import configuration
 from lmtrain.check.configuration import describe_configuration, describe_duration
 from lmtrain.check.cost import Measured, measure_cost, why_not_measured
 from lmtrain.config import load_config
-from lmtrain.data import excerpts
-from lmtrain.data.corpus import ARRAYS
 from lmtrain.data.preparation import prepare
+from lmtrain.data.store.token_store import ARRAYS
+from lmtrain.data.text import excerpts
 from lmtrain.errors import DataError
 
 WORDS = [f"w{number:03}" for number in range(300)]
@@ -31,7 +31,7 @@ def lines(count, seed=1):
 @pytest.fixture
 def large(corpus, monkeypatch):
     """Files of 200 kB are large; a 16th of them is looked at."""
-    monkeypatch.setattr(report, "LARGE_BYTES", 200_000)
+    monkeypatch.setattr(configuration, "LARGE_BYTES", 200_000)
     monkeypatch.setattr(excerpts, "EXCERPT_BYTES", 256 << 10)
     monkeypatch.setattr(excerpts, "PIECE_BYTES", 4 << 10)
     monkeypatch.setattr(tempfile, "tempdir", str(corpus / "temporary"))
@@ -84,7 +84,7 @@ def test_estimates_are_close_and_leave_nothing_behind(large, kind):
     size = sum((store.directory / f"{name}.bin").stat().st_size for store in stores for name in ARRAYS)
     assert numbers(found["store"])[0] == pytest.approx(size / 1e6, rel=0.03)
     assert numbers(found["vocabulary"])[0] == truth.tokenizer.vocab_size
-    batches = len(report.training_reading(config, truth.train, truth.tokenizer.eos_id).sampler.epoch(0))
+    batches = len(configuration.training_batches(config, truth.train, truth.tokenizer.eos_id).sampler.epoch(0))
     assert numbers(found["batches"])[0] == pytest.approx(batches, rel=0.03)
     assert {"memory", "time", "preparing"} <= set(found)
     assert ("learnt from these pieces" in found["vocabulary"]) == (kind != "byte")
@@ -171,7 +171,7 @@ def test_small_files_are_reported_as_they_are_with_the_cost_of_training(small):
 def test_any_training_is_measured_and_leaves_no_trace(small, overrides):
     config = small(*overrides)
     corpora = prepare(config, lambda line: None)
-    reading = report.training_reading(config, corpora.train, corpora.tokenizer.eos_id)
+    reading = configuration.training_batches(config, corpora.train, corpora.tokenizer.eos_id)
     torch.manual_seed(3)
     wanted = torch.rand(3)
     torch.manual_seed(3)

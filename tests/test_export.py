@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmtrain.data.tokenizer import IdsTokenizer
+from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.errors import ConfigError
 from lmtrain.inference import export
 from lmtrain.inference.generation import generate

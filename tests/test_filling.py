@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from lmtrain.data.reading import Block
-from lmtrain.data.tokenizer import IdsTokenizer, train_tokenizer
+from lmtrain.data.text.reading import Block
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.data.tokenizers.learning import train_tokenizer
 from lmtrain.errors import ConfigError
 from lmtrain.inference.filling import fill
 from lmtrain.inference.prompts import Script

@@ -22,8 +22,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmtrain.config import dump_config, load_config
-from lmtrain.data.corpus import Source, open_store
-from lmtrain.data.tokenizer import ByteTokenizer, IdsTokenizer, SubwordTokenizer, loads, train_tokenizer
+from lmtrain.data.store.token_store import Source, open_store
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.data.tokenizers.learning import train_tokenizer
+from lmtrain.data.tokenizers.loading import parse_tokenizer
+from lmtrain.data.tokenizers.subword import SubwordTokenizer
+from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
 from lmtrain.errors import ArtefactError, ConfigError, DataError, escape
 from lmtrain.runs import checkpoint
 from tests.conftest import ROOT
@@ -426,7 +430,7 @@ def check_tokenizer(make):
         assert {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} <= set(range(tokenizer.vocab_size))
         assert tokenizer.unk_id is None or 0 <= tokenizer.unk_id < tokenizer.vocab_size
         tokenizer.decode(flat.tolist()).encode()
-        again = loads(tokenizer.dumps())
+        again = parse_tokenizer(tokenizer.dumps())
         assert again.fingerprint() == tokenizer.fingerprint()
         assert again.encode_texts(texts)[0].tolist() == flat.tolist()
 
@@ -435,7 +439,7 @@ def check_tokenizer(make):
 @fuzz(80, st.data())
 def test_an_altered_tokenizer_of_ours(kind, data):
     content = data.draw(altered_json(json.loads(OWN[kind].dumps())))
-    check_tokenizer(lambda: loads(content.decode(errors="replace")))
+    check_tokenizer(lambda: parse_tokenizer(content.decode(errors="replace")))
 
 
 @pytest.mark.parametrize(
@@ -447,7 +451,7 @@ def test_an_altered_tokenizer_of_ours(kind, data):
 )
 def test_an_infinite_number_is_no_tokenizer(content):
     with pytest.raises(ArtefactError):
-        loads(content)
+        parse_tokenizer(content)
 
 
 def split(pattern):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import lmtrain
-from lmtrain.data.corpus import Source, open_store
-from lmtrain.data.tokenizer import IdsTokenizer, train_tokenizer
+from lmtrain.data.store.token_store import Source, open_store
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.data.tokenizers.learning import train_tokenizer
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import Script

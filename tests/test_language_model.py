@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtrain.data.batching import make_batch
+from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.dropout import drop
 from lmtrain.model.events import count_events, lay_out
 from lmtrain.model.language_model import LanguageModel

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from lmtrain.data.reading import Block
-from lmtrain.data.tokenizer import IdsTokenizer
+from lmtrain.data.text.reading import Block
+from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference import scoring
 from lmtrain.inference.prompts import Script

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmtrain.data.batching import make_batch
+from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.ngrams import NgramEmbedding, context_of, history_after
 from lmtrain.training.optimization import build_optimizers, optimizer_step, optimizer_tensors, set_optimizer_tensors

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lmtrain.data.batching import make_batch
+from lmtrain.data.batches.rows import make_batch
 from lmtrain.model import output as output_module
 from lmtrain.model.embedding import Lookups
 from lmtrain.model.language_model import LanguageModel
@@ -225,7 +225,7 @@ def test_other_optimizers_take_the_whole_gradient():
 
 LARGE = """
 import resource, sys, torch
-from lmtrain.data.batching import make_batch
+from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.system.device import autocast, keep_freed_memory
 from lmtrain.training.optimization import build_optimizers, clip_gradient

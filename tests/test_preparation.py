@@ -14,17 +14,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtrain.data import digests, reading, tokenizer
-from lmtrain.data.building import store as building
-from lmtrain.data.building import vocabulary, workers
-from lmtrain.data.building.counting import WordCounts, merged, most_frequent
-from lmtrain.data.building.store import locked, remove_abandoned
-from lmtrain.data.building.vocabulary import learn
-from lmtrain.data.corpus import TokenStore, open_store
-from lmtrain.data.digests import Digests, unwatched
-from lmtrain.data.source import Source
-from lmtrain.data.tokenizer import ByteTokenizer, IdsTokenizer, WordTokenizer, train_tokenizer
-from lmtrain.data.tokens import pieces
+from lmtrain.data.store import build as building
+from lmtrain.data.store import workers
+from lmtrain.data.store.build import locked, remove_abandoned
+from lmtrain.data.store.token_store import TokenStore, open_store
+from lmtrain.data.text import digests, reading
+from lmtrain.data.text.digests import Digests, unwatched
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers import learning, pieces, subword, vocabulary
+from lmtrain.data.tokenizers.base import FIRST
+from lmtrain.data.tokenizers.counting import WordCounts, merge_runs, most_frequent
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.data.tokenizers.learning import learn_tokenizer, train_tokenizer
+from lmtrain.data.tokenizers.loading import parse_tokenizer
+from lmtrain.data.tokenizers.vocabulary import ByteTokenizer, WordTokenizer
 from lmtrain.errors import DataError, OutOfMemoryError, StorageError
 from lmtrain.system.files import sealed
 from tests.conftest import sentences
@@ -64,7 +67,7 @@ def test_words_are_looked_up_as_one_by_one(texts, known):
     words = WordTokenizer(sorted(known))
     flat, lengths = words._encode_slowly(texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "SMALL_TEXT", 0)
+        patch.setattr(vocabulary, "SMALL_TEXT", 0)
         found = words.encode_texts(texts)
     assert [part.tolist() for part in found] == [flat.tolist(), lengths.tolist()]
 
@@ -89,22 +92,22 @@ def test_pieces_have_the_ids_that_the_whole_text_has(kind, texts):
     subwords = SUBWORDS[kind]
     encoded = subwords._encode([text.encode("utf-8", "replace").decode() for text in texts])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "SMALL_TEXT", 0)
+        patch.setattr(subword, "SMALL_TEXT", 0)
         assert subwords._pieces is not None
         flat, lengths = subwords.encode_texts([text.encode("utf-8", "replace").decode() for text in texts])
-    assert flat.tolist() == [tokenizer.FIRST + number for ids in encoded for number in ids]
+    assert flat.tolist() == [FIRST + number for ids in encoded for number in ids]
     assert lengths.tolist() == list(map(len, encoded))
 
 
 def test_pieces_that_were_forgotten_are_learnt_again(monkeypatch):
     monkeypatch.setattr(pieces, "MOST_PIECES", 20)
-    monkeypatch.setattr(tokenizer, "SMALL_TEXT", 0)
-    subwords = tokenizer.loads(SUBWORDS["bpe"].dumps())
+    monkeypatch.setattr(subword, "SMALL_TEXT", 0)
+    subwords = parse_tokenizer(SUBWORDS["bpe"].dumps())
     for turn in range(40):
         texts = [f"the w{turn} {word} w{turn % 7} cat" for word in ("a", "b" * turn, "한국")]
         flat, lengths = subwords.encode_texts(texts)
         encoded = subwords._encode(texts)
-        assert flat.tolist() == [tokenizer.FIRST + number for ids in encoded for number in ids]
+        assert flat.tolist() == [FIRST + number for ids in encoded for number in ids]
         assert lengths.tolist() == list(map(len, encoded))
     assert len(subwords._pieces._known) <= 30
 
@@ -125,12 +128,12 @@ def test_counts_that_were_given_away_and_merged_are_exact(tmp_path_factory, bloc
     for number, run in enumerate(runs):
         (folder / str(number)).write_bytes(run)
     handles = [open(folder / str(number), "rb") for number in range(len(runs))]  # noqa: SIM115
-    found = most_frequent(merged(handles, held_bytes=7), size, least, left_out=b"<unk>")
+    found = most_frequent(merge_runs(handles, held_bytes=7), size, least, left_out=b"<unk>")
     for handle in handles:
         handle.close()
     try:
         texts = [text for block in blocks for text in block]
-        wanted = train_tokenizer("word", texts, vocab_size=size + tokenizer.FIRST, min_frequency=least).tokens
+        wanted = train_tokenizer("word", texts, vocab_size=size + FIRST, min_frequency=least).tokens
     except DataError:
         wanted = []
     assert [token.decode() for token in found] == wanted
@@ -180,7 +183,7 @@ def test_a_store_does_not_show_how_many_made_it(tmp_path, crowd, kind, name):
         crowd(count)
         cache = tmp_path / str(count)
         cache.mkdir()
-        made_of = ByteTokenizer() if kind == "byte" else learn(kind, source, cache, 300, 2, print, unwatched)
+        made_of = ByteTokenizer() if kind == "byte" else learn_tokenizer(kind, source, cache, 300, 2, print, unwatched)
         made.append((made_of.dumps(), content(open_store(source, made_of, cache))))
     assert made[0] == made[1]
     if kind != "byte":
@@ -228,14 +231,14 @@ def children(pid):
 
 BUILD = """
 import sys
-from lmtrain.data import reading
-from lmtrain.data.building import store as building
-from lmtrain.data.building import workers
-from lmtrain.data.corpus import open_store
-from lmtrain.data.source import Source
-from lmtrain.data.tokenizer import ByteTokenizer
+from lmtrain.data.text import reading
+from lmtrain.data.store import build as building
+from lmtrain.data.store import workers
+from lmtrain.data.store.token_store import open_store
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
 building.SAVE_BYTES, reading.BLOCK_BYTES, workers.FEW_BYTES = int(sys.argv[2]), 1000, 0
-workers.cores = lambda: int(sys.argv[1])
+workers.core_count = lambda: int(sys.argv[1])
 open_store(Source(tuple(sys.argv[3:])), ByteTokenizer(), "cache", lambda line: print(line, flush=True))
 """
 
@@ -261,7 +264,7 @@ def test_no_worker_outlives_its_parent(tmp_path):
 
 
 def test_a_worker_loads_no_torch():
-    for module in ("lmtrain.data.building.worker", "lmtrain.data.preparation", "lmtrain.system.progress"):
+    for module in ("lmtrain.data.store.worker", "lmtrain.data.preparation", "lmtrain.system.progress"):
         script = f"import sys, {module}; print('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"
 
@@ -437,11 +440,11 @@ def test_a_text_that_changes_while_its_store_is_built_gives_none(tmp_path, monke
 
 def test_subwords_of_a_large_text_are_learnt_from_parts_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
-    monkeypatch.setitem(vocabulary.SAMPLE_BYTES, "bpe", 20000)
+    monkeypatch.setitem(learning.SAMPLE_BYTES, "bpe", 20000)
     (tmp_path / "t.txt").write_text(lines(4000))
     said, watched = [], []
     source = Source((str(tmp_path / "t.txt"),))
-    learn("bpe", source, tmp_path, 300, 1, said.append, lambda *how: watched.append(how))
+    learn_tokenizer("bpe", source, tmp_path, 300, 1, said.append, lambda *how: watched.append(how))
     assert said[1].startswith("note: of that, 0 MiB are learnt from: evenly spaced parts, one in 8")
     assert watched[-1][1:] == (source.size(), source.size())
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmtrain.data.batching import make_batch
+from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.dropout import drop_locked, drop_words
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.packing import pack_rows

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from lmtrain.data.tokenizer import ByteTokenizer, IdsTokenizer, train_tokenizer
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.data.tokenizers.learning import train_tokenizer
+from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
 from lmtrain.errors import ConfigError
 from lmtrain.inference.generation import generate, stream
 from lmtrain.inference.prompts import Script

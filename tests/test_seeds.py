@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lmtrain.data.batching import make_batch
+from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.directions import RecurrentLayers
 from lmtrain.model.events import count_events
 from lmtrain.model.kernels import GRULayer, LSTMLayer, RNNLayer

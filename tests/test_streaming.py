@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.config import load_config
-from lmtrain.data.batching import Rows, make_batch
-from lmtrain.data.corpus import Source, open_store
-from lmtrain.data.streaming import LinesSampler, Span, Stream, StreamSampler
-from lmtrain.data.tokenizer import ByteTokenizer, IdsTokenizer, train_tokenizer
+from lmtrain.data.batches.rows import Rows, make_batch
+from lmtrain.data.batches.streams import LinesSampler, Span, Stream, StreamSampler
+from lmtrain.data.store.token_store import Source, open_store
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.data.tokenizers.learning import train_tokenizer
+from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
 from lmtrain.errors import ConfigError
 from lmtrain.inference.scoring import evaluate
 from lmtrain.inference.trained_model import load

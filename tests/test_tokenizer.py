@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtrain.data.tokenizer import SubwordTokenizer, loads, train_tokenizer
+from lmtrain.data.tokenizers.learning import train_tokenizer
+from lmtrain.data.tokenizers.loading import parse_tokenizer
+from lmtrain.data.tokenizers.subword import SubwordTokenizer
 from lmtrain.errors import ArtefactError, DataError
 
 KOREAN = "나는 이불을 뒤집어 쓰고 펑펑 울었다"
@@ -24,7 +26,7 @@ SUBWORDS = [tokenizer_of("bpe"), tokenizer_of("unigram")]
 
 @given(text=UNICODE)
 def test_bytes_come_back_as_they_were_whatever_the_text(text):
-    assert loads(BYTES.dumps()).decode(BYTES.encode(text)) == text
+    assert parse_tokenizer(BYTES.dumps()).decode(BYTES.encode(text)) == text
     assert len(BYTES.encode(text)) == len(text.encode())
 
 
@@ -47,7 +49,7 @@ def test_subwords_come_back_as_they_were_whatever_the_text(text):
 @pytest.mark.parametrize("kind", ["char", "byte", "word", "bpe", "unigram"])
 def test_dumped_and_loaded_it_is_the_same(kind):
     tokenizer = tokenizer_of(kind)
-    again = loads(tokenizer.dumps())
+    again = parse_tokenizer(tokenizer.dumps())
     assert again.fingerprint() == tokenizer.fingerprint()
     assert again.vocab_size == tokenizer.vocab_size
     for text in [*TEXTS, "unheard-of ☃"]:
@@ -109,7 +111,7 @@ def test_a_tokenizer_file_of_the_library_is_taken(tmp_path):
     path.write_text(json.dumps(tokenizer_of("bpe").state()["tokenizer"]))
     tokenizer = tokenizer_of("file", path=str(path))
     assert tokenizer.decode(tokenizer.encode(KOREAN)) == KOREAN
-    assert loads(tokenizer.dumps()).encode(KOREAN) == tokenizer.encode(KOREAN)
+    assert parse_tokenizer(tokenizer.dumps()).encode(KOREAN) == tokenizer.encode(KOREAN)
 
 
 def test_nothing_to_learn_from():
@@ -129,7 +131,7 @@ def library_json(**changes):
 )  # fmt: skip
 def test_what_is_not_a_tokenizer_is_an_artefact_error(content):
     with pytest.raises(ArtefactError, match=r"tokenizer\.json|vocabulary"):
-        loads(content)
+        parse_tokenizer(content)
 
 
 @pytest.mark.parametrize(
@@ -151,4 +153,4 @@ def test_a_bad_library_file_is_an_artefact_error_and_no_panic(content):
 
 def test_a_newer_format_says_upgrade():
     with pytest.raises(ArtefactError, match="format 2 is newer"):
-        loads('{"format": 2, "kind": "byte"}')
+        parse_tokenizer('{"format": 2, "kind": "byte"}')

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from lmtrain.data.reading import Block
-from lmtrain.data.tokenizer import IdsTokenizer
+from lmtrain.data.text.reading import Block
+from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference.prompts import Script
 from lmtrain.inference.trained_model import load

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtrain.data import feeding, paging
-from lmtrain.data.batching import Rows
-from lmtrain.data.sampling import WindowSampler, deal
-from lmtrain.data.windows import WINDOW_BLOCKS, WindowedRows, fits_a_window
+from lmtrain.data.batches import loader as feeding
+from lmtrain.data.batches.order import WindowSampler, spread_rows
+from lmtrain.data.batches.rows import Rows
+from lmtrain.data.batches.windows import WINDOW_BLOCKS, WindowedRows, fits_a_window
+from lmtrain.data.store import paging
 from lmtrain.training.start import train
 from tests.oracle import digest
 from tests.test_batching import Stored, stored
@@ -85,7 +86,7 @@ def test_epochs_and_seeds_differ_and_batches_are_full():
 
 @given(st.integers(1, 500), st.integers(1, 60))
 def test_rows_are_dealt_out_to_full_buckets_neighbours_to_different_ones(rows, size):
-    full, last = deal(np.arange(rows), size, np.random.default_rng(1))
+    full, last = spread_rows(np.arange(rows), size, np.random.default_rng(1))
     assert full.shape[1] == size
     assert 1 <= last.shape[1] <= size
     assert sorted([*full.flatten(), *last.flatten()]) == list(range(rows))
@@ -152,14 +153,14 @@ def test_a_run_on_windows_is_resumed_as_any_other(small, tmp_path, monkeypatch, 
 
 def test_what_is_not_mapped_from_a_file_is_left_alone(tmp_path):
     for array in (np.arange(5), np.arange(5)[1:], np.frombuffer(b"abcd", np.uint8), np.empty(0)):
-        paging.announce(array, [(0, len(array))])
-        paging.release(array)
+        paging.prefetch_pages(array, [(0, len(array))])
+        paging.release_pages(array)
     np.arange(100_000).tofile(tmp_path / "ids")
     mapped = np.memmap(tmp_path / "ids", np.int64, "r", offset=8)
     for array in (mapped, mapped[50_000:], np.asarray(mapped)[3:]):
         before = array.sum()
-        paging.announce(array, [(0, 1), (7, 40_000), (len(array) - 1, len(array))])
-        paging.release(array)
+        paging.prefetch_pages(array, [(0, 1), (7, 40_000), (len(array) - 1, len(array))])
+        paging.release_pages(array)
         assert array.sum() == before
 
 
@@ -167,9 +168,9 @@ WALK = """
 import sys
 from types import SimpleNamespace
 import numpy as np
-from lmtrain.data.feeding import shuffled_rows
-from lmtrain.data.streaming import Stream, StreamSampler
-from lmtrain.data.windows import WindowedRows
+from lmtrain.data.batches.loader import shuffled_rows
+from lmtrain.data.batches.streams import Stream, StreamSampler
+from lmtrain.data.batches.windows import WindowedRows
 
 def resident_mb():
     with open("/proc/self/status") as lines:

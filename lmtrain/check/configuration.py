@@ -13,16 +13,18 @@ from pathlib import Path
 
 from lmtrain.check.cost import measure_cost, why_not_measured
 from lmtrain.config import Config
-from lmtrain.data.building.encoding import encode_block
-from lmtrain.data.corpus import DIGESTS, TokenStore
-from lmtrain.data.digests import Digests
-from lmtrain.data.excerpts import Excerpts, excerpts_of, size_of
-from lmtrain.data.feeding import Reading, training_reading
+from lmtrain.data.batches.loader import TrainingBatches, training_batches
+from lmtrain.data.batches.streams import Stream
+from lmtrain.data.batches.windows import WINDOW_BYTES, WINDOW_ROWS
 from lmtrain.data.preparation import prepare_all, source_of, tokenizer_file
-from lmtrain.data.source import Source
-from lmtrain.data.streaming import Stream
-from lmtrain.data.tokenizer import IdsTokenizer, Tokenizer, loads
-from lmtrain.data.windows import WINDOW_BYTES, WINDOW_ROWS
+from lmtrain.data.store.token_store import DIGESTS, TokenStore
+from lmtrain.data.text.digests import Digests
+from lmtrain.data.text.excerpts import Excerpts, excerpts_of, size_of
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.base import Tokenizer
+from lmtrain.data.tokenizers.framing import encode_block
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, DataError, out_of_memory
 from lmtrain.runs.weights import count_weights
 from lmtrain.system.device import choose_device
@@ -48,7 +50,7 @@ def describe_configuration(config: Config, notify: Callable[[str], None]) -> Ite
     if faults:
         raise DataError(*faults)
     tokenizer, stores = prepare_all(config, notify)
-    reading = training_reading(config, stores["train"], tokenizer.eos_id)  # or a fault, before anything is said
+    reading = training_batches(config, stores["train"], tokenizer.eos_id)  # or a fault, before anything is said
     yield f"vocabulary: {tokenizer.vocab_size:,} tokens ({tokenizer.kind})"
     for name, store in stores.items():
         yield f"{name}: {store.counts.summary()}"
@@ -88,7 +90,7 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
     read = [of[name] for name in ("train", "valid") if name in of]
     scale = sum(each.all_bytes for each in read) / sum(each.taken_bytes for each in read)
     yield f"preparing: about {describe_duration(prepared_s * scale / core_count())} on {core_count()} cores, once"
-    reading = training_reading(sampled, stores["train"], tokenizer.eos_id)
+    reading = training_batches(sampled, stores["train"], tokenizer.eos_id)
     yield _batches(reading, of["train"].scale)
     yield from _training(config, tokenizer, stores["train"], reading, of["train"].scale)
 
@@ -100,7 +102,7 @@ def _learnt(config: Config) -> Tokenizer | None:
         return None
     stored = tokenizer_file(config, source, Digests(cache / DIGESTS))
     with suppress(OSError, ValueError, ArtefactError):  # then it is learnt again
-        return loads(stored.read_text(encoding="utf-8"), str(stored))
+        return parse_tokenizer(stored.read_text(encoding="utf-8"), str(stored))
     return None
 
 
@@ -113,7 +115,9 @@ def _room(config: Config, stored_bytes: float) -> str:
     return line + (": too few" if stored_bytes > free else "")
 
 
-def _training(config: Config, tokenizer: Tokenizer, store: TokenStore, reading: Reading, scale: float) -> Iterator[str]:
+def _training(
+    config: Config, tokenizer: Tokenizer, store: TokenStore, reading: TrainingBatches, scale: float
+) -> Iterator[str]:
     """Lines on the model and on what training it costs.
 
     Args:
@@ -161,7 +165,7 @@ def _faults(config: Config, source: Source) -> Iterator[str]:
             yield from error.faults
 
 
-def _batches(reading: Reading, scale: float = 1.0) -> str:
+def _batches(reading: TrainingBatches, scale: float = 1.0) -> str:
     parts = reading.sampler.epoch(0)
     line = f"batches: {_scaled(len(parts), scale)} an epoch"
     if isinstance(reading.source, Stream):

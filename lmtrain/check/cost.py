@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from lmtrain.config import Config
-from lmtrain.data.feeding import Feed, Group, Reading
-from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.batches.loader import BatchLoader, StepBatches, TrainingBatches
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.model.events import count_events
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import CarriedState
@@ -60,13 +60,13 @@ def why_not_measured(config: Config, weights: int) -> str | None:
     return None
 
 
-def measure_cost(config: Config, tokenizer: Tokenizer, reading: Reading) -> Measured:
+def measure_cost(config: Config, tokenizer: Tokenizer, reading: TrainingBatches) -> Measured:
     """Train a fresh model for a second or two as `Trainer` would; nothing of it is kept."""
     device = choose_device(config.training.device)
     keep_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.training.num_threads or threads)
-    feed = Feed(reading, tokenizer.pad_id, config.training.accumulate)
+    feed = BatchLoader(reading, tokenizer.pad_id, config.training.accumulate)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -77,7 +77,9 @@ def measure_cost(config: Config, tokenizer: Tokenizer, reading: Reading) -> Meas
         torch.set_num_threads(threads)
 
 
-def _steps(config: Config, model: LanguageModel, feed: Feed, reading: Reading, device: torch.device) -> Measured:
+def _steps(
+    config: Config, model: LanguageModel, feed: BatchLoader, reading: TrainingBatches, device: torch.device
+) -> Measured:
     precision, _ = choose_precision(config.training.precision, device, config.model.hidden_size)
     optimizers = build_optimizers(model, **config.optimizer.model_dump(exclude={"clip_grad_norm"}))
     set_learning_rate(optimizers, config.optimizer.lr / max(1, config.schedule.warmup_steps))
@@ -86,7 +88,7 @@ def _steps(config: Config, model: LanguageModel, feed: Feed, reading: Reading, d
     carried = None if reading.columns is None else CarriedState(reading.columns)
     weight_of = config.training.loss_weights.model_dump()
 
-    def train(group: Group) -> int:
+    def train(group: StepBatches) -> int:
         """One optimizer step; how many tokens it predicted."""
         counted = [count_events(dealt.rows, dealt.tokens) for dealt in group.batches]
         for batch, *_ in group.batches:

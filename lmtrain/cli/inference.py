@@ -25,7 +25,7 @@ from lmtrain.errors import ConfigError, escape
 from lmtrain.system.console import say
 
 if TYPE_CHECKING:
-    from lmtrain.data.reading import Block
+    from lmtrain.data.text.reading import Block
     from lmtrain.inference.scoring import Score
     from lmtrain.inference.trained_model import TrainedModel
 
@@ -154,7 +154,7 @@ def _run_and_source(run: str | None, source: str | None) -> tuple[str | None, st
 
 def _lines(source: str | None, model: TrainedModel) -> Iterator[Block]:
     """The lines of a file or of standard input, a block at a time."""
-    from lmtrain.data.reading import read_lines_of
+    from lmtrain.data.text.reading import read_lines_of
 
     if source is None or source == "-":
         return read_lines_of(sys.stdin.buffer, "standard input")

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmtrain.config import Config
-from lmtrain.data import tokenizer as tokenizers
-from lmtrain.data.building.store import locked
-from lmtrain.data.building.vocabulary import learn
-from lmtrain.data.corpus import DIGESTS, TokenStore, open_store
-from lmtrain.data.digests import Digests, Watch, unwatched
-from lmtrain.data.source import Source
-from lmtrain.data.tokenizer import Tokenizer, normalise, train_tokenizer
+from lmtrain.data.store.build import locked
+from lmtrain.data.store.token_store import DIGESTS, TokenStore, open_store
+from lmtrain.data.text.digests import Digests, Watch, unwatched
+from lmtrain.data.text.normalise import normalise
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.base import Tokenizer
+from lmtrain.data.tokenizers.learning import learn_tokenizer, train_tokenizer
+from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, DataError, StorageError
 from lmtrain.system.files import reason_of, write_atomically
 
@@ -109,7 +110,9 @@ def _tokenizer(
         with locked(cache, stored.stem, notify):
             if (known := _stored_tokenizer(stored, notify)) is not None:  # somebody was quicker
                 return known
-            tokenizer = learn(settings.kind, source, cache, settings.vocab_size, settings.min_frequency, notify, watch)
+            tokenizer = learn_tokenizer(
+                settings.kind, source, cache, settings.vocab_size, settings.min_frequency, notify, watch
+            )
             source.check_at_rest(digests)
             write_atomically(stored, tokenizer.dumps().encode())
             return tokenizer
@@ -130,7 +133,7 @@ def tokenizer_file(config: Config, source: Source, digests: Digests) -> Path:
 def _stored_tokenizer(path: Path, notify: Notify) -> Tokenizer | None:
     if path.exists():
         try:
-            return tokenizers.loads(path.read_text(encoding="utf-8"), str(path))
+            return parse_tokenizer(path.read_text(encoding="utf-8"), str(path))
         except (ArtefactError, ValueError):
             notify(f"{path}: damaged; learning the tokenizer again")
     return None

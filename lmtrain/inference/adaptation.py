@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmtrain.data.batching import Batch
+from lmtrain.data.batches.rows import Batch
 from lmtrain.inference.scoring import readings
 from lmtrain.metrics import Tally
 from lmtrain.model.events import Objective

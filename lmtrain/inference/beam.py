@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lmtrain.data.batching import make_batch
+from lmtrain.data.batches.rows import make_batch
 from lmtrain.errors import ConfigError
 from lmtrain.inference.generation import ROWS_AT_ONCE, Generation, Written, written_out
 from lmtrain.inference.prompts import Script

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ConfigError, StorageError
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.ngrams import FACTOR, MIX, PRIME, NgramEmbedding

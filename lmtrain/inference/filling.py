@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lmtrain.data.batching import make_batch
-from lmtrain.data.tokenizer import Tokenizer, normalise
+from lmtrain.data.batches.rows import make_batch
+from lmtrain.data.text.normalise import normalise
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ConfigError
 from lmtrain.inference.prompts import Script
 from lmtrain.model.events import Direction, lay_out

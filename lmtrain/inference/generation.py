@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lmtrain.data.batching import make_batch
+from lmtrain.data.batches.rows import make_batch
 from lmtrain.inference.prompts import Script
 from lmtrain.inference.sampling import Sampling, draw, draws
 from lmtrain.model.language_model import LanguageModel

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lmtrain.data.tokenizer import Tokenizer, normalise
+from lmtrain.data.text.normalise import normalise
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import DataError
 from lmtrain.model.events import Direction
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmtrain.data.batching import Batch, Ints, Rows, sorted_parts
-from lmtrain.data.building.encoding import encode_block, frame
-from lmtrain.data.corpus import StoreCounts
-from lmtrain.data.reading import Block
+from lmtrain.data.arrays import Ints
+from lmtrain.data.batches.rows import Batch, Rows, sorted_parts
+from lmtrain.data.store.token_store import StoreCounts
+from lmtrain.data.text.reading import Block
+from lmtrain.data.tokenizers.framing import encode_block, frame_texts
 from lmtrain.inference.prompts import Script
 from lmtrain.metrics import Tally, bits_per, perplexity
 from lmtrain.model.events import Direction, Objective, Reading, lay_out
@@ -174,7 +175,7 @@ def score(
     directions: list[Direction] = ["forward", "backward"] if direction == "both" else [direction]
     start = replace(script, direction="forward").start  # a row reads start to end, whichever end is predicted
     for block in blocks:
-        flat, ends = frame(*encode_block(tokenizer, block, block.texts), tokenizer.eos_id, start)
+        flat, ends = frame_texts(*encode_block(tokenizer, block, block.texts), tokenizer.eos_id, start)
         offsets = np.concatenate([[0], ends])
         rows = Rows(_Framed(flat.astype(np.uint64), offsets.astype(np.uint64)), max_length)
         nats = _nats_of_tokens(model, rows, directions, tokenizer.pad_id)

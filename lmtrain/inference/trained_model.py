@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from lmtrain.config import Config
-from lmtrain.data.corpus import open_store
-from lmtrain.data.feeding import evaluation_batches
+from lmtrain.data.batches.loader import evaluation_batches
 from lmtrain.data.preparation import source_of
-from lmtrain.data.reading import Block
-from lmtrain.data.source import Source
-from lmtrain.data.tokenizer import Tokenizer, normalise
+from lmtrain.data.store.token_store import open_store
+from lmtrain.data.text.normalise import normalise
+from lmtrain.data.text.reading import Block
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference import export, generation, scoring
 from lmtrain.inference.adaptation import Cache, Dynamic, evaluate_dynamically, evaluate_with_cache

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lmtrain.data.batching import Ints, gather, sorted_parts
-from lmtrain.data.building.encoding import encode_block, frame
-from lmtrain.data.reading import Block
+from lmtrain.data.arrays import Ints
+from lmtrain.data.batches.rows import gather_batch, sorted_parts
+from lmtrain.data.text.reading import Block
+from lmtrain.data.tokenizers.framing import encode_block, frame_texts
 from lmtrain.errors import ConfigError, StorageError
 from lmtrain.inference.prompts import Script
 from lmtrain.model.events import Direction
@@ -77,12 +78,12 @@ def _read(
 ) -> tuple[Floats, Floats]:
     """One stack over lines whose tokens come in its reading order: (T, H) after each, (lines, layers, H) at the end."""
     device, stack = model.embedding.weight.device, model.stack(direction)
-    framed, ends = frame(flat, lengths, pad_id, start)  # the token behind a line is not read
+    framed, ends = frame_texts(flat, lengths, pad_id, start)  # the token behind a line is not read
     begins, size = ends - lengths - 2, model.recurrence.hidden_sizes[-1]
     output = np.empty((len(framed), size), np.float32)
     last = np.empty((len(lengths), len(stack.hidden_sizes), size), np.float32)
     for lines in sorted_parts(lengths + 1, READ_TOKENS):
-        batch = gather(framed, begins[lines], lengths[lines] + 1, pad_id)
+        batch = gather_batch(framed, begins[lines], lengths[lines] + 1, pad_id)
         rows = pack_rows(batch.lengths)
         lines = lines[batch.order.numpy()]
         tokens = batch.tokens[rows.time, rows.row].to(device)

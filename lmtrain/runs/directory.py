@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lmtrain.config import Config, dump_config, load_config
-from lmtrain.data import tokenizer as tokenizers
-from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.tokenizers.base import Tokenizer
+from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, StorageError
 from lmtrain.runs import checkpoint
 from lmtrain.system.files import read_json, read_text, write_atomically
@@ -136,7 +136,7 @@ class RunDirectory:
 
     def _tokenizer(self) -> Tokenizer:
         path = self.path / "tokenizer.json"
-        return tokenizers.loads(read_text(path), str(path))
+        return parse_tokenizer(read_text(path), str(path))
 
     def _config(self) -> Config:
         path = self.path / "config.yaml"

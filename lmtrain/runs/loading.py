@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from lmtrain.config import Config
-from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.runs import checkpoint

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmtrain.config import Config
-from lmtrain.data.corpus import TokenStore
-from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.store.token_store import TokenStore
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError, ConfigError
 from lmtrain.model.counts import LARGEST_TOKENS, PARTS, count
 from lmtrain.runs.checkpoint import read_header, tensors_in

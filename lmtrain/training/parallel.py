@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmtrain.data.batching import Batch
+from lmtrain.data.batches.rows import Batch
 from lmtrain.model.events import Losses, Objective
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import State

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from lmtrain.config import Config, load_config
-from lmtrain.data.feeding import training_reading
+from lmtrain.data.batches.loader import training_batches
 from lmtrain.data.preparation import Corpora, prepare
-from lmtrain.data.tokenizer import Tokenizer, loads
+from lmtrain.data.tokenizers.base import Tokenizer
+from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ConfigError, DataError, out_of_memory
 from lmtrain.runs.directory import RunDirectory, create_run, find_resumable, refuse_full, refuse_read_only
 from lmtrain.runs.environment import environment
@@ -97,7 +98,7 @@ def _train(
         torch.set_num_threads(threads)
     corpora = _prepared(config, progress, tokenizer, processes)  # before the run directory: its faults leave nothing
     processes.agree(lambda: refuse_large(config, corpora.train))
-    reading = processes.agree(lambda: training_reading(config, corpora.train, corpora.tokenizer.eos_id))
+    reading = processes.agree(lambda: training_batches(config, corpora.train, corpora.tokenizer.eos_id))
     new = run is None and first
     if new:
         run = create_run(config, named)
@@ -159,6 +160,6 @@ def _prepared(config: Config, progress: Progress, tokenizer: Tokenizer | None, p
     read = partial(prepare, config, progress.note, watch=progress.reading)
     made = processes.agree(lambda: read(tokenizer) if first else None, rank_0_first=True)
     learnt = processes.share(None if made is None else made.tokenizer.dumps())
-    corpora = processes.agree(lambda: made or read(loads(learnt)))
+    corpora = processes.agree(lambda: made or read(parse_tokenizer(learnt)))
     require_equal(processes, corpora.hashes, "{key} holds another text here than for rank 0", DataError)
     return corpora

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from lmtrain.config import Config
-from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError
 from lmtrain.runs import checkpoint
 from lmtrain.runs.checkpoint import NewerFormatError, TensorSpec

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lmtrain.config import Config
-from lmtrain.data.feeding import Dealt, Feed, Reading, Share
+from lmtrain.data.batches.loader import BatchLoader, RankBatch, RankShard, TrainingBatches
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.model.events import count_events
@@ -61,7 +61,7 @@ class Trainer:
         config: Config,
         run: RunDirectory,
         corpora: Corpora,
-        reading: Reading,
+        reading: TrainingBatches,
         device: torch.device,
         progress: Progress,
         start_s: float,
@@ -71,7 +71,7 @@ class Trainer:
         self.device, self.progress, self.start_s, self.processes = device, progress, start_s, processes
         tokenizer = corpora.tokenizer
         columns = reading.columns
-        share = Share(processes.rank, processes.world_size, columns)
+        share = RankShard(processes.rank, processes.world_size, columns)
         torch.manual_seed(config.seed)
         self.model = build_model(config, tokenizer.vocab_size)
         if config.model.counts is not None:
@@ -105,7 +105,7 @@ class Trainer:
         self.state, lengths, self.begun_in = restored or self._begin()
         self.tracker = NullTracker() if processes.rank else Tracker(run.path, lengths, progress.note)
         place = self.state.epoch, self.state.next_batch
-        self.feed = Feed(reading, tokenizer.pad_id, config.training.accumulate, *place, share)
+        self.feed = BatchLoader(reading, tokenizer.pad_id, config.training.accumulate, *place, share)
         coming = self.feed.peek()
         self.epoch_batches = coming.epoch_batches
         self.gradients = Gradients(self.model, processes)
@@ -253,7 +253,7 @@ class Trainer:
             if not self._ended():
                 self.epoch_batches = self.feed.peek().epoch_batches
 
-    def _learning_rate(self, batches: list[Dealt]) -> float:
+    def _learning_rate(self, batches: list[RankBatch]) -> float:
         """Of the coming step; in proportion to the length of chunks, where that is drawn, as Merity et al. have it."""
         schedule, batching = self.config.schedule, self.config.batching
         rate = learning_rate(

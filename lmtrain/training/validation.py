@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lmtrain.config import Config
-from lmtrain.data.feeding import Share, evaluation_batches
+from lmtrain.data.batches.loader import RankShard, evaluation_batches
 from lmtrain.data.preparation import Corpora
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import Script
@@ -29,7 +29,7 @@ class Validation:
         """A row of validation metrics, of what all processes have read; empty where there is no validation set."""
         if self.corpora.valid is None:
             return {}
-        columns, share = self.config.validation.columns, Share(self.processes.rank, self.processes.world_size)
+        columns, share = self.config.validation.columns, RankShard(self.processes.rank, self.processes.world_size)
         store, tokenizer = self.corpora.valid, self.corpora.tokenizer
         batches, carried = evaluation_batches(self.config, store, tokenizer, columns, share=share)
         result = evaluate(self.model, batches, carried)

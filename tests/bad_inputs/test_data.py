@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmtrain.data.corpus import TokenStore
+from lmtrain.data.store.token_store import TokenStore
 from tests.bad_inputs.table import IDS, LONGEST_S, MOST_BYTES, both, fifo, folder, link, sparse, text
 from tests.conftest import ROOT
 

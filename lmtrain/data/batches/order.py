@@ -12,8 +12,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lmtrain.data.batching import Ints, cut_batches, longest_first
-from lmtrain.data.windows import Stretches, WindowedRows
+from lmtrain.data.arrays import Ints
+from lmtrain.data.batches.rows import cut_batches, longest_first
+from lmtrain.data.batches.windows import Stretches, WindowedRows
 from lmtrain.system.processes import core_count
 
 Part = TypeVar("Part", covariant=True)
@@ -141,13 +142,13 @@ class WindowSampler:
             if self.cut.batch_size is not None:
                 return -(-self.rows.rows_of(windows[window]) // self.cut.batch_size)  # a full bucket has full batches
             lengths = self.rows.short_lengths(windows[window])
-            return sum(map(self.cut.count, deal(lengths, self.cut.bucket_rows, self.random(epoch, window))))
+            return sum(map(self.cut.count, spread_rows(lengths, self.cut.bucket_rows, self.random(epoch, window))))
 
         with ThreadPoolExecutor(min(2, core_count())) as pool:  # sorting holds no lock; each takes some 50 MB
             return list(pool.map(count, range(len(windows))))
 
 
-def deal(rows: NDArray[Row], size: int, random: np.random.Generator) -> list[NDArray[Row]]:
+def spread_rows(rows: NDArray[Row], size: int, random: np.random.Generator) -> list[NDArray[Row]]:
     """Deal rows out to buckets of `size` rows, the last of which may have fewer: of so many neighbours as there are
     buckets each one gets one, by a random turn.
 
@@ -194,7 +195,7 @@ class _Pass:
             rows.announce(coming)
         self.stretches = rows.stretches(self.windows[window])
         lengths = self.stretches.lengths
-        dealt = deal(np.arange(len(lengths)), cut.bucket_rows, random)
+        dealt = spread_rows(np.arange(len(lengths)), cut.bucket_rows, random)
         buckets = [bucket for table in dealt for bucket in random.permuted(table, axis=1)]  # neighbours in it, too
         self.batches = cut.batches(buckets, lengths, random)
         assert len(self.batches) == self.ends[window] - (self.ends[window - 1] if window else 0)

@@ -13,10 +13,11 @@ from typing import IO, Protocol
 
 import numpy as np
 
-from lmtrain.data.building.encoding import Answer
-from lmtrain.data.reading import Raw, decode
-from lmtrain.data.source import Source
-from lmtrain.data.tokens.words import Ints, Keys, WordIndex, cut
+from lmtrain.data.arrays import Ints
+from lmtrain.data.store.encoding import BlockResult
+from lmtrain.data.text.reading import RawBlock, decode
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.word_index import Keys, WordIndex, cut_words
 
 LEARNT_WORDS = 1 << 18  # after so many the most frequent ones are known
 FREQUENT = 1 << 16
@@ -26,7 +27,7 @@ WRITTEN = 1 << 16  # short words that are made lines at once
 MERGED_BYTES = 4 << 20  # of all runs together, in memory at once
 
 
-class Tally(Protocol):
+class TokenCounts(Protocol):
     """A count under way, which gives runs away when it grows too large."""
 
     def add(self, texts: Sequence[str]) -> list[bytes]: ...
@@ -68,7 +69,7 @@ class WordCounts:
 
     def add(self, texts: Sequence[str]) -> list[bytes]:
         """Count the words of some texts; runs, if there are too many by now."""
-        words = cut("\n".join(texts))
+        words = cut_words("\n".join(texts))
         found = self._index.find(words)
         self._places += np.bincount(found, minlength=len(self._places))
         others = np.flatnonzero(found == 0)
@@ -112,7 +113,7 @@ class WordCounts:
 
     def rest(self) -> list[bytes]:
         """Runs of all that was counted and not given away."""
-        words = cut("\n".join(self._frequent or ()))
+        words = cut_words("\n".join(self._frequent or ()))
         counts = self._places[1:]
         short = np.flatnonzero((words.sizes <= 8) & (counts > 0))
         long = np.flatnonzero((words.sizes > 8) & (counts > 0))
@@ -131,23 +132,23 @@ def _lines(counts: Iterable[tuple[bytes, int]]) -> bytes:
     return b"".join(b"%b %d\n" % item for item in counts)
 
 
-class Counting:
+class BlockCounter:
     """From a block to the counts of its tokens, which are kept and given away when they are many."""
 
     def __init__(self, source: Source, kind: str) -> None:
         self.source = source
-        self.tally: Tally = Characters() if kind == "char" else WordCounts()
+        self.tally: TokenCounts = Characters() if kind == "char" else WordCounts()
         self._lines_do_not_matter = kind == "word" and source.part == "all"
 
-    def answer(self, raw: Raw) -> Answer:
+    def answer(self, raw: RawBlock) -> BlockResult:
         """Count a block; raises DataError with the place of its fault."""
         if self._lines_do_not_matter and not self.source.has_records(raw):
-            return Answer({}, self.tally.add([decode(raw)]))
-        return Answer({}, self.tally.add(list(filter(str.strip, self.source.kept(self.source.parse(raw)).texts))))
+            return BlockResult({}, self.tally.add([decode(raw)]))
+        return BlockResult({}, self.tally.add(list(filter(str.strip, self.source.kept(self.source.parse(raw)).texts))))
 
-    def rest(self) -> Answer:
+    def rest(self) -> BlockResult:
         """What is left at the end."""
-        return Answer({}, self.tally.rest())
+        return BlockResult({}, self.tally.rest())
 
 
 class _Stretches:
@@ -173,7 +174,7 @@ class _Stretches:
         return taken
 
 
-def merged(runs: Sequence[IO[bytes]], held_bytes: int = MERGED_BYTES) -> Iterator[dict[bytes, int]]:
+def merge_runs(runs: Sequence[IO[bytes]], held_bytes: int = MERGED_BYTES) -> Iterator[dict[bytes, int]]:
     """The sums of several runs, each word once, a stretch of the alphabet at a time."""
     readers = [_Stretches(handle, max(1, held_bytes // len(runs))) for handle in runs]
     while True:
@@ -206,7 +207,7 @@ def most_frequent(parts: Iterable[Mapping[bytes, int]], size: int, least: int, l
     return [token for _, token in sorted(best)[:size]]
 
 
-def characters(answers: Iterable[bytes]) -> dict[bytes, int]:
+def sum_characters(answers: Iterable[bytes]) -> dict[bytes, int]:
     """The sums of what `Characters` gave."""
     total: Ints = np.zeros(0x110000, np.int64)
     for part in answers:

@@ -19,10 +19,10 @@ from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import IO, Any, Protocol
 
-from lmtrain.data.building.encoding import Answer
-from lmtrain.data.building.messages import receive, send
-from lmtrain.data.building.worker import task_of
-from lmtrain.data.reading import Raw
+from lmtrain.data.store.encoding import BlockResult
+from lmtrain.data.store.messages import receive, send
+from lmtrain.data.store.worker import task_of
+from lmtrain.data.text.reading import RawBlock
 from lmtrain.errors import ArtefactError, DataError, OutOfMemoryError, StorageError
 from lmtrain.system.processes import core_count
 
@@ -37,7 +37,7 @@ _KINDS = {"DataError": DataError, "ArtefactError": ArtefactError}
 class Crew(Protocol):
     """Those who work on blocks."""
 
-    def work(self, raws: Iterable[Raw]) -> Iterator[tuple[Raw, Answer]]:
+    def work(self, raws: Iterable[RawBlock]) -> Iterator[tuple[RawBlock, BlockResult]]:
         """What is made of each block, in order.
 
         Raises:
@@ -45,7 +45,7 @@ class Crew(Protocol):
             OutOfMemoryError, StorageError: a worker is no more.
         """
 
-    def rest(self) -> Iterator[Answer]:
+    def rest(self) -> Iterator[BlockResult]:
         """What each has left at the end."""
 
 
@@ -55,10 +55,10 @@ class Alone:
     def __init__(self, header: dict[str, Any], parts: list[bytes]) -> None:
         self._task = task_of(header, parts)
 
-    def work(self, raws: Iterable[Raw]) -> Iterator[tuple[Raw, Answer]]:
+    def work(self, raws: Iterable[RawBlock]) -> Iterator[tuple[RawBlock, BlockResult]]:
         return ((raw, self._task.answer(raw)) for raw in raws)
 
-    def rest(self) -> Iterator[Answer]:
+    def rest(self) -> Iterator[BlockResult]:
         yield self._task.rest()
 
 
@@ -72,7 +72,7 @@ class _Worker:
         alone = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
         alone |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lmtrain.data.building.worker"],
+            [sys.executable, "-P", "-m", "lmtrain.data.store.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.said,
@@ -86,7 +86,7 @@ class _Worker:
         assert stream is not None
         return stream
 
-    def ask(self, raw: Raw | None) -> Answer:
+    def ask(self, raw: RawBlock | None) -> BlockResult:
         """What is made of a block; None: what is left."""
         header = {} if raw is None else {key: value for key, value in raw._asdict().items() if key != "data"}
         answer = None
@@ -138,15 +138,15 @@ class Workers:
                 raise OutOfMemoryError(_NO_MEMORY) from None
             raise
 
-    def _ask(self, raw: Raw) -> Answer:
+    def _ask(self, raw: RawBlock) -> BlockResult:
         worker = self._idle.get()
         try:
             return worker.ask(raw)
         finally:
             self._idle.put(worker)
 
-    def work(self, raws: Iterable[Raw]) -> Iterator[tuple[Raw, Answer]]:
-        under_way: deque[tuple[Raw, Future[Answer]]] = deque()
+    def work(self, raws: Iterable[RawBlock]) -> Iterator[tuple[RawBlock, BlockResult]]:
+        under_way: deque[tuple[RawBlock, Future[BlockResult]]] = deque()
         fault: DataError | None = None
         blocks = iter(raws)
         while under_way or fault is None:
@@ -164,7 +164,7 @@ class Workers:
         if fault is not None:
             raise fault
 
-    def rest(self) -> Iterator[Answer]:
+    def rest(self) -> Iterator[BlockResult]:
         return self._threads.map(lambda worker: worker.ask(None), self._all)
 
     def end(self) -> None:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lmtrain.data.batching import Batch, Ints, Rows, gather
-from lmtrain.data.paging import release
-from lmtrain.data.sampling import Parts
+from lmtrain.data.arrays import Ints
+from lmtrain.data.batches.order import Parts
+from lmtrain.data.batches.rows import Batch, Rows, gather_batch
+from lmtrain.data.store.paging import release_pages
 
 
 class Span(NamedTuple):
@@ -60,12 +61,12 @@ class Stream:
     def batch(self, span: Span, pad_id: int) -> Batch:
         """Some steps of columns: the token before them, and then those that are predicted."""
         starts = self.starts[span.columns] + span.first - 1
-        batch = gather(self.flat, starts, self.lengths(span), pad_id)
+        batch = gather_batch(self.flat, starts, self.lengths(span), pad_id)
         if starts[0] < 0:
             batch.tokens[0, 0] = self.eos_id  # nothing stands before the text
         self._read += batch.tokens.numel()
         if self._read > RELEASED:
-            release(self.flat)
+            release_pages(self.flat)
             self._read = 0
         return batch
 

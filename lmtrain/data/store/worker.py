@@ -1,4 +1,4 @@
-"""A process that works on blocks of a corpus: `python -m lmtrain.data.building.worker`, messages in and out.
+"""A process that works on blocks of a corpus: `python -m lmtrain.data.store.worker`, messages in and out.
 
 The first message says what is to be done, each further one holds a block and is answered by what is made of it, or by
 its fault; one without a block is answered by what is left. When nothing more comes in, for instance because the parent
@@ -13,29 +13,29 @@ import signal
 import sys
 from typing import Any, Protocol
 
-from lmtrain.data.building.counting import Counting
-from lmtrain.data.building.encoding import Answer, Encoding
-from lmtrain.data.building.messages import receive, send
-from lmtrain.data.reading import Raw
-from lmtrain.data.source import Source
-from lmtrain.data.tokenizer import loads
+from lmtrain.data.store.encoding import BlockEncoder, BlockResult
+from lmtrain.data.store.messages import receive, send
+from lmtrain.data.text.reading import RawBlock
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.counting import BlockCounter
+from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, DataError
 
 
-class Task(Protocol):
+class BlockTask(Protocol):
     """What is done with blocks."""
 
-    def answer(self, raw: Raw) -> Answer: ...
+    def answer(self, raw: RawBlock) -> BlockResult: ...
 
-    def rest(self) -> Answer: ...
+    def rest(self) -> BlockResult: ...
 
 
-def task_of(header: dict[str, Any], parts: list[bytes]) -> Task:
+def task_of(header: dict[str, Any], parts: list[bytes]) -> BlockTask:
     """What a first message asks for: to encode with this tokenizer, or to count tokens of a kind."""
     source = Source(**{**header["source"], "files": tuple(header["source"]["files"])})
     if header["task"] == "encode":
-        return Encoding(source, loads(parts[0].decode()))
-    return Counting(source, header["kind"])
+        return BlockEncoder(source, parse_tokenizer(parts[0].decode()))
+    return BlockCounter(source, header["kind"])
 
 
 def _serve() -> None:
@@ -47,7 +47,7 @@ def _serve() -> None:
     while (message := receive(coming)) is not None:
         header = message.figures
         try:
-            answer = task.answer(Raw(**header, data=message.parts[0])) if header else task.rest()
+            answer = task.answer(RawBlock(**header, data=message.parts[0])) if header else task.rest()
             send(going, answer.figures, answer.parts)
         except (DataError, ArtefactError) as error:
             send(going, {"fault": type(error).__name__, "lines": error.faults})

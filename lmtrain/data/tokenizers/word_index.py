@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from lmtrain.data.arrays import Ints
+
 Keys = NDArray[np.uint64]
 
 LONGEST_BYTES = 24  # of a word that an index can hold: three registers
@@ -52,7 +53,7 @@ class Words(NamedTuple):
         return np.diff(before, prepend=0, append=len(self.starts))
 
 
-def cut(text: str) -> Words:
+def cut_words(text: str) -> Words:
     """The words of a text."""
     data = text.encode("utf-8", "surrogatepass")
     # one byte is found much faster than two

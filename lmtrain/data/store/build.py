@@ -19,8 +19,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lmtrain.data.building.encoding import Answer
-from lmtrain.data.reading import Raw
+from lmtrain.data.store.encoding import BlockResult
+from lmtrain.data.text.reading import RawBlock
 from lmtrain.errors import ArtefactError, DataError
 from lmtrain.system.files import read_sealed, sealed, sync_directory, write_atomically
 
@@ -29,7 +29,7 @@ SUMS = ("sequences", "tokens", "unknown_tokens", "characters", "bytes", "blank",
 SAVE_BYTES, SAVE_S = 64 << 20, 10.0  # of text, or of time, between two saves
 KEPT_S = 7 * 24 * 3600.0  # a build that nobody goes on with
 PROGRESS = "progress.json"
-FORMAT = 1
+BUILD_FORMAT = 1
 
 Notify = Callable[[str], None]
 
@@ -75,7 +75,7 @@ class Build:
         """Whether there is a build to go on with; its arrays are what was written."""
         with suppress(ArtefactError, OSError, ValueError, KeyError, TypeError):
             saved = read_sealed(self.directory / PROGRESS)
-            if saved["format"] != FORMAT:
+            if saved["format"] != BUILD_FORMAT:
                 return False
             for name in ARRAYS:
                 if _checksum(self._path(name), saved["sizes"][name]) != saved["checksums"][name]:
@@ -90,7 +90,7 @@ class Build:
         self.sizes[name] += len(data)
         self.checksums[name] = zlib.crc32(data, self.checksums[name])  # of what should be there, not of what is
 
-    def add(self, raw: Raw, answer: Answer) -> None:
+    def add(self, raw: RawBlock, answer: BlockResult) -> None:
         """The next block, and what `Encoding` made of it."""
         tokens, ends, hashes = answer.parts
         self._put("tokens", tokens)
@@ -107,7 +107,7 @@ class Build:
 
     def _save(self) -> None:
         self.sync()
-        progress = {"format": FORMAT, "place": self.place, "totals": self.totals}
+        progress = {"format": BUILD_FORMAT, "place": self.place, "totals": self.totals}
         progress |= {"sizes": self.sizes, "checksums": self.checksums}
         write_atomically(self.directory / PROGRESS, sealed(progress))
         self._saved_s, self._unsaved_bytes = time.monotonic(), 0

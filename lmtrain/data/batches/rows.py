@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Ints = NDArray[np.int64]
+from lmtrain.data.arrays import Ints
 
 
 class Batch(NamedTuple):
@@ -35,10 +35,10 @@ def make_batch(rows: Sequence[Sequence[int] | Ints], pad_id: int) -> Batch:
     """Pad rows of ids, each of length >= 1, and sort them longest first; equal lengths keep their order."""
     lengths = np.array([len(row) for row in rows], np.int64)
     flat = np.concatenate([np.asarray(row, np.int64) for row in rows])
-    return gather(flat, lengths.cumsum() - lengths, lengths, pad_id)
+    return gather_batch(flat, lengths.cumsum() - lengths, lengths, pad_id)
 
 
-def gather(flat: NDArray[np.integer], starts: Ints, lengths: Ints, pad_id: int) -> Batch:
+def gather_batch(flat: NDArray[np.integer], starts: Ints, lengths: Ints, pad_id: int) -> Batch:
     """The batch of flat[start : start + length] for each row, without a loop over rows or tokens."""
     order = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[order], lengths[order]
@@ -95,7 +95,7 @@ class Rows:
 
     def batch(self, indices: Ints, pad_id: int) -> Batch:
         """The rows of the given indices as a batch."""
-        return gather(self.flat, self.starts[indices], self.row_lengths[indices], pad_id)
+        return gather_batch(self.flat, self.starts[indices], self.row_lengths[indices], pad_id)
 
     def lengths(self, indices: Ints) -> Ints:
         """Tokens of each of these rows."""
@@ -106,14 +106,14 @@ class Rows:
         return indices[places]
 
 
-def short(numbers: Ints) -> NDArray[np.integer]:
+def narrow(numbers: Ints) -> NDArray[np.integer]:
     """Numbers >= 0 in 16 bits where they fit: those are sorted by counting them, ten times as fast."""
     return numbers.astype(np.uint16) if numbers.max(initial=0) < 1 << 16 else numbers
 
 
 def longest_first(lengths: Ints) -> Ints:
     """The places of rows, the longest first, equal lengths in their order."""
-    return np.argsort(short(lengths.max(initial=0) - lengths), kind="stable")
+    return np.argsort(narrow(lengths.max(initial=0) - lengths), kind="stable")
 
 
 def cut_batches(

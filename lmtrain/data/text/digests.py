@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Lock
 from typing import IO, Any
 
-from lmtrain.data.reading import open_text
+from lmtrain.data.text.reading import open_text
 from lmtrain.errors import ArtefactError, StorageError
 from lmtrain.system.files import read_sealed, sealed, write_atomically
 from lmtrain.system.processes import core_count

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Sequence
 from typing import IO, Any
 
-from lmtrain.data.building.encoding import Answer
+from lmtrain.data.store.encoding import BlockResult
 
 _SIZES = struct.Struct("<QQ")
 
@@ -21,7 +21,7 @@ def send(stream: IO[bytes], header: dict[str, Any], parts: Sequence[bytes] = ())
     stream.flush()
 
 
-def receive(stream: IO[bytes]) -> Answer | None:
+def receive(stream: IO[bytes]) -> BlockResult | None:
     """Read a message; None where the other side has ended."""
     sizes = stream.read(_SIZES.size)
     if len(sizes) < _SIZES.size:
@@ -32,4 +32,4 @@ def receive(stream: IO[bytes]) -> Answer | None:
         return None
     header = json.loads(head)
     parts = [stream.read(size) for size in header.pop("sizes")]
-    return Answer(header, parts) if sum(map(len, parts)) == body_size else None
+    return BlockResult(header, parts) if sum(map(len, parts)) == body_size else None

@@ -5,21 +5,20 @@ Shapes: T tokens, S sequences of the block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from lmtrain.data.reading import Block, Raw
-from lmtrain.data.source import Source
-from lmtrain.data.tokenizer import Ids, Tokenizer
-from lmtrain.errors import DataError
+from lmtrain.data.text.reading import RawBlock
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.base import Ids, Tokenizer
+from lmtrain.data.tokenizers.framing import encode_block, frame_texts
 
 HASHED_TOKENS = 1 << 15  # at once: what stays in a processor's cache
 
 
-class Answer(NamedTuple):
+class BlockResult(NamedTuple):
     """What is made of a block: figures, and arrays as bytes."""
 
     figures: dict[str, Any]
@@ -31,7 +30,7 @@ def token_type(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-class Encoding:
+class BlockEncoder:
     """From a block to its part of a token store.
 
     Answers with the figures that `StoreCounts` sums up, and as parts the ids with their frames (T,), where each
@@ -42,7 +41,7 @@ class Encoding:
         self.source, self.tokenizer = source, tokenizer
         self._type = np.dtype(token_type(tokenizer.vocab_size)).newbyteorder("<")
 
-    def answer(self, raw: Raw) -> Answer:
+    def answer(self, raw: RawBlock) -> BlockResult:
         """The ids of a block; raises DataError with the place of its fault."""
         stream = self.source.stream
         block = self.source.parse(raw)
@@ -52,9 +51,9 @@ class Encoding:
             block = self.source.kept(block)
             texts = block.texts if stream else list(filter(str.strip, block.texts))
         if not texts:
-            return Answer({"blank": blank}, [b"", b"", b""])
+            return BlockResult({"blank": blank}, [b"", b"", b""])
         flat, lengths = encode_block(self.tokenizer, block, texts)
-        framed, ends = frame(
+        framed, ends = frame_texts(
             flat, lengths, self.tokenizer.eos_id, None if stream else self.tokenizer.bos_id, self._type
         )
         newlines = len(texts)
@@ -63,7 +62,7 @@ class Encoding:
             ends = ends[: len(ends) - (lengths[-1] == 0)]
             ends[-1:] = len(framed)
             if not len(ends):
-                return Answer({"blank": blank}, [b"", b"", b""])
+                return BlockResult({"blank": blank}, [b"", b"", b""])
         whole = "".join(texts)
         figures = {
             "sequences": len(ends),
@@ -74,44 +73,11 @@ class Encoding:
             "blank": blank,
             "longest": int(lengths.max()),
         }
-        return Answer(figures, [framed.tobytes(), ends.astype("<u8").tobytes(), hashes(framed, ends).tobytes()])
+        return BlockResult(figures, [framed.tobytes(), ends.astype("<u8").tobytes(), hashes(framed, ends).tobytes()])
 
-    def rest(self) -> Answer:
+    def rest(self) -> BlockResult:
         """What is left at the end: nothing."""
-        return Answer({}, [])
-
-
-def encode_block(tokenizer: Tokenizer, block: Block, texts: Sequence[str]) -> tuple[Ids, Ids]:
-    """The flat ids and lengths of these texts of a block; raises DataError with the place."""
-    try:
-        return tokenizer.encode_texts(texts)
-    except DataError:
-        for number, text in enumerate(block.texts, block.first_line):  # once more, for the place
-            column = 0
-            for word in text.split():
-                column = text.index(word, column)
-                try:
-                    tokenizer.encode(word)
-                except DataError as error:
-                    raise DataError(f"{block.path}:{number}:{column + 1}: {error}") from None
-                column += len(word)
-        raise
-
-
-def frame(
-    flat: Ids, lengths: Ids, end: int, start: int | None, dtype: DTypeLike = np.int64
-) -> tuple[NDArray[Any], Ids]:
-    """Put a start token before (None: nothing) and an end token behind each sequence; also where each one ends."""
-    more = 1 if start is None else 2
-    ends = (lengths + more).cumsum()
-    framed = np.empty(int(ends[-1]), dtype)
-    inner = np.ones(len(framed), bool)
-    starts = ends - lengths - more
-    framed[ends - 1], inner[ends - 1] = end, False
-    if start is not None:
-        framed[starts], inner[starts] = start, False
-    framed[inner] = flat
-    return framed, ends
+        return BlockResult({}, [])
 
 
 def hashes(framed: NDArray[np.integer], ends: Ids) -> NDArray[np.uint64]:

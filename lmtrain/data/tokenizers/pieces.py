@@ -17,9 +17,8 @@ from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from lmtrain.data.arrays import Ints
 
 MOST_PIECES = 1 << 18  # remembered; then all but the first half, which came early and often, are forgotten
 TOGETHER = 64  # new pieces that are given to the library in one line

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lmtrain.data.digests import Digests
-from lmtrain.data.reading import Block, Raw, expand, parse, raw_blocks, resolve_format
+from lmtrain.data.text.digests import Digests
+from lmtrain.data.text.reading import Block, RawBlock, expand_patterns, parse, raw_blocks, resolve_format
 from lmtrain.errors import DataError
 
-FORMAT = 1  # of the stores
+STORE_FORMAT = 1  # of the stores
 MOST_NAMES = 5
 Part = Literal["all", "train", "valid"]
 
@@ -36,7 +36,7 @@ class Source:
     @classmethod
     def of(cls, patterns: Sequence[str], **settings: object) -> Source:
         """The source that paths and globs name; settings as the fields."""
-        return cls(tuple(expand(patterns)), **settings)  # type: ignore[arg-type]
+        return cls(tuple(expand_patterns(patterns)), **settings)  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ class Source:
         """Bytes of the files, or of the first so many; those that can't be read count nothing."""
         return sum(map(_size, self.files[:count]))
 
-    def raws(self, file: int = 0, offset: int = 0, line: int = 1) -> Iterator[Raw]:
+    def raws(self, file: int = 0, offset: int = 0, line: int = 1) -> Iterator[RawBlock]:
         """The lines of all files in order, a block at a time, from a place on; raises DataError as `raw_blocks`."""
         held, behind = None, self.size(file)
         try:
@@ -65,11 +65,11 @@ class Source:
         if held is not None:
             yield held._replace(last=True)
 
-    def parse(self, raw: Raw) -> Block:
+    def parse(self, raw: RawBlock) -> Block:
         """The texts of a block; raises DataError as `reading.parse`."""
         return parse(raw, resolve_format(raw.path, self.format), self.jsonl_field)
 
-    def has_records(self, raw: Raw) -> bool:
+    def has_records(self, raw: RawBlock) -> bool:
         """Whether the lines of a block are JSON."""
         return resolve_format(raw.path, self.format) == "jsonl"
 
@@ -96,7 +96,7 @@ class Source:
     def key(self, digests: Digests, *more: str) -> str:
         """A name for this content and what was made of it."""
         formats = [resolve_format(path, self.format) for path in self.files]
-        facts = [FORMAT, formats, self.jsonl_field, self.part, self.valid_fraction, self.stream, *more]
+        facts = [STORE_FORMAT, formats, self.jsonl_field, self.part, self.valid_fraction, self.stream, *more]
         hashes = digests.sha256_of(self.files)
         return hashlib.sha256(json.dumps([facts, hashes]).encode()).hexdigest()[:32]
 

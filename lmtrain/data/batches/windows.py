@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lmtrain.data.batching import Batch, Ints, Sequences, count_rows, cut_rows, gather, short, sorted_parts
-from lmtrain.data.paging import announce, release
+from lmtrain.data.arrays import Ints
+from lmtrain.data.batches.rows import Batch, Sequences, count_rows, cut_rows, gather_batch, narrow, sorted_parts
+from lmtrain.data.store.paging import prefetch_pages, release_pages
 
 WINDOW_ROWS = 1 << 20  # a window has about as many rows, or
 WINDOW_BYTES = 64 << 20  # of ids; whichever are fewer
@@ -76,7 +77,7 @@ class WindowedRows:
             starts += offsets[last + 1].tolist()
             rows_before += before[last].tolist()
             rows, split = int(before[-1]), split + int((of_each > 1).sum())
-            release(self.offsets)
+            release_pages(self.offsets)
         if firsts[-1] < count:  # the last block is not full
             firsts.append(count)
             starts.append(int(self.offsets[-1]))
@@ -90,7 +91,7 @@ class WindowedRows:
 
     def batch(self, part: Stretches, pad_id: int) -> Batch:
         """These rows as a batch."""
-        return gather(self.flat, part.starts, part.lengths, pad_id)
+        return gather_batch(self.flat, part.starts, part.lengths, pad_id)
 
     def lengths(self, part: Stretches) -> Ints:
         """Tokens of each of these rows."""
@@ -117,23 +118,23 @@ class WindowedRows:
 
     def short_lengths(self, blocks: Ints) -> NDArray[np.integer]:
         """Tokens of these rows, in 16 bits where they fit."""
-        return np.concatenate([short(lengths) for _, lengths in self._cut(blocks)])
+        return np.concatenate([narrow(lengths) for _, lengths in self._cut(blocks)])
 
     def announce(self, blocks: Ints) -> None:
         """These blocks will be read soon."""
-        announce(self.flat, zip(self._starts[blocks].tolist(), self._starts[blocks + 1].tolist(), strict=True))
+        prefetch_pages(self.flat, zip(self._starts[blocks].tolist(), self._starts[blocks + 1].tolist(), strict=True))
 
     def release(self) -> None:
         """What was read is done with."""
-        release(self.flat)
+        release_pages(self.flat)
 
     def _cut(self, blocks: Ints) -> Iterator[tuple[Ints, Ints]]:
         """Starts and lengths of the rows of each block."""
         for number, (first, end) in enumerate(zip(self._firsts[blocks], self._firsts[blocks + 1], strict=True)):
             yield cut_rows(self.offsets[first : end + 1], self.max_length)
             if number % 16 == 15:  # the system maps far more around each
-                release(self.offsets)
-        release(self.offsets)
+                release_pages(self.offsets)
+        release_pages(self.offsets)
 
     def sorted_parts(self, max_tokens: int, batch_size: int | None = None) -> Iterator[Stretches]:
         """Every row once, window after window from the beginning of the corpus, longest first in each."""

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lmtrain.data.building.encoding import token_type
-from lmtrain.data.building.store import ARRAYS, Build, locked, remove_abandoned
-from lmtrain.data.building.workers import crew
-from lmtrain.data.digests import AT_REST_NS, LARGE_BYTES, Digests, Watch, unwatched
-from lmtrain.data.paging import release
-from lmtrain.data.source import Source
-from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.store.build import ARRAYS, Build, locked, remove_abandoned
+from lmtrain.data.store.encoding import token_type
+from lmtrain.data.store.paging import release_pages
+from lmtrain.data.store.workers import crew
+from lmtrain.data.text.digests import AT_REST_NS, LARGE_BYTES, Digests, Watch, unwatched
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError, DataError, StorageError
 from lmtrain.system.files import read_sealed, reason_of
 
@@ -110,7 +110,7 @@ class TokenStore:
         for first in range(0, len(other.hashes), COMPARED):
             hashes = other.hashes[first : first + COMPARED]
             found |= np.isin(own, hashes[begins[hashes >> shift]])
-            release(other.hashes)
+            release_pages(other.hashes)
         return int(counts[found].sum())
 
 
@@ -160,7 +160,7 @@ def open_store(
 
 
 def _await_rest(home: Path) -> None:
-    """Wait until the checksums of a large store that was just written can be remembered (`lmtrain.data.digests`)."""
+    """Wait until the checksums of a large new store can be remembered (see `data/text/digests.py`)."""
     status = (home / "tokens.bin").stat()
     if status.st_size >= LARGE_BYTES:
         time.sleep(max(0.0, min(2 * AT_REST_NS, status.st_ctime_ns + AT_REST_NS - time.time_ns()) / 1e9 + 0.1))

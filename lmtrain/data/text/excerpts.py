@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import IO, NamedTuple
 
 from lmtrain.config import Config
-from lmtrain.data.reading import LONGEST_LINE_BYTES, expand, open_text, too_long
+from lmtrain.data.text.reading import LONGEST_LINE_BYTES, expand_patterns, open_text, too_long
 from lmtrain.errors import DataError
 
 EXCERPT_BYTES = 8 << 20  # of all the files of a corpus
@@ -54,7 +54,9 @@ def size_of(config: Config) -> int:
         DataError: a path or glob that names nothing.
     """
     data = config.data
-    files = {file for paths in (data.train, data.valid, data.test) if paths is not None for file in expand(paths)}
+    files = {
+        file for paths in (data.train, data.valid, data.test) if paths is not None for file in expand_patterns(paths)
+    }
     return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
 
 
@@ -72,7 +74,7 @@ def excerpts_of(config: Config) -> Iterator[Excerpts]:
             if (paths := getattr(config.data, name)) is not None:
                 (home := Path(folder) / name).mkdir()
                 try:
-                    taken[name] = _take(expand(paths), home)
+                    taken[name] = _take(expand_patterns(paths), home)
                 except DataError as error:
                     faults += error.faults
         if faults:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, cast
 
-from lmtrain.data.tokenizer import normalise
+from lmtrain.data.text.normalise import normalise
 from lmtrain.errors import DataError
 
 Format = Literal["text", "jsonl", "ids"]
@@ -29,7 +29,7 @@ LONGEST_LINE_BYTES = 16 << 20
 BOMB_RATIO, BOMB_BYTES = 400, 64 << 20
 
 
-class Raw(NamedTuple):
+class RawBlock(NamedTuple):
     """Consecutive lines of one file as they stand there, the last one without its newline."""
 
     path: str
@@ -60,7 +60,7 @@ class Block(NamedTuple):
     ended: bool = True  # whether a newline stands behind the last one
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
+def expand_patterns(patterns: Sequence[str]) -> list[str]:
     """The files that paths and globs name, each once, in sorted order within each glob.
 
     Raises:
@@ -101,7 +101,7 @@ def resolve_format(path: str, format: str) -> Format:
     return "jsonl" if Path(path.removesuffix(".gz")).suffix == ".jsonl" else "text"
 
 
-def raw_blocks(path: str, offset: int = 0, line: int = 1) -> Iterator[Raw]:
+def raw_blocks(path: str, offset: int = 0, line: int = 1) -> Iterator[RawBlock]:
     """The lines of a file, a block at a time.
 
     Args:
@@ -132,7 +132,7 @@ def read_lines_of(handle: IO[bytes], name: str) -> Iterator[Block]:
     return (parse(raw, "text", "") for raw in _cut(name, chunks, 0, 1))
 
 
-def _cut(path: str, chunks: Iterator[bytes], offset: int, line: int) -> Iterator[Raw]:
+def _cut(path: str, chunks: Iterator[bytes], offset: int, line: int) -> Iterator[RawBlock]:
     carried: list[bytes] = []  # of a line that goes on
     size = 0
     for chunk in chunks:
@@ -140,7 +140,7 @@ def _cut(path: str, chunks: Iterator[bytes], offset: int, line: int) -> Iterator
             chunk, offset = chunk.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         whole, newline, rest = chunk.rpartition(b"\n")
         if newline:
-            raw = Raw(path, line, offset, b"".join([*carried, whole]))
+            raw = RawBlock(path, line, offset, b"".join([*carried, whole]))
             yield raw
             line, offset, carried, size = raw.next_line, raw.end, [], 0
         carried.append(rest)
@@ -148,7 +148,7 @@ def _cut(path: str, chunks: Iterator[bytes], offset: int, line: int) -> Iterator
         if size > LONGEST_LINE_BYTES:
             raise too_long(path, line)
     if size:
-        yield Raw(path, line, offset, b"".join(carried), ended=False)
+        yield RawBlock(path, line, offset, b"".join(carried), ended=False)
 
 
 def _chunks(path: str, handle: IO[bytes], offset: int) -> Iterator[bytes]:
@@ -170,7 +170,7 @@ def _chunks(path: str, handle: IO[bytes], offset: int) -> Iterator[bytes]:
         raise DataError(f"{path}: broken gzip file: {error}") from None
 
 
-def parse(raw: Raw, kind: Format, field: str) -> Block:
+def parse(raw: RawBlock, kind: Format, field: str) -> Block:
     """The texts of lines as they stand in a file: one a line, blank ones as empty ones or white space.
 
     Args:
@@ -187,7 +187,7 @@ def parse(raw: Raw, kind: Format, field: str) -> Block:
     return _records(block, field) if kind == "jsonl" else block
 
 
-def decode(raw: Raw) -> str:
+def decode(raw: RawBlock) -> str:
     """The lines in one; raises DataError as `parse`."""
     path, line, offset, data = raw[:4]
     try:

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from lmtrain.data.building.counting import characters, merged, most_frequent
-from lmtrain.data.building.workers import crew
-from lmtrain.data.digests import Watch
-from lmtrain.data.reading import Raw
-from lmtrain.data.source import Source
-from lmtrain.data.tokenizer import FIRST, CharTokenizer, Tokenizer, WordTokenizer, no_vocabulary, train_tokenizer
+from lmtrain.data.store.workers import crew
+from lmtrain.data.text.digests import Watch
+from lmtrain.data.text.reading import RawBlock
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.base import FIRST, Tokenizer
+from lmtrain.data.tokenizers.counting import merge_runs, most_frequent, sum_characters
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.data.tokenizers.library import train_library
+from lmtrain.data.tokenizers.subword import SubwordTokenizer
+from lmtrain.data.tokenizers.vocabulary import ByteTokenizer, CharTokenizer, WordTokenizer
+from lmtrain.errors import DataError
 
 SAMPLE_BYTES = {"bpe": 64 << 20, "unigram": 16 << 20}  # what the library's trainers take 500 MB for
 SMALL_RUN_BYTES = 1 << 20  # that is not worth a file
@@ -27,7 +33,7 @@ SMALL_RUN_BYTES = 1 << 20  # that is not worth a file
 Notify = Callable[[str], None]
 
 
-def learn(
+def learn_tokenizer(
     kind: str, source: Source, cache: Path, vocab_size: int, min_frequency: int, notify: Notify, watch: Watch
 ) -> Tokenizer:
     """The tokenizer of a source: char, word, bpe or unigram.
@@ -79,13 +85,13 @@ def _count(
     for answer in workers.rest():
         keep(answer.parts)
     if kind == "char":
-        return [token.decode() for token in most_frequent([characters(run.read() for run in runs)], size, least)]
-    return [token.decode() for token in most_frequent(merged(runs), size, least, left_out=b"<unk>")]
+        return [token.decode() for token in most_frequent([sum_characters(run.read() for run in runs)], size, least)]
+    return [token.decode() for token in most_frequent(merge_runs(runs), size, least, left_out=b"<unk>")]
 
 
-def _sample(source: Source, most_bytes: int, watch: Callable[[int], None]) -> tuple[list[Raw], int]:
+def _sample(source: Source, most_bytes: int, watch: Callable[[int], None]) -> tuple[list[RawBlock], int]:
     """Every n-th block of a source, and n: the smallest power of two by which they have no more bytes than that."""
-    kept: list[Raw] = []
+    kept: list[RawBlock] = []
     held, step = 0, 1
     for number, raw in enumerate(source.raws()):
         watch(raw.read_bytes)
@@ -99,6 +105,62 @@ def _sample(source: Source, most_bytes: int, watch: Callable[[int], None]) -> tu
     return kept, step
 
 
-def _texts(source: Source, raws: list[Raw]) -> Iterator[str]:
+def _texts(source: Source, raws: list[RawBlock]) -> Iterator[str]:
     for raw in raws:
         yield from filter(str.strip, source.kept(source.parse(raw)).texts)
+
+
+def train_tokenizer(
+    kind: str,
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    min_frequency: int = 1,
+    path: str | None = None,
+    pad_id: int = 0,
+) -> Tokenizer:
+    """Make the tokenizer that a config's `tokenizer` section asks for, from the training texts.
+
+    Args:
+        texts: read only where the kind has something to learn.
+        vocab_size: upper bound, special tokens counted; for kind ids the exact number of ids.
+
+    Raises:
+        DataError: nothing to learn a vocabulary from.
+        ArtefactError: kind file, and the file is not a tokenizer.
+    """
+    match kind:
+        case "byte":
+            return ByteTokenizer()
+        case "ids":
+            return IdsTokenizer(vocab_size, pad_id)
+        case "file":
+            assert path is not None
+            return SubwordTokenizer(Path(path).read_text(encoding="utf-8", errors="replace"), name=path)
+        case "char":
+            return CharTokenizer(_most_frequent(map(Counter, texts), vocab_size, min_frequency))
+        case "word":
+            words = (Counter(text.split()) for text in texts)
+            return WordTokenizer(_most_frequent(words, vocab_size, min_frequency, left_out="<unk>"))
+        case _:
+            return SubwordTokenizer(train_library(kind, texts, max(257, vocab_size - FIRST)), kind)
+
+
+def _most_frequent(
+    counts: Iterator[Counter[str]], vocab_size: int, min_frequency: int, left_out: str | None = None
+) -> list[str]:
+    """The most frequent tokens first, equal counts in the order of their code points."""
+    total: Counter[str] = Counter()
+    for part in counts:
+        total.update(part)
+    if left_out is not None:
+        total.pop(left_out, None)
+    kept = sorted((item for item in total.items() if item[1] >= min_frequency), key=lambda item: (-item[1], item[0]))
+    if not kept:
+        raise no_vocabulary(min_frequency)
+    return [token for token, _ in kept[: max(1, vocab_size - FIRST)]]
+
+
+def no_vocabulary(min_frequency: int) -> DataError:
+    """The error to raise where everything is rarer than that."""
+    return DataError(f"no token occurs {min_frequency} times or more: there is no vocabulary to learn")

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lmtrain.config import Config
-from lmtrain.data.batching import Batch, Ints, Rows, Sequences, sorted_parts
-from lmtrain.data.corpus import TokenStore
-from lmtrain.data.sampling import EpochSampler, Sampler, WindowSampler
-from lmtrain.data.streaming import LinesSampler, Stream, StreamSampler
-from lmtrain.data.tokenizer import Tokenizer
-from lmtrain.data.windows import WindowedRows, fits_a_window
+from lmtrain.data.arrays import Ints
+from lmtrain.data.batches.order import EpochSampler, Sampler, WindowSampler
+from lmtrain.data.batches.rows import Batch, Rows, Sequences, sorted_parts
+from lmtrain.data.batches.streams import LinesSampler, Stream, StreamSampler
+from lmtrain.data.batches.windows import WindowedRows, fits_a_window
+from lmtrain.data.store.token_store import TokenStore
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ConfigError
 
 EVALUATION_TOKENS = 8192  # padded tokens a batch
@@ -35,7 +36,7 @@ class BatchSource(Protocol):
     def __len__(self) -> int: ...
 
 
-class Reading(NamedTuple):
+class TrainingBatches(NamedTuple):
     """How the training text is read."""
 
     source: Rows | WindowedRows | Stream
@@ -43,7 +44,7 @@ class Reading(NamedTuple):
     columns: int | None  # that carry their state from batch to batch; None where each row begins anew
 
 
-class Share(NamedTuple):
+class RankShard(NamedTuple):
     """What one of several processes reads of each batch."""
 
     rank: int = 0
@@ -65,7 +66,7 @@ class Share(NamedTuple):
         return own
 
 
-def training_reading(config: Config, store: TokenStore, eos_id: int) -> Reading:
+def training_batches(config: Config, store: TokenStore, eos_id: int) -> TrainingBatches:
     """The batches to train on.
 
     Raises:
@@ -75,12 +76,12 @@ def training_reading(config: Config, store: TokenStore, eos_id: int) -> Reading:
     if batching.mode == "stream":
         stream = _stream(store, eos_id, batching.batch_size)
         spans = StreamSampler(stream, bptt=batching.bptt, random_bptt=batching.random_bptt, seed=config.seed)
-        return Reading(stream, spans, batching.batch_size)
+        return TrainingBatches(stream, spans, batching.batch_size)
     if batching.carry_state:
         rows = Rows(store, batching.max_length)
         if len(rows) < batching.batch_size:
             raise ConfigError(f"batching.batch_size: {batching.batch_size} columns for {len(rows)} rows are too many")
-        return Reading(rows, LinesSampler(rows, batching.batch_size), batching.batch_size)
+        return TrainingBatches(rows, LinesSampler(rows, batching.batch_size), batching.batch_size)
     source, sampler = shuffled_rows(
         store,
         batching.max_length,
@@ -89,7 +90,7 @@ def training_reading(config: Config, store: TokenStore, eos_id: int) -> Reading:
         bucket_batches=batching.bucket_batches,
         seed=config.seed,
     )
-    return Reading(source, sampler, None)
+    return TrainingBatches(source, sampler, None)
 
 
 def shuffled_rows(
@@ -120,7 +121,7 @@ def evaluation_batches(
     columns: int,
     batch_size: int | None = None,
     steps: int | None = None,
-    share: Share = Share(),  # noqa: B008  # can't be changed
+    share: RankShard = RankShard(),  # noqa: B008  # can't be changed
 ) -> tuple[Iterator[Batch], int | None]:
     """Every row of a text once, for scoring, and the number of columns that carry their state, or None.
 
@@ -146,13 +147,13 @@ def evaluation_batches(
     return _dealt(rows, sorted_parts(rows.row_lengths, EVALUATION_TOKENS, batch_size), pad_id, share), None
 
 
-def _dealt(source: BatchSource, parts: Iterator[Any], pad_id: int, share: Share) -> Iterator[Batch]:
+def _dealt(source: BatchSource, parts: Iterator[Any], pad_id: int, share: RankShard) -> Iterator[Batch]:
     """One batch in so many."""
     return (source.batch(part, pad_id) for part in islice(parts, share.rank, None, share.world_size))
 
 
 def _in_columns(
-    source: BatchSource, parts: Sequence[Any], columns: int, pad_id: int, share: Share
+    source: BatchSource, parts: Sequence[Any], columns: int, pad_id: int, share: RankShard
 ) -> tuple[Iterator[Batch], int]:
     """The batches of a share's columns, and how many these are; of fewer columns than processes, some have none."""
     first, end = (columns * rank // share.world_size for rank in (share.rank, share.rank + 1))
@@ -160,7 +161,7 @@ def _in_columns(
     return (source.batch(source.take(part, places), pad_id) for part, places in own if len(places)), end - first
 
 
-class Dealt(NamedTuple):
+class RankBatch(NamedTuple):
     """A batch as one process has it."""
 
     batch: Batch  # of its own rows
@@ -170,10 +171,10 @@ class Dealt(NamedTuple):
     idle: bool = False  # no row of it is this process's: one that weighs nothing is there for all to keep step
 
 
-class Group(NamedTuple):
+class StepBatches(NamedTuple):
     """The batches of one optimizer step, and where they stand in their epoch."""
 
-    batches: list[Dealt]
+    batches: list[RankBatch]
     epoch: int
     end: int  # number of batches of the epoch up to here, these counted
     epoch_batches: int  # batches in the epoch
@@ -184,7 +185,7 @@ class Group(NamedTuple):
         return self.end == self.epoch_batches
 
 
-class Feed:
+class BatchLoader:
     """The groups of batches that training takes, epoch after epoch, each made while the step before it runs.
 
     Args:
@@ -195,12 +196,12 @@ class Feed:
 
     def __init__(
         self,
-        reading: Reading,
+        reading: TrainingBatches,
         pad_id: int,
         size: int,
         epoch: int = 0,
         next_batch: int = 0,
-        share: Share = Share(),  # noqa: B008  # can't be changed
+        share: RankShard = RankShard(),  # noqa: B008  # can't be changed
     ) -> None:
         self.waited_s = 0.0  # altogether
         self._source: BatchSource = reading.source
@@ -209,29 +210,29 @@ class Feed:
         self._thread = ThreadPoolExecutor(1, "lmtrain-batches")
         self._coming = self._thread.submit(next, self._groups)
 
-    def _walk(self, sampler: Sampler, size: int, epoch: int, next_batch: int) -> Iterator[Group]:
+    def _walk(self, sampler: Sampler, size: int, epoch: int, next_batch: int) -> Iterator[StepBatches]:
         while True:
             order = sampler.epoch(epoch)
             for first in range(next_batch, len(order), size):
                 batches = list(map(self._deal, order[first : first + size]))
-                yield Group(batches, epoch, first + len(batches), len(order))
+                yield StepBatches(batches, epoch, first + len(batches), len(order))
             epoch, next_batch = epoch + 1, 0
 
-    def _deal(self, part: Any) -> Dealt:
+    def _deal(self, part: Any) -> RankBatch:
         lengths = self._source.lengths(part)
         places = self._share.places(len(lengths))
         own = self._source.take(part, places if len(places) else np.zeros(1, np.int64))
         batch = self._source.batch(own, self._pad_id)
-        return Dealt(batch, len(lengths), int(lengths.sum()), int(lengths.max()), idle=not len(places))
+        return RankBatch(batch, len(lengths), int(lengths.sum()), int(lengths.max()), idle=not len(places))
 
-    def peek(self) -> Group:
+    def peek(self) -> StepBatches:
         """The next group, which stays the next."""
         start_s = time.perf_counter()
         group = self._coming.result()
         self.waited_s += time.perf_counter() - start_s
         return group
 
-    def take(self) -> Group:
+    def take(self) -> StepBatches:
         """The next group; the one after it is begun."""
         group = self.peek()
         self._coming = self._thread.submit(next, self._groups)

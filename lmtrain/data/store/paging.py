@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def announce(array: NDArray[Any], stretches: Iterable[tuple[int, int]]) -> None:
+def prefetch_pages(array: NDArray[Any], stretches: Iterable[tuple[int, int]]) -> None:
     """Have the system read these stretches, (first, end) in elements, while this process goes on."""
     if (home := _home(array)) is None:
         return
@@ -24,7 +24,7 @@ def announce(array: NDArray[Any], stretches: Iterable[tuple[int, int]]) -> None:
         mapped.madvise(mmap.MADV_WILLNEED, start, before + end * array.itemsize - start)
 
 
-def release(array: NDArray[Any]) -> None:
+def release_pages(array: NDArray[Any]) -> None:
     """Let go of all that was read of the file; what is read again is mapped again."""
     if (home := _home(array)) is not None:
         home[0].madvise(mmap.MADV_DONTNEED)

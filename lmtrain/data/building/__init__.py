@@ -1,1 +1,0 @@
-"""A token store in the making: blocks of text parsed, counted and encoded by several processes, and put together."""

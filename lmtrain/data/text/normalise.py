@@ -1,0 +1,10 @@
+"""One spelling for each letter."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def normalise(text: str) -> str:
+    """NFC, so that a letter has one spelling whether it was typed composed or not (Hangul, accents)."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)

@@ -1,0 +1,44 @@
+"""A tokenizer as a run keeps it, read back."""
+
+from __future__ import annotations
+
+import json
+
+from lmtrain.data.tokenizers.base import LARGEST_VOCABULARY, TOKENIZER_FORMAT, Tokenizer
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.data.tokenizers.library import first_line
+from lmtrain.data.tokenizers.subword import SubwordTokenizer
+from lmtrain.data.tokenizers.vocabulary import ByteTokenizer, CharTokenizer, WordTokenizer
+from lmtrain.errors import ArtefactError
+
+
+def parse_tokenizer(content: str, name: str = "tokenizer.json") -> Tokenizer:
+    """Read what `Tokenizer.dumps` wrote.
+
+    Raises:
+        ArtefactError: not a tokenizer, or of a newer format.
+    """
+    try:
+        stored = json.loads(content)
+        if stored["format"] > TOKENIZER_FORMAT:
+            raise ArtefactError(f"{name}: format {stored['format']} is newer than this lmtrain's; upgrade lmtrain")
+        match stored["kind"]:
+            case "byte":
+                return ByteTokenizer()
+            case "char" | "word" as kind:
+                tokens = [str(token) for token in stored["tokens"]]
+                try:
+                    return CharTokenizer(tokens) if kind == "char" else WordTokenizer(tokens)
+                except ArtefactError as error:
+                    raise ArtefactError(f"{name}: {error}") from None
+            case "ids":
+                ids, pad_id = stored["ids"], stored["pad_id"]
+                if type(ids) is not int or type(pad_id) is not int or not 0 <= pad_id < ids <= LARGEST_VOCABULARY:
+                    raise ArtefactError(f"{name}: {str(ids)[:40]} ids with pad id {str(pad_id)[:40]}")
+                return IdsTokenizer(ids, pad_id)
+            case "bpe" | "unigram" | "file":
+                return SubwordTokenizer(json.dumps(stored["tokenizer"]), stored["kind"], name)
+            case kind:
+                raise ArtefactError(f"{name}: unknown tokenizer kind {kind!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtefactError(f"{name}: not a tokenizer file: {first_line(error)}") from None
