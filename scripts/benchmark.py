@@ -34,9 +34,9 @@ from lmtrain.data.batches.loader import shuffled_rows
 from lmtrain.data.batches.rows import Batch, make_batch
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.inference.generation import generate
-from lmtrain.inference.prompts import Script
-from lmtrain.model.events import count_events, lay_out
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.objectives import align, count_events
 from lmtrain.model.output import FullOutput
 from lmtrain.system.device import autocast, choose_device, choose_precision, keep_freed_memory
 from lmtrain.training.optimization import build_optimizers, clip_gradient, optimizer_step
@@ -120,7 +120,7 @@ class StockModel(nn.Module):
         targets = pack_padded_sequence(batch.tokens[1:], batch.lengths - 1).data
         loss = self.criterion(self.output(forward), targets)
         if self.shape.bidirectional:
-            places = lay_out(batch.lengths)
+            places = align(batch.lengths)
             row = places.rows.row.to(batch.tokens.device)
             back = places.read_back.to(batch.tokens.device)
             embedded = PackedSequence(self.embedding(batch.tokens[back, row]), packed.batch_sizes)
@@ -257,10 +257,10 @@ def generation(shape: Shape, count: int, device: torch.device) -> Work:
     tokenizer = IdsTokenizer(shape.vocab_size - 2, pad_id=0)
     given = [" ".join(map(str, prompt)) for prompt in prompts(count, shape.vocab_size - 2)]
     written = sum(
-        len(each.completion.split()) for each in generate(model, Script(tokenizer), given, max_tokens=WRITTEN)
+        len(each.completion.split()) for each in generate(model, PromptCodec(tokenizer), given, max_tokens=WRITTEN)
     )
     assert written > 0.9 * WRITTEN * count
-    return Work(lambda: generate(model, Script(tokenizer), given, max_tokens=WRITTEN), written)
+    return Work(lambda: generate(model, PromptCodec(tokenizer), given, max_tokens=WRITTEN), written)
 
 
 def corpus_training(tokens: int, device: torch.device) -> Work:

@@ -8,9 +8,9 @@ import torch
 
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.errors import ConfigError
-from lmtrain.inference.beam import Beams, search
+from lmtrain.inference.beam import Beams, beam_search
 from lmtrain.inference.generation import generate
-from lmtrain.inference.prompts import Script
+from lmtrain.inference.prompts import PromptCodec
 from tests.test_inference import untrained
 
 IDS = IdsTokenizer(5, 0)
@@ -38,7 +38,7 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_texts_there_are(penalty):
         model = untrained(IDS, seed)
         for prompt in PROMPTS[:3]:
             ranked = sorted(enumerated(model, prompt, 3).items(), key=lambda item: -item[1][0] / item[1][1] ** penalty)
-            found = search(model, Script(IDS), [prompt], max_tokens=3, beams=Beams(200, penalty), count=10)
+            found = beam_search(model, PromptCodec(IDS), [prompt], max_tokens=3, beams=Beams(200, penalty), count=10)
             for result, ((ids, ended), (log_probability, _)) in zip(found, ranked, strict=False):
                 assert (tuple(IDS.encode(result.completion)), result.finished) == (ids, ended)
                 assert result.log_probability == pytest.approx(log_probability, rel=1e-4)
@@ -46,12 +46,12 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_texts_there_are(penalty):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_one_beam_is_greedy(direction):
-    script = Script(IDS, direction=direction)
+    script = PromptCodec(IDS, direction=direction)
     for seed in range(4):
         model = untrained(IDS, seed, bidirectional=True)
         greedy = generate(model, script, PROMPTS, max_tokens=12)
         for beams in (Beams(1), Beams(1, 2.0)):
-            found = search(model, script, PROMPTS, max_tokens=12, beams=beams)
+            found = beam_search(model, script, PROMPTS, max_tokens=12, beams=beams)
             assert [each.text for each in found] == [each.text for each in greedy]
             assert [each.log_probability for each in found] == pytest.approx(
                 [each.log_probability for each in greedy], rel=1e-4
@@ -61,18 +61,20 @@ def test_one_beam_is_greedy(direction):
 @pytest.mark.parametrize("width", [2, 5])
 def test_a_batch_of_ragged_prompts_equals_one_at_a_time(width, monkeypatch):
     monkeypatch.setattr("lmtrain.inference.beam.ROWS_AT_ONCE", 3 * width)  # several batches, too
-    model, script = untrained(IDS, 6), Script(IDS)
-    together = search(model, script, PROMPTS, max_tokens=9, beams=Beams(width), count=2)
+    model, script = untrained(IDS, 6), PromptCodec(IDS)
+    together = beam_search(model, script, PROMPTS, max_tokens=9, beams=Beams(width), count=2)
     alone = [
-        each for text in PROMPTS for each in search(model, script, [text], max_tokens=9, beams=Beams(width), count=2)
+        each
+        for text in PROMPTS
+        for each in beam_search(model, script, [text], max_tokens=9, beams=Beams(width), count=2)
     ]
     assert [(each.text, each.finished) for each in together] == [(each.text, each.finished) for each in alone]
 
 
 def test_a_wider_beam_finds_no_worse_a_text_than_greedy_on_the_whole():
-    model, script = untrained(IDS, 8), Script(IDS)
+    model, script = untrained(IDS, 8), PromptCodec(IDS)
     totals = [
-        sum(each.log_probability for each in search(model, script, PROMPTS, max_tokens=6, beams=Beams(width)))
+        sum(each.log_probability for each in beam_search(model, script, PROMPTS, max_tokens=6, beams=Beams(width)))
         for width in (1, 500)
     ]
     assert totals[1] >= totals[0] - 1e-5

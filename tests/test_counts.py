@@ -13,8 +13,8 @@ import torch
 import lmtrain
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.errors import ConfigError, DataError
-from lmtrain.model.counts import CountedNgrams, count
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.ngrams.counts import CountedNgrams, count_ngrams
 from lmtrain.runs import checkpoint
 from lmtrain.runs import ngram_counts as counted
 from lmtrain.training.start import train
@@ -35,7 +35,7 @@ def counts_of(rows, order=4, backward=False):
         torch.tensor([token for row in rows for token in row]),
         torch.tensor([p for row in rows for p in range(len(row))]),
     )
-    return count(tokens, place, order, V)
+    return count_ngrams(tokens, place, order, V)
 
 
 def mixture(rows, order=4):

@@ -11,9 +11,11 @@ from torch import nn
 
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.errors import ConfigError
-from lmtrain.inference import export
+from lmtrain.inference.export.int8 import OnnxSteps
+from lmtrain.inference.export.onnx import onnx_model
+from lmtrain.inference.export.weights import torch_weights
 from lmtrain.inference.generation import generate
-from lmtrain.inference.prompts import Script
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.trained_model import load
 from lmtrain.training.start import train
 from tests.conftest import ROOT
@@ -39,10 +41,10 @@ def test_a_thousand_tokens_of_greedy_text_are_the_same(name):
     with torch.no_grad():
         for weight in model.recurrence.parameters():
             weight.mul_(0.4)  # or rounding would grow from step to step
-    script = Script(IDS, stream=True)  # no end: as many tokens as are asked for
+    script = PromptCodec(IDS, stream=True)  # no end: as many tokens as are asked for
     prompts = [str(1 + number % 8) for number in range(10)]
     wanted = [each.completion.split() for each in generate(model, script, prompts, max_tokens=100)]
-    steps = export.Steps(export.onnx_model(model, IDS).SerializeToString())
+    steps = OnnxSteps(onnx_model(model, IDS).SerializeToString())
     state, written = steps.begin(10), []
     for tokens in (np.full(10, IDS.eos_id), np.array([int(prompt) for prompt in prompts])):
         log_probabilities, state = steps.step(tokens, state)
@@ -58,7 +60,7 @@ def test_a_thousand_tokens_of_greedy_text_are_the_same(name):
 def test_log_probabilities_and_a_batch_are_lmtrains():
     pytest.importorskip("onnxruntime")
     model = untrained(IDS, 4, ngrams=[2, 3])
-    steps, state = export.Steps(export.onnx_model(model, IDS).SerializeToString()), None
+    steps, state = OnnxSteps(onnx_model(model, IDS).SerializeToString()), None
     own = steps.begin(3)
     torch.manual_seed(0)
     for tokens in torch.randint(1, 9, (20, 3)):
@@ -134,13 +136,13 @@ def test_what_has_no_such_form_is_refused(settings, format, said):
     tokenizer = IdsTokenizer(3000, 0)
     model = untrained(tokenizer, **settings)
     with pytest.raises(ConfigError, match=said):
-        export.onnx_model(model, tokenizer) if format == "onnx" else export.torch_weights(model)
+        onnx_model(model, tokenizer) if format == "onnx" else torch_weights(model)
 
 
 def test_without_onnx_the_way_to_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ConfigError, match=r'pip install "lmtrain\[onnx\]"'):
-        export.onnx_model(untrained(IDS), IDS)
+        onnx_model(untrained(IDS), IDS)
 
 
 def test_nothing_is_overwritten(small, tmp_path):

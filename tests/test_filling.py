@@ -10,8 +10,8 @@ from lmtrain.data.text.reading import Block
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.data.tokenizers.learning import train_tokenizer
 from lmtrain.errors import ConfigError
-from lmtrain.inference.filling import fill
-from lmtrain.inference.prompts import Script
+from lmtrain.inference.filling import fill_blank
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.scoring import score
 from tests.test_inference import untrained
 
@@ -20,7 +20,7 @@ IDS = IdsTokenizer(6, 0)
 
 def test_one_token_is_what_both_states_say_whatever_stands_in_the_blank():
     model = untrained(IDS, 2, bidirectional=True)
-    found = fill(model, IDS, "1 2 ____ 5", top=10)
+    found = fill_blank(model, IDS, "1 2 ____ 5", top=10)
     assert sum(each.probability for each in found) == pytest.approx(1)
     assert sorted(each.text for each in found) == ["1", "2", "3", "4", "5"]
     assert [each.probability for each in found] == sorted((each.probability for each in found), reverse=True)
@@ -33,7 +33,7 @@ def test_one_token_is_what_both_states_say_whatever_stands_in_the_blank():
         assert targets[2] == inside
         for each in found:
             assert each.probability == pytest.approx(float(inner[int(each.text) - 1]), rel=1e-4)
-    assert fill(model, IDS, "1 2 ____ 5", top=2) == found[:2]
+    assert fill_blank(model, IDS, "1 2 ____ 5", top=2) == found[:2]
 
 
 @pytest.mark.parametrize("text", ["1 2 ____ 5", "____ 3", "4 ____", "____"])
@@ -42,10 +42,10 @@ def test_up_to_several_tokens_are_what_enumeration_finds(text):
     before, _, behind = text.partition("____")
     inner = [" ".join(map(str, ids)) for n in (1, 2) for ids in itertools.product(range(1, 6), repeat=n)]
     rows = [f"{before} {each} {behind}" for each in inner]
-    both = score(model, Script(IDS), [Block("rows", 1, rows)], direction="both")
+    both = score(model, PromptCodec(IDS), [Block("rows", 1, rows)], direction="both")
     shares = torch.tensor([each.log_probability for each in both]).softmax(0).tolist()
     wanted = sorted(zip(shares, inner, strict=True), reverse=True)[:8]
-    found = fill(model, IDS, text, top=8, tokens=2)
+    found = fill_blank(model, IDS, text, top=8, tokens=2)
     assert [each.text for each in found] == [ids for _, ids in wanted]
     assert [each.probability for each in found] == pytest.approx([share for share, _ in wanted], rel=1e-3)
 
@@ -55,9 +55,9 @@ def test_a_narrow_beam_finds_the_best_filling_most_of_the_time(monkeypatch):
     for seed in range(8):
         model = untrained(IDS, seed, bidirectional=True)
         monkeypatch.setattr("lmtrain.inference.filling.LEAST_BEAM", 1000)
-        (best,) = fill(model, IDS, "1 ____ 2 3", top=1, tokens=3)
+        (best,) = fill_blank(model, IDS, "1 ____ 2 3", top=1, tokens=3)
         monkeypatch.setattr("lmtrain.inference.filling.LEAST_BEAM", 12)
-        (found,) = fill(model, IDS, "1 ____ 2 3", top=1, tokens=3)
+        (found,) = fill_blank(model, IDS, "1 ____ 2 3", top=1, tokens=3)
         hits += found.text == best.text
     assert hits >= 6
 
@@ -69,7 +69,7 @@ def test_a_filled_text_is_the_text_with_the_filling_in_it(kind, text):
     model = untrained(tokenizer, 1, bidirectional=True)
     before, _, behind = text.partition("____")
     for tokens in (1, 3):
-        found = fill(model, tokenizer, text, top=6, tokens=tokens)
+        found = fill_blank(model, tokenizer, text, top=6, tokens=tokens)
         assert len(found) == 6
         for each in found:
             assert each.filled == before + each.text + behind
@@ -81,12 +81,12 @@ def test_a_filled_text_is_the_text_with_the_filling_in_it(kind, text):
 )
 def test_a_text_holds_one_blank(text, said):
     with pytest.raises(ConfigError, match=said):
-        fill(untrained(IDS, bidirectional=True), IDS, text)
+        fill_blank(untrained(IDS, bidirectional=True), IDS, text)
 
 
 def test_a_run_of_one_direction_fills_no_blank():
     with pytest.raises(ConfigError, match=r"reads in one direction; .*model.bidirectional: true"):
-        fill(untrained(IDS), IDS, "1 ____")
+        fill_blank(untrained(IDS), IDS, "1 ____")
 
 
 def test_score_and_fill_from_the_command_line(corpus, small, shell):

@@ -14,7 +14,7 @@ from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.data.tokenizers.learning import train_tokenizer
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference.generation import generate
-from lmtrain.inference.prompts import Script
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.trained_model import TrainedModel, load
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.training.start import train
@@ -57,7 +57,7 @@ def test_a_batch_of_ragged_prompts_equals_one_at_a_time(cell, max_tokens):
         model = untrained(tokenizer, seed, cell=cell)
         prompts = ["1 2 3 4 5", "", "7", "3 3 3 3 3 3 3 3", "7 1", "2", "8 8 4"]
         for prompt, result in zip(
-            prompts, generate(model, Script(tokenizer), prompts, max_tokens=max_tokens), strict=True
+            prompts, generate(model, PromptCodec(tokenizer), prompts, max_tokens=max_tokens), strict=True
         ):
             ids, finished, log_probability = plain_greedy(model, tokenizer, prompt, max_tokens)
             assert tokenizer.encode(result.completion) == ids
@@ -73,9 +73,9 @@ def test_more_prompts_than_fit_a_batch_keep_their_order(monkeypatch):
     tokenizer = IdsTokenizer(9, 0)
     model = untrained(tokenizer)
     prompts = [" ".join(str(1 + (n * k) % 8) for k in range(n % 5)) for n in range(11)]
-    results = generate(model, Script(tokenizer), prompts, max_tokens=5)
+    results = generate(model, PromptCodec(tokenizer), prompts, max_tokens=5)
     assert [result.prompt for result in results] == prompts
-    alone = [generate(model, Script(tokenizer), [prompt], max_tokens=5)[0].text for prompt in prompts]
+    alone = [generate(model, PromptCodec(tokenizer), [prompt], max_tokens=5)[0].text for prompt in prompts]
     assert [result.text for result in results] == alone
 
 
@@ -83,7 +83,7 @@ def test_more_prompts_than_fit_a_batch_keep_their_order(monkeypatch):
 def test_text_is_prompt_and_completion(kind):
     texts = ["나는 이불을 뒤집어 쓰고", "the old cat sat"] * 4
     tokenizer = train_tokenizer(kind, texts, vocab_size=300)
-    for result in generate(untrained(tokenizer), Script(tokenizer), ["", "the old", "나는"], max_tokens=8):
+    for result in generate(untrained(tokenizer), PromptCodec(tokenizer), ["", "the old", "나는"], max_tokens=8):
         assert result.text == result.prompt + result.completion
         assert kind != "word" or not result.prompt or result.completion.startswith(" ")
 

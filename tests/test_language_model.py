@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.dropout import drop
-from lmtrain.model.events import count_events, lay_out
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.objectives import align, count_events
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 VOCABULARY = 11
@@ -27,7 +27,7 @@ def framed(*rows):
 
 def logits_by_place(model, batch):
     """{(objective, column, predicted place): logits}."""
-    places = lay_out(batch.lengths)
+    places = align(batch.lengths)
     time, row = places.rows.time.tolist(), places.rows.row.tolist()
     length = places.rows.lengths.tolist()  # events a row, the place of its <eos>
     inner = places.fill_forward.tolist()

@@ -5,7 +5,8 @@ import torch
 
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.ngrams import NgramEmbedding, context_of, history_after
+from lmtrain.model.ngrams.embedding import NgramEmbedding
+from lmtrain.model.ngrams.history import context_of, history_after
 from lmtrain.training.optimization import build_optimizers, optimizer_step, optimizer_tensors, set_optimizer_tensors
 
 BOS, EOS = 1, 2

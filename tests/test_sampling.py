@@ -10,7 +10,7 @@ from lmtrain.data.tokenizers.learning import train_tokenizer
 from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
 from lmtrain.errors import ConfigError
 from lmtrain.inference.generation import generate, stream
-from lmtrain.inference.prompts import Script
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.sampling import Sampling, draw, draws
 from tests.test_inference import untrained
 
@@ -21,14 +21,14 @@ DRAWN = 20_000
 def test_what_is_drawn_is_distributed_as_the_model_has_it():
     """Chi-square over the vocabulary; one in a thousand sound samplers would fail, and the seed is fixed."""
     model = untrained(IDS, 1)
-    results = generate(model, Script(IDS), ["3 1"], max_tokens=1, sampling=Sampling(), count=DRAWN)
+    results = generate(model, PromptCodec(IDS), ["3 1"], max_tokens=1, sampling=Sampling(), count=DRAWN)
     drawn = [result.tokens[0][0] for result in results]
     with torch.no_grad():
         logits, _ = model(torch.tensor([[IDS.bos_id], [3], [1]]))
     logits = logits[-1, 0]
     logits[[IDS.pad_id, IDS.bos_id]] = -math.inf
     wanted = (logits.softmax(-1) * DRAWN).tolist()
-    names = [Script(IDS).name(token) for token in range(IDS.vocab_size)]
+    names = [PromptCodec(IDS).name(token) for token in range(IDS.vocab_size)]
     terms = [(drawn.count(name) - want) ** 2 / want for name, want in zip(names, wanted, strict=True) if want > 5]
     assert sum(drawn.count(name) for name, want in zip(names, wanted, strict=True) if want == 0) == 0
     freedom = len(terms) - 1
@@ -85,7 +85,7 @@ def test_a_draw_never_takes_what_has_no_probability():
 
 
 def test_a_seed_gives_the_same_text_whatever_the_batch():
-    model, script = untrained(IDS, 2), Script(IDS)
+    model, script = untrained(IDS, 2), PromptCodec(IDS)
     prompts = ["1 2", "", "7 7 7 7", "3", "1 2", "5 4"]
     sampling = Sampling(temperature=1.5, top_k=6, seed=5)
     together = generate(model, script, prompts, max_tokens=20, sampling=sampling, count=2)
@@ -102,7 +102,7 @@ def test_a_seed_gives_the_same_text_whatever_the_batch():
 
 
 def test_no_temperature_is_greedy_and_the_log_probability_is_the_models_own():
-    model, script = untrained(IDS, 4), Script(IDS)
+    model, script = untrained(IDS, 4), PromptCodec(IDS)
     greedy = generate(model, script, ["1", "2 2"], max_tokens=15)
     assert generate(model, script, ["1", "2 2"], max_tokens=15, sampling=Sampling(temperature=0)) == greedy
     (drawn,) = generate(model, script, ["4"], max_tokens=8, sampling=Sampling(temperature=3, top_k=4, seed=1))
@@ -123,7 +123,7 @@ def test_a_penalty_keeps_a_text_from_repeating_itself():
     def distinct(penalty):
         """Different tokens in texts of eight."""
         sampling = Sampling(temperature=0, repetition_penalty=penalty)
-        results = generate(model, Script(IDS, stream=True), ["1", "2", "3"], max_tokens=8, sampling=sampling)
+        results = generate(model, PromptCodec(IDS, stream=True), ["1", "2", "3"], max_tokens=8, sampling=sampling)
         return sum(len({text for text, _ in each.tokens}) for each in results)
 
     assert distinct(5.0) > distinct(1.0)
@@ -133,7 +133,7 @@ def test_a_penalty_keeps_a_text_from_repeating_itself():
 def test_a_stream_is_the_text_in_pieces_of_whole_characters(kind):
     texts = ["나는 이불을 뒤집어 쓰고", "the old cat sat"] * 4
     tokenizer = train_tokenizer(kind, texts, vocab_size=300)
-    script = Script(tokenizer)
+    script = PromptCodec(tokenizer)
     for seed in range(4):
         model, settings = untrained(tokenizer, seed), {"max_tokens": 12, "sampling": Sampling(seed=seed)}
         for stop in ((), ("t", "는 이")):
@@ -150,12 +150,12 @@ def test_a_stream_holds_back_what_is_no_character_yet(monkeypatch):
     monkeypatch.setattr(
         "lmtrain.inference.generation.argmax", lambda values: torch.tensor([next(wanted)] * len(values))
     )
-    assert list(stream(untrained(tokenizer), Script(tokenizer), "", max_tokens=10)) == ["는", "a"]
+    assert list(stream(untrained(tokenizer), PromptCodec(tokenizer), "", max_tokens=10)) == ["는", "a"]
 
 
 def test_a_text_to_stop_at_ends_a_completion_and_is_cut_off():
     tokenizer = train_tokenizer("char", ["abcdefgh"] * 3, vocab_size=20)
-    model, script = untrained(tokenizer, 1), Script(tokenizer)
+    model, script = untrained(tokenizer, 1), PromptCodec(tokenizer)
     (free,) = generate(model, script, ["a"], max_tokens=30)
     assert len(free.completion) > 6
     stop = free.completion[3:5]
@@ -168,7 +168,7 @@ def test_a_text_to_stop_at_ends_a_completion_and_is_cut_off():
 
 def test_backward_it_writes_what_comes_before():
     model = untrained(IDS, 3, bidirectional=True)
-    script = Script(IDS, direction="backward")
+    script = PromptCodec(IDS, direction="backward")
     prompts = ["1 2 3", "", "5"]
     together = generate(model, script, prompts, max_tokens=6)
     for prompt, result in zip(prompts, together, strict=True):

@@ -7,9 +7,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.directions import RecurrentLayers
-from lmtrain.model.events import count_events
 from lmtrain.model.kernels import GRULayer, LSTMLayer, RNNLayer
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.objectives import count_events
 from lmtrain.model.packing import pack_rows
 from lmtrain.model.recurrence import RecurrentStack
 from lmtrain.system.device import choose_device

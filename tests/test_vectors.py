@@ -8,9 +8,9 @@ from torch import nn
 from lmtrain.data.text.reading import Block
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.errors import ConfigError, DataError
-from lmtrain.inference.prompts import Script
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.trained_model import load
-from lmtrain.inference.vectors import embed, save
+from lmtrain.inference.vectors import embed, save_vectors
 from lmtrain.training.start import train
 from tests.test_inference import untrained
 
@@ -19,7 +19,7 @@ LINES = ["1 2 3", "", "4", "5 6 7 8 1 2", "8", "2 2 2 2 2"]
 
 
 def embedded(model, lines=LINES):
-    (found,) = embed(model, Script(IDS), [Block("lines", 1, lines)])
+    (found,) = embed(model, PromptCodec(IDS), [Block("lines", 1, lines)])
     return found
 
 
@@ -75,7 +75,7 @@ def test_the_file_holds_all_lines_in_their_order(tmp_path, small):
     assert whole["output"].shape == (35, 16)
     assert whole["h_n"].shape == (20, 4, 8)
     blocks = [Block("lines", 1, lines[:7]), Block("lines", 8, lines[7:])]
-    assert save(tmp_path / "again.npz", embed(model.model, Script(model.tokenizer), blocks)) == 20
+    assert save_vectors(tmp_path / "again.npz", embed(model.model, PromptCodec(model.tokenizer), blocks)) == 20
     with np.load(tmp_path / "again.npz") as found:
         for name, values in whole.items():
             np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6)
@@ -83,13 +83,13 @@ def test_the_file_holds_all_lines_in_their_order(tmp_path, small):
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_of_a_fault(tmp_path):
-    model, script = untrained(IDS), Script(IDS)
+    model, script = untrained(IDS), PromptCodec(IDS)
     (tmp_path / "mine.npz").write_text("mine")
     with pytest.raises(ConfigError, match=r"mine.npz: is there already"):
-        save(tmp_path / "mine.npz", embed(model, script, [Block("f", 1, ["1"])]))
+        save_vectors(tmp_path / "mine.npz", embed(model, script, [Block("f", 1, ["1"])]))
     assert (tmp_path / "mine.npz").read_text() == "mine"
     with pytest.raises(DataError, match=r"f:2:1: 'x' is not an id"):
-        save(tmp_path / "new.npz", embed(model, script, [Block("f", 1, ["1", "x"])]))
+        save_vectors(tmp_path / "new.npz", embed(model, script, [Block("f", 1, ["1", "x"])]))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.npz"]
     uneven = untrained(IDS, layer_sizes=[8, 16])
     with pytest.raises(ConfigError, match=r"layers of the sizes \[8, 16\] have no h_n of one shape"):

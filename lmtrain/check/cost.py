@@ -12,8 +12,8 @@ import torch
 from lmtrain.config import Config
 from lmtrain.data.batches.loader import BatchLoader, StepBatches, TrainingBatches
 from lmtrain.data.tokenizers.base import Tokenizer
-from lmtrain.model.events import count_events
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.objectives import count_events
 from lmtrain.model.states import CarriedState
 from lmtrain.runs.weights import build_model
 from lmtrain.system.device import autocast, choose_device, choose_precision, keep_freed_memory

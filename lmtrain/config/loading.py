@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from lmtrain.config.contradictions import contradictions
-from lmtrain.config.located_yaml import Located, parse, read
+from lmtrain.config.located_yaml import Located, parse_yaml, read_config_text
 from lmtrain.config.located_yaml import Path as KeyPath
 from lmtrain.config.schema import Config, Section
 from lmtrain.errors import ConfigError
@@ -34,7 +34,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files:
     Raises:
         ConfigError: every fault found, a line each: `FILE:LINE:COL: key: what is wrong`.
     """
-    located = parse(read(str(path)), str(path))
+    located = parse_yaml(read_config_text(str(path)), str(path))
     if not isinstance(located.value, dict):
         what = "empty" if located.value is None else "not a mapping of keys to values"
         raise ConfigError(f"{path}:1:1: {what}; start from configs/quickstart.yaml")
@@ -99,7 +99,7 @@ def _override(located: Located, override: str) -> Iterator[str]:
         yield f"command line: {override!r}: an override is KEY=VALUE, for instance model.hidden_size=256"
         return
     try:
-        value = parse(text, f"command line: {key}=").value
+        value = parse_yaml(text, f"command line: {key}=").value
     except ConfigError as error:
         yield from error.faults
         return

@@ -45,7 +45,7 @@ class Located:
         return self.places[path]
 
 
-def parse(text: str, name: str) -> Located:
+def parse_yaml(text: str, name: str) -> Located:
     """Read one document.
 
     Args:
@@ -78,7 +78,7 @@ def parse(text: str, name: str) -> Located:
     return located
 
 
-def read(path: str) -> str:
+def read_config_text(path: str) -> str:
     """The text of a configuration file.
 
     Raises:

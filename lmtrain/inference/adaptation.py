@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lmtrain.data.batches.rows import Batch
-from lmtrain.inference.scoring import readings
+from lmtrain.inference.scoring import encoded_batches
 from lmtrain.metrics import Tally
-from lmtrain.model.events import Objective
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.objectives import Objective
 from lmtrain.model.states import CarriedState
 
 
@@ -53,7 +53,7 @@ def evaluate_with_cache(model: LanguageModel, batches: Iterable[Batch], cache: C
     device, result = model.embedding.weight.device, Tally()
     keys: Tensor | None = None  # (W, P) states before the cached tokens
     values = torch.empty(0, dtype=torch.int64, device=device)  # (W,) these tokens
-    for reading in readings(model, batches, columns=1):
+    for reading in encoded_batches(model, batches, columns=1):
         events = reading.events["forward"]
         states, targets = events.states.float(), events.targets
         keys = states[:0] if keys is None else keys

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.errors import ConfigError
-from lmtrain.inference.generation import ROWS_AT_ONCE, Generation, Written, written_out
-from lmtrain.inference.prompts import Script
+from lmtrain.inference.generation import ROWS_AT_ONCE, Generation, PartialText, to_generation
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import select
 
@@ -43,7 +43,7 @@ class Beams:
         if not 0 <= self.length_penalty < math.inf:
             raise ConfigError(f"length_penalty: should be 0 or greater and finite, not {self.length_penalty}")
 
-    def score(self, row: Written) -> float:
+    def score(self, row: PartialText) -> float:
         """By what a text is ranked, the greatest first."""
         length = float(max(1, len(row.log_probabilities)))
         return sum(row.log_probabilities) / math.pow(length, self.length_penalty)
@@ -51,13 +51,13 @@ class Beams:
 
 class _Hypothesis(NamedTuple):
     prompt: int
-    written: Written
+    written: PartialText
     log_probability: float  # of all that is written
 
 
 @torch.inference_mode()
-def search(
-    model: LanguageModel, script: Script, prompts: Sequence[str], *, max_tokens: int, beams: Beams, count: int = 1
+def beam_search(
+    model: LanguageModel, script: PromptCodec, prompts: Sequence[str], *, max_tokens: int, beams: Beams, count: int = 1
 ) -> list[Generation]:
     """The best texts to each prompt, `count` of them one after the other, best first.
 
@@ -71,21 +71,21 @@ def search(
     prompts_at_once = max(1, ROWS_AT_ONCE // beams.width)
     for start in range(0, len(prompts), prompts_at_once):
         texts = prompts[start : start + prompts_at_once]
-        found = _search(model, script, [script.encode(text) for text in texts], max_tokens, beams)
+        found = _search_batch(model, script, [script.encode(text) for text in texts], max_tokens, beams)
         for text, rows in zip(texts, found, strict=True):
             ranked = sorted(rows, key=beams.score, reverse=True)  # equal ones stay in the order they were found in
-            results += [written_out(script, text, row) for row in ranked[:count]]
+            results += [to_generation(script, text, row) for row in ranked[:count]]
     return results
 
 
-def _search(
-    model: LanguageModel, script: Script, prompts: list[list[int]], max_tokens: int, beams: Beams
-) -> list[list[Written]]:
+def _search_batch(
+    model: LanguageModel, script: PromptCodec, prompts: list[list[int]], max_tokens: int, beams: Beams
+) -> list[list[PartialText]]:
     device = model.embedding.weight.device
     never = torch.tensor(script.never, device=device)
-    ended: list[list[Written]] = [[] for _ in prompts]
+    ended: list[list[PartialText]] = [[] for _ in prompts]
     batch = make_batch(prompts, script.tokenizer.pad_id)
-    running = [_Hypothesis(place, Written(prompts[place]), 0.0) for place in batch.order.tolist()]
+    running = [_Hypothesis(place, PartialText(prompts[place]), 0.0) for place in batch.order.tolist()]
     logits, state = model.read_prompts(batch.tokens.to(device), batch.lengths, script.direction)
     for step in range(max_tokens):
         log_probabilities = logits.log_softmax(-1).index_fill_(1, never, -torch.inf)  # (R, V)
@@ -104,7 +104,7 @@ def _search(
 def _grow(
     log_probabilities: Tensor,
     running: list[_Hypothesis],
-    ended: list[list[Written]],
+    ended: list[list[PartialText]],
     end: int | None,
     width: int,
 ) -> tuple[list[int], list[_Hypothesis]]:
@@ -124,7 +124,7 @@ def _grow(
         own.sort(key=lambda candidate: -candidate[0])
         for total, place, token, value in own[: width - len(ended[prompt])]:
             parent = running[place].written
-            written = Written(parent.prompt, parent.ids, [*parent.log_probabilities, value])
+            written = PartialText(parent.prompt, parent.ids, [*parent.log_probabilities, value])
             if token == end:
                 written.finished = True
                 ended[prompt].append(written)

@@ -16,9 +16,9 @@ from lmtrain.data.batches.rows import make_batch
 from lmtrain.data.text.normalise import normalise
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ConfigError
-from lmtrain.inference.prompts import Script
-from lmtrain.model.events import Direction, lay_out
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.objectives import Direction, align
 from lmtrain.model.states import select
 
 BLANK = re.compile("_{4,}")
@@ -36,7 +36,9 @@ class Filling:
 
 
 @torch.inference_mode()
-def fill(model: LanguageModel, tokenizer: Tokenizer, text: str, *, top: int = 5, tokens: int = 1) -> list[Filling]:
+def fill_blank(
+    model: LanguageModel, tokenizer: Tokenizer, text: str, *, top: int = 5, tokens: int = 1
+) -> list[Filling]:
     """The best fillings of a text's blank, best first.
 
     One token: from the state before the blank and the one behind it together, which were trained for this; exact over
@@ -102,7 +104,7 @@ def _several_tokens(
     proposed: dict[tuple[int, ...], None] = {}  # in the order in which they were found
     sides: list[tuple[Direction, list[int]]] = [("forward", left), ("backward", right)]
     for direction, prompt in sides:
-        for ids in _propose(model, Script(tokenizer, direction=direction), prompt, width, tokens):
+        for ids in _propose(model, PromptCodec(tokenizer, direction=direction), prompt, width, tokens):
             proposed[ids] = None
     rows = [[tokenizer.bos_id, *left, *ids, *right, tokenizer.eos_id] for ids in proposed]
     log_probabilities = np.concatenate(
@@ -119,7 +121,7 @@ def _several_tokens(
 
 
 def _propose(
-    model: LanguageModel, script: Script, side: Sequence[int], width: int, tokens: int
+    model: LanguageModel, script: PromptCodec, side: Sequence[int], width: int, tokens: int
 ) -> list[tuple[int, ...]]:
     """Fillings of one token to several that go on well from one side, in the order of the text."""
     tokenizer, device = script.tokenizer, model.embedding.weight.device
@@ -152,7 +154,7 @@ def _of_rows(model: LanguageModel, tokenizer: Tokenizer, rows: list[list[int]]) 
     """Log-probability of each row, the mean of both directions, (R,)."""
     batch = make_batch(rows, tokenizer.pad_id)
     events = model.read(batch.tokens.to(model.embedding.weight.device), batch.lengths).events
-    row = lay_out(batch.lengths).rows.row.numpy()
+    row = align(batch.lengths).rows.row.numpy()
     directions: tuple[Direction, ...] = ("forward", "backward")
     nats = sum(model.nats(direction, events[direction]).double().cpu().numpy() for direction in directions) / 2
     return -np.bincount(batch.order.numpy()[row], weights=nats, minlength=len(rows))

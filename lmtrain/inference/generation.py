@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmtrain.data.batches.rows import make_batch
-from lmtrain.inference.prompts import Script
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.sampling import Sampling, draw, draws
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.output import argmax
@@ -35,7 +35,7 @@ class Generation:
 
 
 @dataclass
-class Written:
+class PartialText:
     """The tokens of one row, in the order in which they were written."""
 
     prompt: list[int]  # as it was read
@@ -47,7 +47,7 @@ class Written:
 @torch.inference_mode()
 def generate(
     model: LanguageModel,
-    script: Script,
+    script: PromptCodec,
     prompts: Sequence[str],
     *,
     max_tokens: int,
@@ -75,14 +75,14 @@ def generate(
         writer = _Writer(model, script, part, numbers[block], sampling, stop)
         for _ in writer.steps(max_tokens):
             pass
-        results += [written_out(script, text, row, stop) for text, row in zip(part, writer.rows, strict=True)]
+        results += [to_generation(script, text, row, stop) for text, row in zip(part, writer.rows, strict=True)]
     return results
 
 
 @torch.inference_mode()
 def stream(
     model: LanguageModel,
-    script: Script,
+    script: PromptCodec,
     prompt: str,
     *,
     max_tokens: int,
@@ -102,7 +102,7 @@ def stream(
         if len(text) > len(shown) and text.startswith(shown):
             yield text[len(shown) :]
             shown = text
-    rest = written_out(script, prompt, writer.rows[0], stop).completion
+    rest = to_generation(script, prompt, writer.rows[0], stop).completion
     if rest != shown and rest.startswith(shown):
         yield rest[len(shown) :]
 
@@ -116,7 +116,7 @@ def _numbers(texts: Sequence[str]) -> list[int]:
     return numbers
 
 
-def written_out(script: Script, text: str, row: Written, stop: Sequence[str] = ()) -> Generation:
+def to_generation(script: PromptCodec, text: str, row: PartialText, stop: Sequence[str] = ()) -> Generation:
     """A row as text."""
     completion = _cut(script, script.completion(text, row.prompt, row.ids), stop)
     whole = text + completion if script.direction == "forward" else completion + text
@@ -128,7 +128,7 @@ def written_out(script: Script, text: str, row: Written, stop: Sequence[str] = (
     return Generation(text, completion, whole, row.finished, sum(row.log_probabilities), tokens)
 
 
-def _cut(script: Script, completion: str, stop: Sequence[str]) -> str:
+def _cut(script: PromptCodec, completion: str, stop: Sequence[str]) -> str:
     """A completion up to the first of the texts to stop at; backward, from the last one on."""
     for text in stop:
         if text in completion:
@@ -149,14 +149,14 @@ class _Writer:
     def __init__(
         self,
         model: LanguageModel,
-        script: Script,
+        script: PromptCodec,
         texts: Sequence[str],
         numbers: Sequence[int],
         sampling: Sampling | None,
         stop: Sequence[str],
     ) -> None:
         self.model, self.script, self.texts, self.sampling, self.stop = model, script, texts, sampling, stop
-        self.rows = [Written(script.encode(text)) for text in texts]
+        self.rows = [PartialText(script.encode(text)) for text in texts]
         self.device = model.embedding.weight.device
         self.never = torch.tensor(script.never, device=self.device)
         self.generators = []

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from lmtrain.data.text.normalise import normalise
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import DataError
-from lmtrain.model.events import Direction
+from lmtrain.model.objectives import Direction
 
 
 @dataclass(frozen=True)
-class Script:
+class PromptCodec:
     """How a model's tokens stand for text.
 
     Args:

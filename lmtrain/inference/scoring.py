@@ -19,10 +19,10 @@ from lmtrain.data.batches.rows import Batch, Rows, sorted_parts
 from lmtrain.data.store.token_store import StoreCounts
 from lmtrain.data.text.reading import Block
 from lmtrain.data.tokenizers.framing import encode_block, frame_texts
-from lmtrain.inference.prompts import Script
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.metrics import Tally, bits_per, perplexity
-from lmtrain.model.events import Direction, Objective, Reading, lay_out
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.objectives import Direction, EncodedBatch, Objective, align
 from lmtrain.model.output import argmax
 from lmtrain.model.states import CarriedState
 
@@ -66,7 +66,7 @@ class Evaluation:
         return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
 
 
-def readings(model: LanguageModel, batches: Iterable[Batch], columns: int | None) -> Iterator[Reading]:
+def encoded_batches(model: LanguageModel, batches: Iterable[Batch], columns: int | None) -> Iterator[EncodedBatch]:
     """Read batch after batch.
 
     Args:
@@ -103,7 +103,7 @@ def evaluate(
     apart = {name: torch.tensor(ids, device=device) for name, ids in (left_out or {}).items()}
     result.without = {name: Tally() for name in apart}
     rows_at_once = max(1, LOGITS_AT_ONCE // model.vocab_size)
-    for reading in readings(model, batches, columns):
+    for reading in encoded_batches(model, batches, columns):
         for objective, events in reading.events.items():
             states, targets = events.states, events.targets
             if objective != "fill":
@@ -153,7 +153,7 @@ class _Framed:
 @torch.inference_mode()
 def score(
     model: LanguageModel,
-    script: Script,
+    script: PromptCodec,
     blocks: Iterable[Block],
     *,
     direction: Literal[Direction, "both"] = "forward",
@@ -206,7 +206,7 @@ def _nats_of_tokens(
         batch = rows.batch(indices, pad_id)
         starts: Ints = rows.starts[indices][batch.order.numpy()]
         events = model.read(batch.tokens.to(device), batch.lengths).events
-        places = lay_out(batch.lengths)
+        places = align(batch.lengths)
         of_row = starts[places.rows.row.numpy()]
         predicted = {"forward": places.rows.time + 1, "backward": places.read_back - 1}
         for direction in directions:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import heapq
-import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,16 +17,16 @@ from lmtrain.data.text.reading import Block
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ConfigError, DataError
-from lmtrain.inference import export, generation, scoring
+from lmtrain.inference import generation, scoring
 from lmtrain.inference.adaptation import Cache, Dynamic, evaluate_dynamically, evaluate_with_cache
-from lmtrain.inference.beam import Beams, search
-from lmtrain.inference.filling import Filling, fill
+from lmtrain.inference.beam import Beams, beam_search
+from lmtrain.inference.export.folder import export_model
+from lmtrain.inference.filling import Filling, fill_blank
 from lmtrain.inference.generation import Generation
-from lmtrain.inference.prompts import Script
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.sampling import Sampling
 from lmtrain.inference.scoring import Evaluation, Score
-from lmtrain.inference.vectors import embed, save
-from lmtrain.metrics import Tally
+from lmtrain.inference.vectors import embed, save_vectors
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.runs.directory import RunDirectory, find_run
 from lmtrain.runs.loading import load_run
@@ -90,7 +88,7 @@ class TrainedModel:
             raise ConfigError("beams: a search draws nothing at random and has no text to stop at; leave those out")
         if count > beams.width:
             raise ConfigError(f"count {count}: a search of {beams.width} beams finds no more than {beams.width} texts")
-        return search(self.model, script, prompts, max_tokens=limit, beams=beams, count=count)
+        return beam_search(self.model, script, prompts, max_tokens=limit, beams=beams, count=count)
 
     def stream(
         self,
@@ -150,7 +148,7 @@ class TrainedModel:
             ConfigError: the file is there already, or the run's layers differ in size.
             DataError: a run on ids, and a text that is not ids.
         """
-        return save(path, embed(self.model, self._script("forward"), _blocks(texts)))
+        return save_vectors(path, embed(self.model, self._script("forward"), _blocks(texts)))
 
     def export(
         self, path: str | Path, format: Literal["onnx", "safetensors"] = "onnx", int8: bool = False
@@ -168,48 +166,10 @@ class TrainedModel:
         Raises:
             ConfigError: the folder is there already, a package is missing, or a model that has no such form.
         """
-        target = Path(path)
-        if os.path.lexists(target):
-            raise ConfigError(f"{target}: is there already; name a new folder")
-        if format == "safetensors":
-            from safetensors.torch import save as saved
+        first_rows = self._first_rows(COMPARED_TOKENS) if int8 else ()
+        return export_model(self.model, self.tokenizer, Path(path), format, int8, first_rows)
 
-            if int8:
-                raise ConfigError("int8 is for onnx; safetensors holds the weights as they are")
-            tensors = export.torch_weights(self.model)
-            export.write(target, self.tokenizer, {"model.safetensors": saved(tensors)})
-            return [f"{target}/model.safetensors: {len(tensors)} tensors"]
-        content = export.onnx_model(self.model, self.tokenizer).SerializeToString()
-        told: list[str] = []
-        if int8:
-            with tempfile.TemporaryDirectory(prefix="lmtrain-") as scratch:
-                apart = export.onnx_model(self.model, self.tokenizer, tied=False)  # each product has 8 bits of its own
-                small = export.quantised(apart.SerializeToString(), Path(scratch))
-            told, content = self._compare(content, small), small
-        export.write(target, self.tokenizer, {"model.onnx": content})
-        return [f"{target}/model.onnx: {len(content) / 1e6:.1f} MB", *told]
-
-    def _compare(self, before: bytes, after: bytes) -> list[str]:
-        """What 8 bits change: size, speed of one text, and perplexity on the beginning of the run's own text."""
-        rows = list(self._beginning(COMPARED_TOKENS))
-        told = [f"int8: {len(before) / 1e6:.1f} MB -> {len(after) / 1e6:.1f} MB"]
-        rates, perplexities = [], []
-        for content in (before, after):
-            steps, tally = export.Steps(content), Tally()
-            start_s = time.perf_counter()
-            for row in rows:
-                tally.add(-export.log_probability(steps, row), len(row) - 1)
-            rates.append(tally.tokens / (time.perf_counter() - start_s))
-            perplexities.append(tally.perplexity)
-        if not rows:
-            return [*told, "int8: speed and perplexity are not measured: the run's own text is not here"]
-        return [
-            *told,
-            f"int8: {rates[0]:,.0f} -> {rates[1]:,.0f} tokens/s, one text at a time, one thread",
-            f"int8: perplexity {perplexities[0]:.4f} -> {perplexities[1]:.4f} on {tally.tokens:,} tokens of its text",
-        ]
-
-    def _beginning(self, tokens: int) -> Iterator[list[int]]:
+    def _first_rows(self, tokens: int) -> Iterator[list[int]]:
         """The first rows of the text that `evaluate` reads, each with its start and its end; a stream is one row."""
         script = self._script("forward")
         row, stream = [script.start], script.stream
@@ -241,12 +201,12 @@ class TrainedModel:
             ConfigError: no blank or several, or a run of one direction.
             DataError: a run on ids, and a text that is not ids.
         """
-        return fill(self.model, self.tokenizer, text, top=top, tokens=tokens)
+        return fill_blank(self.model, self.tokenizer, text, top=top, tokens=tokens)
 
-    def _script(self, direction: Literal["forward", "backward"]) -> Script:
+    def _script(self, direction: Literal["forward", "backward"]) -> PromptCodec:
         if direction == "backward" and not self.model.bidirectional:
             raise ConfigError("this run reads in one direction; backward takes two (model.bidirectional: true)")
-        return Script(self.tokenizer, self.config.batching.mode == "stream", direction)
+        return PromptCodec(self.tokenizer, self.config.batching.mode == "stream", direction)
 
     def unknown_tokens(self, text: str) -> list[str]:
         """The words or characters of a text that the vocabulary does not know; in a stream a newline is an end token.

@@ -22,9 +22,9 @@ from lmtrain.data.batches.rows import gather_batch, sorted_parts
 from lmtrain.data.text.reading import Block
 from lmtrain.data.tokenizers.framing import encode_block, frame_texts
 from lmtrain.errors import ConfigError, StorageError
-from lmtrain.inference.prompts import Script
-from lmtrain.model.events import Direction
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.objectives import Direction
 from lmtrain.model.packing import pack_rows
 from lmtrain.system.files import reason_of
 
@@ -34,7 +34,7 @@ Floats = NDArray[np.float32]
 
 
 class Vectors(NamedTuple):
-    """Of a block of lines; the members of the file that `save` writes are these of all lines, one behind the other."""
+    """The vectors of a block of lines; `save_vectors` writes those of all lines, one after the other."""
 
     ids: Ints  # (T,) token ids
     lengths: Ints  # (lines,) tokens of each line
@@ -43,7 +43,7 @@ class Vectors(NamedTuple):
 
 
 @torch.inference_mode()
-def embed(model: LanguageModel, script: Script, blocks: Iterable[Block]) -> Iterator[Vectors]:
+def embed(model: LanguageModel, script: PromptCodec, blocks: Iterable[Block]) -> Iterator[Vectors]:
     """The vectors of every line, a block at a time.
 
     The forward stack reads `<bos> t1 .. tn`, the backward one `<eos> tn .. t1`, as in training. So of a line
@@ -95,7 +95,7 @@ def _read(
     return output[inner], last
 
 
-def save(path: str | Path, blocks: Iterable[Vectors]) -> int:
+def save_vectors(path: str | Path, blocks: Iterable[Vectors]) -> int:
     """Write the vectors of all lines to an .npz file, in memory that does not grow with them; returns the lines.
 
     `numpy.load` reads it: ids (T,), lengths (lines,), output (T, D*H), h_n (lines, num_layers*D, H).

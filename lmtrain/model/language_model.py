@@ -16,12 +16,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lmtrain.model.counts import CountedNgrams
 from lmtrain.model.directions import RecurrentLayers
 from lmtrain.model.dropout import drop, drop_locked, drop_words
 from lmtrain.model.embedding import Lookups
-from lmtrain.model.events import Direction, Events, Loss, Losses, Objective, Reading, lay_out
-from lmtrain.model.ngrams import NgramEmbedding, context_of, history_after, history_at
+from lmtrain.model.ngrams.counts import CountedNgrams
+from lmtrain.model.ngrams.embedding import NgramEmbedding
+from lmtrain.model.ngrams.history import context_of, history_after, history_at
+from lmtrain.model.objectives import Direction, EncodedBatch, Events, Loss, Losses, Objective, align
 from lmtrain.model.output import AdaptiveOutput, FullOutput, sample_vocabulary
 from lmtrain.model.packing import PackedRows, pack_rows
 from lmtrain.model.recurrence import Backend, Cell, RecurrentStack
@@ -262,7 +263,7 @@ class LanguageModel(nn.Module):
         shares, counted = self._counted(objective).mix(states, events.history, events.targets, left_out)
         return -torch.logsumexp(torch.cat([-nats.unsqueeze(1), counted], 1) + shares, 1)
 
-    def read(self, tokens: Tensor, lengths: Tensor, state: State | None = None) -> Reading:
+    def read(self, tokens: Tensor, lengths: Tensor, state: State | None = None) -> EncodedBatch:
         """Read a batch and give each objective's states and targets.
 
         Args:
@@ -273,8 +274,8 @@ class LanguageModel(nn.Module):
         """
         return self._read(tokens, lengths, state, Lookups(self.embedding.weight, self.embedding.sparse))
 
-    def _read(self, tokens: Tensor, lengths: Tensor, state: State | None, lookups: Lookups) -> Reading:
-        places = lay_out(lengths)
+    def _read(self, tokens: Tensor, lengths: Tensor, state: State | None, lookups: Lookups) -> EncodedBatch:
+        places = align(lengths)
         device, rows = tokens.device, places.rows
         time, row = rows.time.to(device), rows.row.to(device)
         penalties = dict[Objective, Tensor]()
@@ -299,7 +300,7 @@ class LanguageModel(nn.Module):
             if before.direct is not None and behind.direct is not None:
                 direct = before.direct[left] + behind.direct[right]
             events["fill"] = Events(self._project("fill", sides, direct), targets[left])
-        return Reading(events, end + before.state, penalties)
+        return EncodedBatch(events, end + before.state, penalties)
 
     def _run(
         self,

@@ -15,7 +15,7 @@ from lmtrain.config import Config
 from lmtrain.data.store.token_store import TokenStore
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError, ConfigError
-from lmtrain.model.counts import LARGEST_TOKENS, PARTS, count
+from lmtrain.model.ngrams.counts import LARGEST_TOKENS, PARTS, count_ngrams
 from lmtrain.runs.checkpoint import read_header, tensors_in
 from lmtrain.system.files import LARGEST_JSON_BYTES, hash_of, open_regular, read_bytes
 
@@ -38,9 +38,11 @@ def count_text(config: Config, store: TokenStore, tokenizer: Tokenizer) -> dict[
     if order is None:
         return None
     tokens, place = _laid_out(store, tokenizer.eos_id, backward=False)
-    found = {"forward": count(tokens, place, order, tokenizer.vocab_size)}
+    found = {"forward": count_ngrams(tokens, place, order, tokenizer.vocab_size)}
     if config.model.bidirectional:
-        found["backward"] = count(*_laid_out(store, tokenizer.eos_id, backward=True), order, tokenizer.vocab_size)
+        found["backward"] = count_ngrams(
+            *_laid_out(store, tokenizer.eos_id, backward=True), order, tokenizer.vocab_size
+        )
     return {f"of_{direction}.{name}": part for direction, own in found.items() for name, part in own.items()}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from lmtrain.inference.scoring import Evaluation
 from lmtrain.metrics import Tally
-from lmtrain.model.events import Objective
+from lmtrain.model.objectives import Objective
 
 LossWeights = Mapping[Objective, float]
 

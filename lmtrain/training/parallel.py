@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lmtrain.data.batches.rows import Batch
-from lmtrain.model.events import Losses, Objective
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.objectives import Losses, Objective
 from lmtrain.model.states import State
 from lmtrain.system.device import random_state, set_random_state
 from lmtrain.system.processes import SingleProcess

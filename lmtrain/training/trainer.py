@@ -18,7 +18,7 @@ from lmtrain.config import Config
 from lmtrain.data.batches.loader import BatchLoader, RankBatch, RankShard, TrainingBatches
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
-from lmtrain.model.events import count_events
+from lmtrain.model.objectives import count_events
 from lmtrain.model.states import CarriedState
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment

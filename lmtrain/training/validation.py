@@ -8,7 +8,7 @@ from lmtrain.config import Config
 from lmtrain.data.batches.loader import RankShard, evaluation_batches
 from lmtrain.data.preparation import Corpora
 from lmtrain.inference.generation import generate
-from lmtrain.inference.prompts import Script
+from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.scoring import evaluate
 from lmtrain.metrics import Tally
 from lmtrain.model.language_model import LanguageModel
@@ -43,7 +43,7 @@ class Validation:
         prompts = self.config.logging.sample_prompts
         if not prompts:
             return []
-        script = Script(self.corpora.tokenizer, stream=self.config.batching.mode == "stream")
+        script = PromptCodec(self.corpora.tokenizer, stream=self.config.batching.mode == "stream")
         written = generate(self.model, script, prompts, max_tokens=self.config.generation.max_tokens)
         return [{"prompt": each.prompt, "text": each.text} for each in written]
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 LARGEST_TOKENS = 1 << 24  # that are counted: that takes some 200 bytes a token, half of it until all is counted
-PARTS = ("contexts", "pairs", "counts")  # of an order, as `count` makes and `CountedNgrams.put` takes them
+PARTS = ("contexts", "pairs", "counts")  # of an order, as `count_ngrams` makes and `CountedNgrams.put` takes them
 HIDDEN = 64  # of the gate
 LEAST_DISCOUNT, MOST_DISCOUNT = 0.05, 0.95
 FACTOR, SHIFT = -7046029254386353131, 29  # 2**64 / golden ratio; products of int64 wrap
@@ -108,7 +108,8 @@ class _Seen(NamedTuple):
 class CountedNgrams(nn.Module):
     """The counts of one direction, and the gate that mixes them with the network.
 
-    Counts are no weights: `count` makes them once, of the training text, and a run keeps them in a file of their own.
+    Counts are no weights: `count_ngrams` makes them once, from the training text, and a run keeps them in a file of
+    their own.
 
     Args:
         order: O, tokens of the longest n-grams.
@@ -128,7 +129,7 @@ class CountedNgrams(nn.Module):
         nn.init.zeros_(self.shares.bias)
 
     def put(self, counts: Mapping[str, Tensor]) -> None:
-        """Take up what `count` made, or a file keeps."""
+        """Take up what `count_ngrams` made, or a file keeps."""
         device = self.shares.weight.device
         for number, order in enumerate(self._orders, 1):
             contexts, pairs, own = (counts[f"{number}.{name}"].to(device) for name in PARTS)
@@ -220,7 +221,7 @@ def context_keys(history: Tensor) -> Iterator[Tensor]:
         yield key
 
 
-def count(tokens: Tensor, place: Tensor, order: int, vocab_size: int) -> dict[str, Tensor]:
+def count_ngrams(tokens: Tensor, place: Tensor, order: int, vocab_size: int) -> dict[str, Tensor]:
     """Count the n-grams of a text.
 
     Args:

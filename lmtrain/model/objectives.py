@@ -39,7 +39,7 @@ class Losses(NamedTuple):
     state: State  # of the forward stack at each row's end
 
 
-class Reading(NamedTuple):
+class EncodedBatch(NamedTuple):
     """What a model makes of a batch before its output layer."""
 
     events: dict[Objective, Events]
@@ -47,7 +47,7 @@ class Reading(NamedTuple):
     penalties: dict[Objective, Tensor]  # of the states of each direction, summed over its N packed rows; may be empty
 
 
-class Places(NamedTuple):
+class Alignment(NamedTuple):
     """Where rows of the given lengths, `<bos>` and `<eos>` counted, are read and what each place predicts.
 
     Both stacks read lengths - 1 tokens a row. The step of packed row k being time[k], the forward stack has read
@@ -61,14 +61,14 @@ class Places(NamedTuple):
     fill_backward: Tensor  # (M,) packed row of the backward state behind the same token
 
 
-def lay_out(lengths: Tensor) -> Places:
+def align(lengths: Tensor) -> Alignment:
     """Places of the rows of a batch; lengths (B,) int64 on CPU, non-increasing, >= 2."""
     rows = pack_rows(lengths - 1)
     read_back = rows.lengths[rows.row] - rows.time
     inner = rows.time < rows.lengths[rows.row] - 1  # the last event of a row is its end, not an inner token
     time, row = rows.time[inner], rows.row[inner]
     fill_backward = rows.at(rows.lengths[row] - 2 - time, row)
-    return Places(rows, read_back, inner.nonzero().squeeze(1), fill_backward)
+    return Alignment(rows, read_back, inner.nonzero().squeeze(1), fill_backward)
 
 
 def count_events(rows: int, tokens: int) -> dict[Objective, int]:

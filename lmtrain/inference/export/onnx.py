@@ -5,22 +5,17 @@ Shapes: B rows, H size of a layer, K tokens of n-gram history, P output size, V 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from lmtrain.data.tokenizers.base import Tokenizer
-from lmtrain.errors import ConfigError, StorageError
+from lmtrain.errors import ConfigError
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.ngrams import FACTOR, MIX, PRIME, NgramEmbedding
+from lmtrain.model.ngrams.embedding import FACTOR, MIX, PRIME, NgramEmbedding
 from lmtrain.model.output import FullOutput
-from lmtrain.system.files import reason_of, space_note, write_synced
 
 OPSET = 17
 
@@ -178,104 +173,3 @@ def _direct(graph: _Graph, ngrams: NgramEmbedding) -> str:
     rows = graph.add("Concat", *places, axis=1)  # (B, orders)
     vectors = graph.add("Gather", graph.constant("ngrams.weight", ngrams.weight), rows)
     return str(graph.add("ReduceSum", vectors, one, keepdims=0))
-
-
-def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights by names that `torch.nn` knows.
-
-    `forward.weight_ih_l0` ... are those of an `nn.LSTM`, `nn.GRU` or `nn.RNN` of all layers, `backward.` of a second,
-    which reads from the right; `embedding.weight`, `output.weight` and `output.bias` stand before and behind it, and
-    `projection_forward.weight` between it and the output layer where sizes differ.
-
-    Raises:
-        ConfigError: what no `torch.nn` layer has: layers that differ in size, residual connections, layer norm,
-            n-grams, counted or not, an adaptive output layer.
-    """
-    odd = {
-        "model.layer_sizes": len(set(model.recurrence.hidden_sizes)) > 1,
-        "model.residual": model.stack("forward").residual,
-        "model.layer_norm": bool(model.stack("forward").norms),
-        "model.ngrams": bool(model.ngrams),
-        "model.output": not isinstance(model.output, FullOutput),
-    }
-    if model.counted:
-        raise ConfigError("counted n-grams have no form outside lmtrain; train with model.counts: null to export")
-    if names := [name for name, found in odd.items() if found]:
-        raise ConfigError(f"no torch.nn layer has what {', '.join(names)} asked for; --format onnx takes it")
-    tensors = {"embedding.weight": model.embedding.weight}
-    for direction, stack in zip(("forward", "backward"), model.recurrence.stacks, strict=False):
-        for number, layer in enumerate(stack.layers):  # type: ignore[arg-type]
-            for name, weight in layer.named_parameters():
-                tensors[f"{direction}.{name.removesuffix('0')}{number}"] = weight
-        for name, weight in model.projections[f"of_{direction}"].named_parameters():
-            tensors[f"projection_{direction}.{name}"] = weight
-    for name, weight in model.projections["of_fill"].named_parameters() if model.bidirectional else ():
-        tensors[f"projection_fill.{name}"] = weight
-    tensors |= {f"output.{name}": weight for name, weight in model.output.named_parameters()}
-    return {name: weight.detach().cpu().clone() for name, weight in tensors.items()}
-
-
-def write(path: Path, tokenizer: Tokenizer, files: dict[str, bytes]) -> None:
-    """A new folder with these files and the tokenizer, all of them or none.
-
-    Raises:
-        ConfigError: the folder is there already.
-        StorageError: no room, or another fault of the file system.
-    """
-    if path.exists():
-        raise ConfigError(f"{path}: is there already; name a new folder")
-    contents = files | {"tokenizer.json": tokenizer.dumps().encode()}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        beside.mkdir()
-        for name, content in contents.items():
-            write_synced(beside / name, content)
-        beside.rename(path)
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        size = sum(map(len, contents.values()))
-        raise StorageError(f"{path}: can't be written: {reason_of(error)}{space_note(path.parent, size)}") from None
-
-
-class Steps:
-    """An exported model at work, as `onnxruntime` runs it."""
-
-    def __init__(self, content: bytes, threads: int = 1) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-    def begin(self, rows: int) -> dict[str, np.ndarray]:
-        """States of zeros."""
-        kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
-        _, *states = self.session.get_inputs()
-        return {state.name: np.zeros((rows, state.shape[1]), kinds[state.type]) for state in states}
-
-    def step(self, tokens: np.ndarray, state: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Read a token (B,) of each row: log-probabilities (B, V) of the next ones, and the state."""
-        log_probabilities, *after = self.session.run(None, {"token": tokens, **state})
-        return log_probabilities, dict(zip(state, after, strict=True))
-
-
-def quantised(content: bytes, scratch: Path) -> bytes:
-    """The same model with weights in 8 bits, their products in whole numbers; activations are measured as they come."""
-    import logging
-
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    logging.getLogger().setLevel(logging.ERROR)  # it advises on what does not matter here
-    before, after = scratch / "fp32.onnx", scratch / "int8.onnx"
-    before.write_bytes(content)
-    quantize_dynamic(before, after, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm", "Gather"])
-    return after.read_bytes()
-
-
-def log_probability(steps: Steps, ids: Sequence[int]) -> float:
-    """Of ids given the first of them, token by token."""
-    state, total = steps.begin(1), 0.0
-    for token, following in pairwise(ids):
-        found, state = steps.step(np.array([token], np.int64), state)
-        total += float(found[0, following])
-    return total

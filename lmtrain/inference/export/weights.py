@@ -1,0 +1,44 @@
+"""A trained model's weights as `torch.nn` names them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lmtrain.errors import ConfigError
+from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.output import FullOutput
+
+
+def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
+    """The weights by names that `torch.nn` knows.
+
+    `forward.weight_ih_l0` ... are those of an `nn.LSTM`, `nn.GRU` or `nn.RNN` of all layers, `backward.` of a second,
+    which reads from the right; `embedding.weight`, `output.weight` and `output.bias` stand before and behind it, and
+    `projection_forward.weight` between it and the output layer where sizes differ.
+
+    Raises:
+        ConfigError: what no `torch.nn` layer has: layers that differ in size, residual connections, layer norm,
+            n-grams, counted or not, an adaptive output layer.
+    """
+    odd = {
+        "model.layer_sizes": len(set(model.recurrence.hidden_sizes)) > 1,
+        "model.residual": model.stack("forward").residual,
+        "model.layer_norm": bool(model.stack("forward").norms),
+        "model.ngrams": bool(model.ngrams),
+        "model.output": not isinstance(model.output, FullOutput),
+    }
+    if model.counted:
+        raise ConfigError("counted n-grams have no form outside lmtrain; train with model.counts: null to export")
+    if names := [name for name, found in odd.items() if found]:
+        raise ConfigError(f"no torch.nn layer has what {', '.join(names)} asked for; --format onnx takes it")
+    tensors = {"embedding.weight": model.embedding.weight}
+    for direction, stack in zip(("forward", "backward"), model.recurrence.stacks, strict=False):
+        for number, layer in enumerate(stack.layers):  # type: ignore[arg-type]
+            for name, weight in layer.named_parameters():
+                tensors[f"{direction}.{name.removesuffix('0')}{number}"] = weight
+        for name, weight in model.projections[f"of_{direction}"].named_parameters():
+            tensors[f"projection_{direction}.{name}"] = weight
+    for name, weight in model.projections["of_fill"].named_parameters() if model.bidirectional else ():
+        tensors[f"projection_fill.{name}"] = weight
+    tensors |= {f"output.{name}": weight for name, weight in model.output.named_parameters()}
+    return {name: weight.detach().cpu().clone() for name, weight in tensors.items()}

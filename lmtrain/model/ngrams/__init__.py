@@ -1,0 +1,1 @@
+"""What a model knows of the last few tokens beside its recurrence: vectors of n-grams, and counted ones."""
