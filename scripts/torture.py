@@ -4,8 +4,8 @@ python scripts/torture.py --minutes 30      # at random, for a while
 python scripts/torture.py                   # each as often as its row says
 
 Every fault is a process killed, stopped, starved of room or memory, or a run directory damaged; every run must end
-with the weights, metrics and samples of one that nothing happened to. tests/faults holds the faults themselves; this
-goes on where the tests stop. It needs strace, and a user who may mount (`unshare -rm` makes one).
+with the weights, metrics and samples of one that nothing happened to. tests/stories/faults holds the faults
+themselves; this goes on where the tests stop. It needs strace, and a user who may mount (`unshare -rm` makes one).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the tests are no packag
 
 import pytest
 
-from tests.faults.faults import FAULTS, Fault
-from tests.faults.ground import Field
+from tests.stories.faults.faults import FAULTS, Fault
+from tests.stories.faults.ground import Field
 
 
 @dataclass

@@ -36,7 +36,7 @@ def inspect_run(run: RunDirectory) -> Iterator[str]:
             continue
         size = sum((home / name).stat().st_size for name in (*checkpoint.FILES, "manifest.json"))
         where = "finished" if saved.state.finished else f"epoch {saved.state.epoch + 1}"
-        if config.model.counts is not None and not whole:
+        if config.model.ngram_counts is not None and not whole:
             try:
                 read_counts(run.path / COUNTS_FILE, saved.counts, config, tokenizer)
                 yield f"{COUNTS_FILE}: whole, {(run.path / COUNTS_FILE).stat().st_size:,} bytes"

@@ -71,10 +71,10 @@ def _of_model(config: Config) -> Iterator[Fault]:
             yield ("training", "sampled_tokens"), "samples a full output layer; adaptive scores a part of it by itself"
         if config.regularization.label_smoothing:
             yield ("regularization", "label_smoothing"), "would spread targets over the sampled part alone; use one"
-    if len(set(config.model.ngrams)) < len(config.model.ngrams):
-        yield ("model", "ngrams"), "names an order twice"
-    if config.model.counts is not None and config.batching.carry_state:
-        yield ("model", "counts"), "counts lines by themselves; use batching.mode: stream for a text that goes on"
+    if len(set(config.model.ngram_embeddings)) < len(config.model.ngram_embeddings):
+        yield ("model", "ngram_embeddings"), "names an order twice"
+    if config.model.ngram_counts is not None and config.batching.carry_state:
+        yield ("model", "ngram_counts"), "counts lines by themselves; use batching.mode: stream for a text that goes on"
     if config.model.output == "adaptive" and config.regularization.label_smoothing:
         yield (
             ("regularization", "label_smoothing"),

@@ -31,7 +31,7 @@ class DataConfig(Section):
     """Share of the training sequences held out for validation, chosen by the hash of their content."""
     format: Literal["auto", "text", "jsonl", "ids"] = "auto"
     """A line is a sequence (text, ids) or a record with a text field (jsonl); auto goes by the suffix."""
-    jsonl_field: str = "text"
+    field: str = "text"
     """The field of a jsonl record that holds its text."""
     cache_dir: str = ".lmtrain-cache"
     """Where token stores are kept, keyed by content and tokenizer."""
@@ -93,11 +93,11 @@ class ModelConfig(Section):
     """Add a layer's input to its output, where the two are of one size."""
     layer_norm: bool = False
     """Normalise each layer's output."""
-    ngrams: list[Annotated[int, Field(ge=2, le=16)]] = Field([], max_length=15)
+    ngram_embeddings: list[Annotated[int, Field(ge=2, le=16)]] = Field([], max_length=15)
     """Orders of n-grams that are connected to the output layer directly, around the recurrence: [2, 3, 4, 5]."""
-    ngram_buckets: int = Field(16384, ge=1, le=1 << 24)
+    ngram_embedding_buckets: int = Field(16384, ge=1, le=1 << 24)
     """Vectors for the n-grams of each order; n-grams are hashed to them."""
-    counts: int | None = Field(None, ge=3, le=8)
+    ngram_counts: int | None = Field(None, ge=3, le=8)
     """Count n-grams of up to so many tokens in the training text and mix them with the network: 5; null: don't."""
     tie_weights: bool = True
     """Embedding and output layer share their weights; a projection bridges sizes that differ."""
@@ -114,11 +114,11 @@ class RegularizationConfig(Section):
     """Locked dropout between layers."""
     output_dropout: float = Field(0.0, ge=0, lt=1)
     """Locked dropout before the output layer."""
-    word_dropout: float = Field(0.0, ge=0, lt=1)
+    embedding_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the vocabulary whose embeddings are zeroed for a batch (embedding dropout)."""
     weight_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the recurrent weights zeroed for a batch (weight drop, DropConnect)."""
-    ngram_dropout: float = Field(0.0, ge=0, lt=1)
+    ngram_embedding_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the vectors of n-grams that are left out, each order and token by itself."""
     activation_penalty: float = Field(0.0, ge=0)
     """Activation regularisation: nats per mean square of the last layer's outputs."""
@@ -138,9 +138,9 @@ class OptimizerConfig(Section):
     """AdamW: decay rates of the averages of the gradient and of its square; a short run may want the second at 0.99."""
     weight_decay: float = Field(0.01, ge=0)
     """Decay of matrices; biases and the vectors of n-grams are left alone."""
-    muon_rate: float = Field(2.5, gt=0)
+    muon_lr_scale: float = Field(2.5, gt=0)
     """Learning rate of the matrices that Muon moves, in shares of lr."""
-    ngram_rate: float = Field(1.0, gt=0)
+    ngram_lr_scale: float = Field(1.0, gt=0)
     """Learning rate of the vectors of n-grams, in shares of lr: the lower, the more often one must be seen to count."""
     clip_grad_norm: float | None = Field(1.0, gt=0)
     """Largest global L2 norm of the gradient; null turns clipping off."""

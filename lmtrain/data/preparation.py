@@ -41,7 +41,7 @@ def source_of(config: Config, name: str) -> Source | None:
     settings: dict[str, Any] = {
         "stream": config.batching.mode == "stream",
         "format": "ids" if config.tokenizer.kind == "ids" else data.format,
-        "jsonl_field": data.jsonl_field,
+        "field": data.field,
     }
     paths = {"train": data.train, "valid": data.valid, "test": data.test}[name]
     if data.valid_fraction is not None and name in ("train", "valid"):

@@ -294,7 +294,7 @@ class TrainedModel:
         if paths:
             form = "ids" if self.tokenizer.kind == "ids" else self.config.data.format
             stream = self.config.batching.mode == "stream"
-            return Source.of(paths, format=form, jsonl_field=self.config.data.jsonl_field, stream=stream)
+            return Source.of(paths, format=form, field=self.config.data.field, stream=stream)
         try:
             own = source_of(self.config, "test") or source_of(self.config, "valid")
         except DataError as error:

@@ -49,14 +49,14 @@ class LanguageModel(nn.Module):
         layer_sizes: H of each layer, in place of `hidden_size` and `num_layers`.
         residual, layer_norm, backend, layer_dropout, weight_dropout: as `RecurrentStack`.
         tie_weights: the output layer uses the embedding's weight; states are projected to its size.
-        ngrams, ngram_dropout: orders of the n-grams that are connected to the output layer directly, by way of
-            `ngram_buckets` vectors each; see `NgramEmbedding`.
-        counts: order of the n-grams that are counted in the training text and mixed with each direction; see
-            `CountedNgrams`. They are to be put in by `put_counts`.
+        ngram_embeddings, ngram_embedding_dropout: orders of the n-grams that are connected to the output layer
+            directly, by way of `ngram_embedding_buckets` vectors each; see `NgramEmbedding`.
+        ngram_counts: order of the n-grams that are counted in the training text and mixed with each direction; see
+            `CountedNgrams`. They are to be put in by `load_counts`.
         output: `full`, or `adaptive` for a large vocabulary (then not tied).
         input_dropout, output_dropout: share of the features of embeddings and of states before the output layer that
             are zeroed, locked over a row's steps.
-        word_dropout: share of the vocabulary whose embeddings are zeroed in a batch.
+        embedding_dropout: share of the vocabulary whose embeddings are zeroed in a batch.
         activation_penalty, temporal_penalty: see `_penalty`.
         label_smoothing: see `FullOutput.loss`; with `output: full` only.
         sampled_tokens, frequent_tokens: score a part of the vocabulary in training; see `sample_vocabulary`; None: all.
@@ -77,18 +77,18 @@ class LanguageModel(nn.Module):
         dropout: float = 0.0,
         residual: bool = False,
         layer_norm: bool = False,
-        ngrams: Sequence[int] = (),
-        ngram_buckets: int = 16384,
-        counts: int | None = None,
+        ngram_embeddings: Sequence[int] = (),
+        ngram_embedding_buckets: int = 16384,
+        ngram_counts: int | None = None,
         tie_weights: bool = True,
         output: Literal["full", "adaptive"] = "full",
         backend: Backend = "auto",
         input_dropout: float = 0.0,
         layer_dropout: float = 0.0,
         output_dropout: float = 0.0,
-        word_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
         weight_dropout: float = 0.0,
-        ngram_dropout: float = 0.0,
+        ngram_embedding_dropout: float = 0.0,
         activation_penalty: float = 0.0,
         temporal_penalty: float = 0.0,
         label_smoothing: float = 0.0,
@@ -97,7 +97,8 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.vocab_size, self.dropout, self.bidirectional = vocab_size, dropout, bidirectional
-        self.input_dropout, self.output_dropout, self.word_dropout = input_dropout, output_dropout, word_dropout
+        self.input_dropout, self.output_dropout = input_dropout, output_dropout
+        self.embedding_dropout = embedding_dropout
         self.activation_penalty, self.temporal_penalty = activation_penalty, temporal_penalty
         self.label_smoothing = label_smoothing
         self.sampled_tokens, self.frequent_tokens = sampled_tokens, frequent_tokens
@@ -130,21 +131,23 @@ class LanguageModel(nn.Module):
                 self.projections[f"of_{objective}"] = nn.Identity()
             else:
                 self.projections[f"of_{objective}"] = nn.Linear(hidden_size, size, bias=False)
-        self.ngrams = nn.ModuleDict(
+        self.ngram_embeddings = nn.ModuleDict(
             {
-                f"of_{name}": NgramEmbedding(ngrams, ngram_buckets, size, ngram_dropout)
+                f"of_{name}": NgramEmbedding(ngram_embeddings, ngram_embedding_buckets, size, ngram_embedding_dropout)
                 for name in self.objectives[:2]
-                if ngrams
+                if ngram_embeddings
             }
         )
-        self.counted = nn.ModuleDict(
+        self.ngram_counts = nn.ModuleDict(
             {
-                f"of_{name}": CountedNgrams(counts, vocab_size, size)
+                f"of_{name}": CountedNgrams(ngram_counts, vocab_size, size)
                 for name in self.objectives[:2]
-                if counts is not None
+                if ngram_counts is not None
             }
         )
-        self.history = max(*ngrams, (counts or 2) - 1, 1) - 1  # K tokens that a state holds beside the stack's own
+        self.history = (
+            max(*ngram_embeddings, (ngram_counts or 2) - 1, 1) - 1
+        )  # K tokens that a state holds beside the stack's own
         self.reset_parameters()
         if tie_weights:
             assert isinstance(self.output, FullOutput), "adaptive output layers have weights of their own"
@@ -201,9 +204,9 @@ class LanguageModel(nn.Module):
         assert isinstance(stack, RecurrentStack)
         return stack
 
-    def put_counts(self, counts: Mapping[str, Tensor]) -> None:
+    def load_counts(self, counts: Mapping[str, Tensor]) -> None:
         """Take up the counts of each direction, `of_DIRECTION.NAME` as `count` names them."""
-        for name, counted in self.counted.items():
+        for name, counted in self.ngram_counts.items():
             prefix = f"{name}."
             own = {key.removeprefix(prefix): part for key, part in counts.items() if key.startswith(prefix)}
             assert isinstance(counted, CountedNgrams)
@@ -222,11 +225,11 @@ class LanguageModel(nn.Module):
             return NOTHING_BEFORE
         context = context_of(tokens, self.history, None if state is None else state[-1][0])  # (K + L, B)
         direct = history = None
-        if self.ngrams:
-            ngrams = self.ngrams[f"of_{direction}"]
+        if self.ngram_embeddings:
+            ngrams = self.ngram_embeddings[f"of_{direction}"]
             assert isinstance(ngrams, NgramEmbedding)
             direct = ngrams(context[self.history - ngrams.history :], time, row)
-        if self.counted:
+        if self.ngram_counts:
             history = history_at(context, self._counted(direction).history, time + self.history, row)
         return _Before(direct, history, ((history_after(context, self.history, lengths),),))
 
@@ -251,7 +254,7 @@ class LanguageModel(nn.Module):
         return found if history is None else self._counted(objective).log_probabilities(states, history, found)
 
     def _counted(self, objective: Objective) -> CountedNgrams:
-        counted = self.counted[f"of_{objective}"]
+        counted = self.ngram_counts[f"of_{objective}"]
         assert isinstance(counted, CountedNgrams)
         return counted
 
@@ -312,7 +315,7 @@ class LanguageModel(nn.Module):
         state: State | None = None,
     ) -> tuple[Tensor, State]:
         """Read packed tokens (N,) in one direction -> the states (N, H), dropped out, and the state at rows' ends."""
-        embedded = drop_words(lookups(tokens), tokens, self.vocab_size, self.word_dropout, self.training)  # (N, E)
+        embedded = drop_words(lookups(tokens), tokens, self.vocab_size, self.embedding_dropout, self.training)  # (N, E)
         embedded = self._drop(embedded, rows, self.input_dropout)
         states, end = self.stack(direction)(embedded, rows, state)
         dropped = self._drop(states, rows, self.output_dropout)

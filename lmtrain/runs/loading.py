@@ -54,7 +54,7 @@ def load_run(run: RunDirectory, device: torch.device, notify: Callable[[str], No
             notify(f"passed over: {problem}")
         model = build_model(config, tokenizer.vocab_size)
         load_weights(model, saved.model)
-        if config.model.counts is not None:
-            model.put_counts(read_counts(run.path / COUNTS_FILE, saved.state.get("counts"), config, tokenizer))
+        if config.model.ngram_counts is not None:
+            model.load_counts(read_counts(run.path / COUNTS_FILE, saved.state.get("counts"), config, tokenizer))
         return LoadedRun(run, config, tokenizer, model.to(device).eval(), step)
     raise unusable(problems)

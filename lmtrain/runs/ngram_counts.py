@@ -19,22 +19,24 @@ from lmtrain.model.ngrams.counts import LARGEST_TOKENS, PARTS, count_ngrams
 from lmtrain.runs.checkpoint import read_header, tensors_in
 from lmtrain.system.files import LARGEST_JSON_BYTES, hash_of, open_regular, read_bytes
 
-COUNTS_FILE = "counts.safetensors"
+COUNTS_FILE = "ngram_counts.safetensors"
 
 
 def refuse_large(config: Config, store: TokenStore) -> None:
     """Raises ConfigError where n-grams are to be counted of a text too large for it."""
-    if config.model.counts is not None and len(store.tokens) > LARGEST_TOKENS:
+    if config.model.ngram_counts is not None and len(store.tokens) > LARGEST_TOKENS:
         raise ConfigError(
-            f"model.counts: {len(store.tokens):,} tokens are too many to count in memory (at most {LARGEST_TOKENS:,}); "
-            "set model.counts: null"
+            f"model.ngram_counts: {len(store.tokens):,} tokens are too many to count in memory (at most "
+            f"{LARGEST_TOKENS:,}); set model.ngram_counts: null"
         )
 
 
 def count_text(config: Config, store: TokenStore, tokenizer: Tokenizer) -> dict[str, Tensor] | None:
-    """The n-grams of each direction in which the model reads, as `LanguageModel.put_counts` takes them; None where none
-    are asked for. The same text gives the same counts."""
-    order = config.model.counts
+    """The n-grams of each direction in which the model reads, as `LanguageModel.load_counts` takes them.
+
+    The same text gives the same counts. Returns None where the configuration asks for none.
+    """
+    order = config.model.ngram_counts
     if order is None:
         return None
     tokens, place = _laid_out(store, tokenizer.eos_id, backward=False)
@@ -78,7 +80,7 @@ def read_counts(path: Path, digest: object, config: Config, tokenizer: Tokenizer
         ArtefactError: missing, damaged, or not counts of this model.
     """
     directions = ("forward", "backward") if config.model.bidirectional else ("forward",)
-    orders = range(1, (config.model.counts or 0) + 1)
+    orders = range(1, (config.model.ngram_counts or 0) + 1)
     names = [f"of_{direction}.{order}" for direction in directions for order in orders]
     counts = tensors_in(path, _bytes(path, digest, names, tokenizer.vocab_size))
     for name in names:

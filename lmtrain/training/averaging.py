@@ -19,7 +19,7 @@ from lmtrain.runs.weights import named_weights
 
 def averaged_weights(model: LanguageModel) -> dict[str, Tensor]:
     """The weights that an average is taken of, by name."""
-    return {name: weight for name, weight in named_weights(model).items() if not name.startswith("ngrams.")}
+    return {name: weight for name, weight in named_weights(model).items() if not name.startswith("ngram_embeddings.")}
 
 
 class Averaging:

@@ -27,8 +27,8 @@ def build_optimizers(
     lr: float,
     betas: Sequence[float],
     weight_decay: float,
-    muon_rate: float = 1.0,
-    ngram_rate: float = 1.0,
+    muon_lr_scale: float = 1.0,
+    ngram_lr_scale: float = 1.0,
 ) -> list[Optimizer]:
     """AdamW, Muon or SGD over the model's weights; matrices decay, biases and the vectors of n-grams do not.
 
@@ -42,10 +42,11 @@ def build_optimizers(
     AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
 
     Args:
-        muon_rate, ngram_rate: learning rates of Muon's matrices and of the vectors of n-grams, in shares of `lr`.
+        muon_lr_scale, ngram_lr_scale: learning rates of Muon's matrices and of the vectors of n-grams, as multiples
+            of `lr`.
     """
     embedding: Tensor = model.embedding.weight
-    ngrams: list[Tensor] = list(model.ngrams.parameters())
+    ngrams: list[Tensor] = list(model.ngram_embeddings.parameters())
     dense = [p for p in model.parameters() if not any(p is vectors for vectors in ngrams)]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in dense if p.dim() > 1], "weight_decay": weight_decay},
@@ -56,10 +57,10 @@ def build_optimizers(
         if name == "muon":
             inner = [p for part in (model.recurrence, model.projections) for p in part.parameters() if p.dim() > 1]
             groups[0]["params"] = [p for p in groups[0]["params"] if not any(p is matrix for matrix in inner)]
-            optimizers.append(Muon([{"params": inner, "share": muon_rate}], lr, weight_decay=weight_decay))
+            optimizers.append(Muon([{"params": inner, "share": muon_lr_scale}], lr, weight_decay=weight_decay))
         optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True))
         if ngrams:
-            vectors = {"params": ngrams, "share": ngram_rate}
+            vectors = {"params": ngrams, "share": ngram_lr_scale}
             optimizers.append(torch.optim.SparseAdam([vectors], lr=lr, betas=(betas[0], betas[1])))
         return optimizers
     tied = any(weight is embedding for weight in model.output.parameters())
@@ -68,7 +69,9 @@ def build_optimizers(
         groups[0]["params"] = [p for p in groups[0]["params"] if p is not embedding]
         groups.append({"params": [embedding], "weight_decay": 0.0, "fused": False, "foreach": False})
     if ngrams:
-        groups.append({"params": ngrams, "weight_decay": 0.0, "fused": False, "foreach": False, "share": ngram_rate})
+        groups.append(
+            {"params": ngrams, "weight_decay": 0.0, "fused": False, "foreach": False, "share": ngram_lr_scale}
+        )
     return [torch.optim.SGD(groups, lr=lr, fused=True)]
 
 

@@ -46,7 +46,10 @@ class Gradients:
         from torch.nn.parallel import DistributedDataParallel
 
         # DistributedDataParallel sums sparse gradients with gloo alone: `_sum_sparse` does it
-        self._sparse = [*model.ngrams.parameters(), *([model.embedding.weight] if model.embedding.sparse else [])]
+        self._sparse = [
+            *model.ngram_embeddings.parameters(),
+            *([model.embedding.weight] if model.embedding.sparse else []),
+        ]
         names = {name for name, weight in self._loss.named_parameters() if any(weight is own for own in self._sparse)}
         self._loss._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
         with processes.communicating():

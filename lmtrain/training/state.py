@@ -125,7 +125,11 @@ def _belongs(name: str, kind: TensorSpec, wanted: Mapping[str, TensorSpec], conf
             return weight is not None and (kind.shape == weight.shape or prod(kind.shape) == 1)
         case "carried":
             model, rows = config.model, config.batching.batch_size
-            widest = max(model.layer_sizes or [model.hidden_size]) + max(model.ngrams or [0]) + (model.counts or 0)
+            widest = (
+                max(model.layer_sizes or [model.hidden_size])
+                + max(model.ngram_embeddings or [0])
+                + (model.ngram_counts or 0)
+            )
             place = re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
             return place and len(kind.shape) == 2 and kind.shape[0] == rows and kind.shape[1] <= widest
         case _:

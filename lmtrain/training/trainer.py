@@ -74,11 +74,11 @@ class Trainer:
         share = RankShard(processes.rank, processes.world_size, columns)
         torch.manual_seed(config.seed)
         self.model = build_model(config, tokenizer.vocab_size)
-        if config.model.counts is not None:
-            progress.note(f"counting n-grams of up to {config.model.counts} tokens")
+        if config.model.ngram_counts is not None:
+            progress.note(f"counting n-grams of up to {config.model.ngram_counts} tokens")
         counts = processes.agree(lambda: count_text(config, corpora.train, tokenizer))
         if counts is not None:
-            self.model.put_counts(counts)
+            self.model.load_counts(counts)
         self.model.to(device)
         if processes.rank:  # equal weights, but dropout of its own
             torch.manual_seed(seed_of(config.seed, 0, processes.rank))
@@ -89,8 +89,8 @@ class Trainer:
             lr=optimizer.lr,
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
-            muon_rate=optimizer.muon_rate,
-            ngram_rate=optimizer.ngram_rate,
+            muon_lr_scale=optimizer.muon_lr_scale,
+            ngram_lr_scale=optimizer.ngram_lr_scale,
         )
         weight_of = config.training.loss_weights.model_dump()
         self.loss_weights = {objective: weight_of[objective] for objective in self.model.objectives}

@@ -222,9 +222,7 @@ def _records(block: Block, field: str) -> Block:
             raise DataError(f"{block.path}:{number}:{error.colno}: not JSON: {error.msg}") from None
         except KeyError:
             names = ", ".join(map(repr, list(record)[:5]))
-            raise DataError(
-                f"{block.path}:{number}: no field {field!r} (set data.jsonl_field); it has {names}"
-            ) from None
+            raise DataError(f"{block.path}:{number}: no field {field!r} (set data.field); it has {names}") from None
         except (TypeError, RecursionError, ValueError):
             raise DataError(f"{block.path}:{number}: not an object whose field {field!r} is text") from None
         if "\0" in text:

@@ -28,7 +28,7 @@ class Source:
 
     files: tuple[str, ...]
     format: str = "auto"
-    jsonl_field: str = "text"
+    field: str = "text"
     part: Part = "all"
     valid_fraction: float = 0.0
     stream: bool = False  # one long text: blank lines count, and a newline is an end token
@@ -67,7 +67,7 @@ class Source:
 
     def parse(self, raw: RawBlock) -> Block:
         """The texts of a block; raises DataError as `reading.parse`."""
-        return parse(raw, resolve_format(raw.path, self.format), self.jsonl_field)
+        return parse(raw, resolve_format(raw.path, self.format), self.field)
 
     def has_records(self, raw: RawBlock) -> bool:
         """Whether the lines of a block are JSON."""
@@ -96,7 +96,7 @@ class Source:
     def key(self, digests: Digests, *more: str) -> str:
         """A name for this content and what was made of it."""
         formats = [resolve_format(path, self.format) for path in self.files]
-        facts = [STORE_FORMAT, formats, self.jsonl_field, self.part, self.valid_fraction, self.stream, *more]
+        facts = [STORE_FORMAT, formats, self.field, self.part, self.valid_fraction, self.stream, *more]
         hashes = digests.sha256_of(self.files)
         return hashlib.sha256(json.dumps([facts, hashes]).encode()).hexdigest()[:32]
 

@@ -6,7 +6,7 @@ The library's byte-level tokenizers cut text by GPT-2's pattern before they look
 
 None of its alternatives goes over a space that follows on a character that is none, and none looks back. So text
 whose white space is single spaces may be cut before each of them, and the pieces have the ids that the whole has
-(tests/test_tokenizer.py holds the two against each other). Other text is encoded as it is.
+(tests/data/test_tokenizers.py holds the two against each other). Other text is encoded as it is.
 """
 
 from __future__ import annotations

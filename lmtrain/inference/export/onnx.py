@@ -67,8 +67,8 @@ def onnx_model(model: LanguageModel, tokenizer: Tokenizer, tied: bool = True) ->
     """
     if not isinstance(model.output, FullOutput):
         raise ConfigError("an adaptive output layer has no ONNX form here; train with model.output: full to export")
-    if model.counted:
-        raise ConfigError("counted n-grams have no ONNX form here; train with model.counts: null to export")
+    if model.ngram_counts:
+        raise ConfigError("counted n-grams have no ONNX form here; train with model.ngram_counts: null to export")
     try:
         from onnx import TensorProto, checker
     except ImportError:
@@ -93,8 +93,8 @@ def onnx_model(model: LanguageModel, tokenizer: Tokenizer, tied: bool = True) ->
     projection = model.projections["of_forward"]
     if isinstance(projection, nn.Linear):
         values = graph.add("Gemm", values, graph.constant("projection.weight", projection.weight), transB=1)
-    if model.ngrams:
-        ngrams = model.ngrams["of_forward"]
+    if model.ngram_embeddings:
+        ngrams = model.ngram_embeddings["of_forward"]
         assert isinstance(ngrams, NgramEmbedding)
         states.append(("history", ngrams.history, TensorProto.INT64))
         values = graph.add("Add", values, _direct(graph, ngrams))

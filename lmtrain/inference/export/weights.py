@@ -24,11 +24,11 @@ def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
         "model.layer_sizes": len(set(model.recurrence.hidden_sizes)) > 1,
         "model.residual": model.stack("forward").residual,
         "model.layer_norm": bool(model.stack("forward").norms),
-        "model.ngrams": bool(model.ngrams),
+        "model.ngram_embeddings": bool(model.ngram_embeddings),
         "model.output": not isinstance(model.output, FullOutput),
     }
-    if model.counted:
-        raise ConfigError("counted n-grams have no form outside lmtrain; train with model.counts: null to export")
+    if model.ngram_counts:
+        raise ConfigError("counted n-grams have no form outside lmtrain; train with model.ngram_counts: null to export")
     if names := [name for name, found in odd.items() if found]:
         raise ConfigError(f"no torch.nn layer has what {', '.join(names)} asked for; --format onnx takes it")
     tensors = {"embedding.weight": model.embedding.weight}

@@ -1,0 +1,205 @@
+"""Drawing tokens at random: the right distribution, within its bounds, the same for the same seed."""
+
+import math
+
+import pytest
+import torch
+
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.data.tokenizers.learning import train_tokenizer
+from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
+from lmtrain.errors import ConfigError
+from lmtrain.inference.generation import generate, stream
+from lmtrain.inference.prompts import PromptCodec
+from lmtrain.inference.sampling import Sampling, draw, draws
+from tests.inference.test_generation import untrained
+
+IDS = IdsTokenizer(9, 0)
+DRAWN = 20_000
+
+
+def test_what_is_drawn_is_distributed_as_the_model_has_it():
+    """Chi-square over the vocabulary; one in a thousand sound samplers would fail, and the seed is fixed."""
+    model = untrained(IDS, 1)
+    results = generate(model, PromptCodec(IDS), ["3 1"], max_tokens=1, sampling=Sampling(), count=DRAWN)
+    drawn = [result.tokens[0][0] for result in results]
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([[IDS.bos_id], [3], [1]]))
+    logits = logits[-1, 0]
+    logits[[IDS.pad_id, IDS.bos_id]] = -math.inf
+    wanted = (logits.softmax(-1) * DRAWN).tolist()
+    names = [PromptCodec(IDS).name(token) for token in range(IDS.vocab_size)]
+    terms = [(drawn.count(name) - want) ** 2 / want for name, want in zip(names, wanted, strict=True) if want > 5]
+    assert sum(drawn.count(name) for name, want in zip(names, wanted, strict=True) if want == 0) == 0
+    freedom = len(terms) - 1
+    assert freedom >= 4
+    assert sum(terms) < freedom + 3.1 * math.sqrt(2 * freedom) + 6
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_left_out_is_never_drawn_and_the_rest_keeps_its_proportions(seed):
+    torch.manual_seed(seed)
+    logits = torch.randn(3, 30) * 3
+    logits[:, 0] = -math.inf
+    plain = logits.double().softmax(-1)
+    k, share, least = 1 + seed % 7, 0.1 + 0.04 * seed, 0.02 * seed
+    for settings, inside in (
+        (Sampling(top_k=k), lambda p: p >= p.sort(descending=True).values[k - 1]),
+        (Sampling(top_p=share), None),
+        (Sampling(min_p=least), lambda p: p >= least * p.max()),
+    ):
+        found = settings.probabilities(logits)
+        torch.testing.assert_close(found.sum(1), torch.ones(3, dtype=torch.float64))
+        for row, before in zip(found, plain, strict=True):
+            kept = row > 0
+            assert not kept[0]
+            torch.testing.assert_close(row[kept], before[kept] / before[kept].sum())
+            if inside is not None:
+                assert torch.equal(kept, inside(before) & (before > 0))
+                continue
+            assert before[kept].sum() >= share - 1e-12  # together they hold the share, and without the least one not
+            assert before[kept].sum() - before[kept].min() < share
+            assert before[kept].min() >= before[~kept].max()
+
+
+def test_each_setting_takes_what_the_one_before_has_left():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    found = Sampling(top_k=3, top_p=0.6).probabilities(logits)  # of 0.526, 0.316, 0.158 the first two
+    torch.testing.assert_close(found[0], torch.tensor([0.625, 0.375, 0.0, 0.0], dtype=torch.float64))
+    cold = Sampling(temperature=0.5).probabilities(logits)
+    squares = torch.tensor([0.25, 0.09, 0.0225, 0.0025], dtype=torch.float64)
+    torch.testing.assert_close(cold[0], squares / squares.sum())
+
+
+def test_a_draw_never_takes_what_has_no_probability():
+    class Edge:
+        def __init__(self, number):
+            self.random = lambda: number
+
+    probabilities = torch.tensor([[0.0, 0.1, 0.0, 0.9, 0.0]], dtype=torch.float64)
+    edges = {0.0: 1, 0.0999: 1, 0.1: 3, 1 - 2**-53: 3}
+    for number, token in edges.items():
+        assert draw(probabilities, [Edge(number)]).tolist() == [token]
+    assert draws(1, [2], 0).random() == draws(1, [2], 0).random()
+    assert len({draws(*each).random() for each in ((1, [2], 0), (2, [2], 0), (1, [3], 0), (1, [2], 1))}) == 4
+
+
+def test_a_seed_gives_the_same_text_whatever_the_batch():
+    model, script = untrained(IDS, 2), PromptCodec(IDS)
+    prompts = ["1 2", "", "7 7 7 7", "3", "1 2", "5 4"]
+    sampling = Sampling(temperature=1.5, top_k=6, seed=5)
+    together = generate(model, script, prompts, max_tokens=20, sampling=sampling, count=2)
+    for prompt in set(prompts) - {"1 2"}:
+        alone = generate(model, script, [prompt], max_tokens=20, sampling=sampling, count=2)
+        assert [each.text for each in together if each.prompt == prompt] == [each.text for each in alone]
+    of_both = [each.text for each in together if each.prompt == "1 2"]  # the prompt stands there twice
+    assert of_both == [
+        each.text for each in generate(model, script, ["1 2"], max_tokens=20, sampling=sampling, count=4)
+    ]
+    assert len(set(of_both)) > 1
+    other = generate(model, script, prompts, max_tokens=20, sampling=Sampling(temperature=1.5, top_k=6, seed=6))
+    assert [each.text for each in other] != [each.text for each in together[::2]]
+
+
+def test_no_temperature_is_greedy_and_the_log_probability_is_the_models_own():
+    model, script = untrained(IDS, 4), PromptCodec(IDS)
+    greedy = generate(model, script, ["1", "2 2"], max_tokens=15)
+    assert generate(model, script, ["1", "2 2"], max_tokens=15, sampling=Sampling(temperature=0)) == greedy
+    (drawn,) = generate(model, script, ["4"], max_tokens=8, sampling=Sampling(temperature=3, top_k=4, seed=1))
+    ids = [IDS.bos_id, 4, *IDS.encode(drawn.completion), *([IDS.eos_id] if drawn.finished else [])]
+    with torch.no_grad():
+        log_probabilities = model(torch.tensor(ids[:-1]).unsqueeze(1))[0].squeeze(1).log_softmax(-1)
+    own = log_probabilities[1:].gather(1, torch.tensor(ids[2:]).unsqueeze(1))
+    assert drawn.log_probability == pytest.approx(float(own.sum()), rel=1e-4)
+    assert [value for _, value in drawn.tokens] == pytest.approx(own.squeeze(1).tolist(), rel=1e-3, abs=1e-5)
+
+
+def test_a_penalty_keeps_a_text_from_repeating_itself():
+    model = untrained(IDS, 0)
+    logits = torch.tensor([[2.0, -1.0, 0.5]])
+    found = Sampling(repetition_penalty=2.0).penalised(logits, torch.tensor([[True, True, False]]))
+    assert found.tolist() == [[1.0, -2.0, 0.5]]
+
+    def distinct(penalty):
+        """Different tokens in texts of eight."""
+        sampling = Sampling(temperature=0, repetition_penalty=penalty)
+        results = generate(model, PromptCodec(IDS, stream=True), ["1", "2", "3"], max_tokens=8, sampling=sampling)
+        return sum(len({text for text, _ in each.tokens}) for each in results)
+
+    assert distinct(5.0) > distinct(1.0)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "word", "bpe"])
+def test_a_stream_is_the_text_in_pieces_of_whole_characters(kind):
+    texts = ["나는 이불을 뒤집어 쓰고", "the old cat sat"] * 4
+    tokenizer = train_tokenizer(kind, texts, vocab_size=300)
+    script = PromptCodec(tokenizer)
+    for seed in range(4):
+        model, settings = untrained(tokenizer, seed), {"max_tokens": 12, "sampling": Sampling(seed=seed)}
+        for stop in ((), ("t", "는 이")):
+            for prompt in ("", "the old"):
+                pieces = list(stream(model, script, prompt, stop=stop, **settings))
+                (whole,) = generate(model, script, [prompt], stop=stop, **settings)
+                assert "".join(pieces) == whole.completion
+                assert all(pieces)
+
+
+def test_a_stream_holds_back_what_is_no_character_yet(monkeypatch):
+    tokenizer = ByteTokenizer()
+    wanted = iter([*tokenizer.encode("는a"), tokenizer.eos_id])
+    monkeypatch.setattr(
+        "lmtrain.inference.generation.argmax", lambda values: torch.tensor([next(wanted)] * len(values))
+    )
+    assert list(stream(untrained(tokenizer), PromptCodec(tokenizer), "", max_tokens=10)) == ["는", "a"]
+
+
+def test_a_text_to_stop_at_ends_a_completion_and_is_cut_off():
+    tokenizer = train_tokenizer("char", ["abcdefgh"] * 3, vocab_size=20)
+    model, script = untrained(tokenizer, 1), PromptCodec(tokenizer)
+    (free,) = generate(model, script, ["a"], max_tokens=30)
+    assert len(free.completion) > 6
+    stop = free.completion[3:5]
+    at = free.completion.index(stop)
+    (cut,) = generate(model, script, ["a"], max_tokens=30, stop=["no such text", stop])
+    assert cut.completion == free.completion[:at]
+    assert cut.finished
+    assert len(cut.tokens) == at + len(stop)
+
+
+def test_backward_it_writes_what_comes_before():
+    model = untrained(IDS, 3, bidirectional=True)
+    script = PromptCodec(IDS, direction="backward")
+    prompts = ["1 2 3", "", "5"]
+    together = generate(model, script, prompts, max_tokens=6)
+    for prompt, result in zip(prompts, together, strict=True):
+        assert generate(model, script, [prompt], max_tokens=6)[0].text == result.text
+        assert result.text == result.completion + prompt
+        ids = IDS.encode(result.text)
+        # one row of the model's own reading: what each token costs from the right
+        row = torch.tensor([IDS.bos_id, *ids, IDS.eos_id]).unsqueeze(1)
+        with torch.no_grad():
+            states, targets, _ = model.read(row, torch.tensor([len(row)])).events["backward"]
+            log_probabilities = model.output.log_probabilities(states)
+        written = log_probabilities[len(IDS.encode(prompt)) :]
+        written[:, [IDS.pad_id, IDS.eos_id]] = -math.inf
+        count = len(result.tokens)
+        best = written[:count].argmax(-1).tolist()
+        assert best == targets[len(IDS.encode(prompt)) :][:count].tolist()
+        own = written[:count].gather(1, torch.tensor(best).unsqueeze(1)).sum()
+        assert result.log_probability == pytest.approx(float(own), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temperature": -1.0}, "temperature: should be 0 or greater and finite, not -1.0"),
+        ({"top_k": 0}, "top_k: should be 1 or greater"),
+        ({"top_p": 0.0}, "top_p: should be greater than 0"),
+        ({"min_p": 1.5}, "min_p: should be from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: should be greater than 0"),
+        ({"temperature": math.nan}, "temperature: should be"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        Sampling(**settings)

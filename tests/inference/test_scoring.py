@@ -1,0 +1,152 @@
+"""Scores of lines: sums that agree with evaluation and do not depend on what stands beside a line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lmtrain.data.text.reading import Block
+from lmtrain.data.tokenizers.ids import IdsTokenizer
+from lmtrain.errors import ConfigError, DataError
+from lmtrain.inference import scoring
+from lmtrain.inference.prompts import PromptCodec
+from lmtrain.inference.trained_model import load
+from lmtrain.training.start import train
+from tests.inference.test_generation import untrained
+
+IDS = IdsTokenizer(9, 0)
+LINES = ["1 2 3", "", "4", "5 6 7 8 1 2 3 4 5 6 7 8", "8", "2 2 2 2 2", ""]
+
+
+def scored(model, lines, **settings):
+    return list(scoring.score(model, PromptCodec(IDS), [Block("lines", 1, lines)], **settings))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_line_costs_what_its_tokens_cost_each_read_by_itself(direction):
+    model = untrained(IDS, 1, bidirectional=True)
+    for line, found in zip(LINES, scored(model, LINES, direction=direction, each=True), strict=True):
+        ids = IDS.encode(line)
+        row = [IDS.bos_id, *ids, IDS.eos_id] if direction == "forward" else [IDS.eos_id, *ids[::-1], IDS.bos_id]
+        with torch.no_grad():
+            logits, _ = model(torch.tensor(row[:-1]).unsqueeze(1), None, direction)
+        own = logits.squeeze(1).log_softmax(-1).gather(1, torch.tensor(row[1:]).unsqueeze(1)).squeeze(1).tolist()
+        names = [str(token) for token in ids]
+        if direction == "backward":
+            own = own[::-1]  # in the order of the text
+            assert [name for name, _ in found.each] == ["<bos>", *names]
+        else:
+            assert [name for name, _ in found.each] == [*names, "<eos>"]
+        assert [value for _, value in found.each] == pytest.approx(own, rel=1e-4, abs=1e-5)
+        assert found.log_probability == pytest.approx(sum(own), rel=1e-4)
+        assert found.tokens == len(ids) + 1
+
+
+def test_both_is_the_mean_of_the_two():
+    model = untrained(IDS, 2, bidirectional=True)
+    one, other, both = (scored(model, LINES, direction=name) for name in ("forward", "backward", "both"))
+    for left, right, mean in zip(one, other, both, strict=True):
+        assert mean.log_probability == pytest.approx((left.log_probability + right.log_probability) / 2, rel=1e-5)
+
+
+def test_numbers_depend_neither_on_the_batch_nor_on_the_block(monkeypatch):
+    model = untrained(IDS, 3)
+    wanted = [each.log_probability for each in scored(model, LINES)]
+    for size in (1, 7, 30):
+        monkeypatch.setattr("lmtrain.inference.scoring.SCORED_TOKENS", size)
+        assert [each.log_probability for each in scored(model, LINES)] == pytest.approx(wanted, rel=1e-5)
+    blocks = [Block("lines", 1, LINES[:2]), Block("lines", 3, LINES[2:])]
+    again = list(scoring.score(model, PromptCodec(IDS), blocks))
+    assert [each.line for each in again] == list(range(1, 8))
+    assert [each.log_probability for each in again] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_lines_sum_up_to_what_evaluate_says_cut_lines_too(corpus, small):
+    model = load(train(small("training.max_steps=3", "batching.max_length=4")).run)
+    figures = model.evaluate(["valid.txt"]).figures()
+    lines = (corpus / "valid.txt").read_text().splitlines()
+    for direction, name in (("forward", "perplexity"), ("backward", "backward_perplexity")):
+        found = list(model.score(lines, direction))
+        nats, tokens = -sum(each.log_probability for each in found), sum(each.tokens for each in found)
+        assert tokens == figures["tokens"]
+        assert 2.718281828459045 ** (nats / tokens) == pytest.approx(figures[name], rel=1e-5)
+    assert sum(each.unknown_tokens for each in model.score(["a zzz", "qqq qqq"])) == 3
+    with pytest.raises(ConfigError, match="one direction's"):
+        model.score(lines, "both", each=True)
+
+
+def test_a_fault_has_its_place_and_comes_when_its_block_is_read():
+    found = scoring.score(untrained(IDS), PromptCodec(IDS), [Block("f", 1, ["1"]), Block("f", 2, ["2", "3 x"])])
+    assert next(found).line == 1
+    with pytest.raises(DataError, match=r"f:3:3: 'x' is not an id"):
+        next(found)
+
+
+def test_a_run_of_one_direction_has_no_backward(small):
+    model = load(train(small("training.max_steps=3", "model.bidirectional=false")).run)
+    for call in (
+        lambda: model.score(["a"], "backward"),
+        lambda: model.score(["a"], "both"),
+        lambda: model.generate(["a"], backward=True),
+    ):
+        with pytest.raises(ConfigError, match="reads in one direction; backward takes two"):
+            call()
+
+
+def test_texts_are_taken_a_few_at_a_time(small, monkeypatch):
+    model = load(train(small("training.max_steps=3")).run)
+    monkeypatch.setattr("lmtrain.inference.trained_model.LINES_AT_ONCE", 2)
+    taken = []
+
+    def texts():
+        for number in range(7):
+            taken.append(number)
+            yield "a b"
+
+    found = model.score(texts())
+    next(found)
+    assert len(taken) == 2
+    assert [each.line for each in found] == [2, 3, 4, 5, 6, 7]
+
+
+def test_evaluation_without_ends_and_unknown_words_and_its_worst_lines(corpus, small):
+    model = load(train(small("training.max_steps=3")).run)
+    (corpus / "odd.txt").write_text("a b\nzzz\n\nc a qqq d\nb b b b b b\n")
+    figures = model.evaluate(["odd.txt"]).figures()
+    found = list(model.score((corpus / "odd.txt").read_text().splitlines(), each=True))
+    each = [token for number in (0, 1, 3, 4) for token in found[number].each]  # blank lines are no sequences
+    for name, left_out in (("end", "<eos>"), ("unknown", "<unk>")):
+        kept = [value for text, value in each if text != left_out]
+        assert len(kept) < len(each)
+        wanted = 2.718281828459045 ** (-sum(kept) / len(kept))
+        assert figures[f"perplexity_without_{name}_tokens"] == pytest.approx(wanted, rel=1e-4)
+    worst = model.worst_lines(["odd.txt"], 3)
+    ranked = sorted((0, 1, 3, 4), key=lambda number: found[number].log_probability / found[number].tokens)
+    assert [place for place, _, _ in worst] == [f"odd.txt:{number + 1}" for number in ranked[:3]]
+    assert worst[0][2] == (corpus / "odd.txt").read_text().splitlines()[ranked[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_text(corpus, small):
+    """Peak memory of scoring 1 kB, 2 MB and 8 MB."""
+    run = train(small("training.max_steps=3", "model.bidirectional=false")).run
+    text = (corpus / "train.txt").read_text()
+    code = """
+import sys
+from lmtrain.cli import _run
+sys.argv = ["lmtrain", "score", *sys.argv[1:]]
+_run()
+print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0], file=sys.stderr)
+"""
+    peaks = []
+    for size in (10**3, 2 * 10**6, 8 * 10**6):
+        (corpus / "long.txt").write_text(text * (size // len(text) + 1))
+        command = [sys.executable, "-c", code, str(run), "long.txt"]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stderr.split()[-1]) / 1024)
+    print(f"peak MiB: {peaks}")
+    assert peaks[2] - peaks[1] < 30
+    assert peaks[2] - peaks[0] < 500

@@ -1,0 +1,317 @@
+"""A resumed run equals the uninterrupted one, bit for bit; and what ends, stops and refuses a run."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
+from lmtrain.runs import checkpoint
+from lmtrain.runs.directory import RunDirectory
+from lmtrain.runs.weights import named_weights
+from lmtrain.system.progress import NullProgress
+from lmtrain.training.start import train
+from tests.oracle import digest
+
+SETTINGS = {
+    "two directions": [],
+    "one direction": ["model.bidirectional=false"],
+    "gru, accumulating": ["model.cell=gru", "training.accumulate=4", "training.max_epochs=3"],
+    "rnn, by tokens, validating in mid-epoch": [
+        "model.cell=rnn",
+        "batching.max_tokens=70",
+        "validation.every_steps=4",
+        "optimizer.name=sgd",
+    ],
+    "stream, random chunks, averaged, all dropouts": [
+        "batching.mode=stream", "batching.bptt=11", "batching.random_bptt=true", "model.bidirectional=false",
+        "averaging.name=ema", "regularization.input_dropout=0.2", "regularization.weight_dropout=0.3",
+        "regularization.embedding_dropout=0.1", "regularization.temporal_penalty=0.5", "training.accumulate=2",
+        "schedule.name=one_cycle", "training.max_epochs=4",
+    ],
+    "carried lines, cut and rolled back": [
+        "batching.carry_state=true", "batching.batch_size=5", "model.bidirectional=false", "schedule.name=plateau",
+        "optimizer.lr=0.3", "validation.every_steps=3",
+    ],
+    "triggered averaging": [
+        "model.bidirectional=false", "averaging.name=triggered", "averaging.trigger=1", "optimizer.lr=0.3",
+        "validation.every_steps=2",
+    ],
+    "counted n-grams": ["model.ngram_counts=4", "averaging.name=ema"],
+    "n-grams, muon, averaged": [
+        "batching.mode=stream", "batching.bptt=9", "model.bidirectional=false",
+        "model.ngram_embeddings=[2, 3]", "model.ngram_counts=5", "optimizer.name=muon", "averaging.name=ema",
+    ],
+    "adaptive, no validation": ["model.output=adaptive", "model.tie_weights=false", "data.valid=null"],
+}  # fmt: skip
+
+
+class Lines(NullProgress):
+    """Keeps the notes."""
+
+    def __init__(self):
+        self.lines = []
+
+    def note(self, line):
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_resumed_run_equals_the_uninterrupted_one_from_every_step(small, tmp_path, settings):
+    config = small(*settings)
+    whole = train(config, tmp_path / "whole")
+    wanted = digest(whole.run)
+    assert whole.step >= 6
+    for step in range(1, whole.step + 1):
+        cut = tmp_path / f"cut-{step}"
+        assert train(config, cut, stop_at_step=step).step == step
+        assert digest(cut) != wanted or step == whole.step
+        assert train(config, cut, resume=True).step == whole.step
+        assert digest(cut) == wanted, step
+
+
+def test_a_run_stopped_after_each_step_ends_the_same(small, tmp_path):
+    config = small("training.max_steps=7")
+    wanted = digest(train(config, tmp_path / "whole").run)
+    for step in range(1, 8):
+        train(config, tmp_path / "cut", stop_at_step=step, resume=step > 1)
+    train(config, tmp_path / "cut", resume=True)
+    assert digest(tmp_path / "cut") == wanted
+
+
+def test_accumulated_batches_give_the_gradient_of_one_large_batch(small, tmp_path):
+    """Nats are summed over all batches and divided once: unequal batches weigh by their tokens."""
+    settings = ["model.dropout=0", "training.max_steps=1", "optimizer.name=sgd", "batching.bucket_batches=100"]
+    large = train(small(*settings, "batching.batch_size=43"), tmp_path / "large").run
+    parts = train(small(*settings, "batching.batch_size=5", "training.accumulate=9"), tmp_path / "parts").run
+    one, other = (checkpoint.load(run / "checkpoints", 1).model for run in (large, parts))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_early_stopping_and_the_best_checkpoint(small, tmp_path):
+    config = small("training.max_epochs=60", "training.patience=3", "optimizer.lr=0.05", "checkpoint.every_steps=null")
+    result = train(config, tmp_path / "run")
+    rows = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["valid/loss"] for row in rows if "valid/loss" in row}
+    best = min(losses, key=losses.get)
+    assert result.best_step == best
+    assert list(losses).index(best) == len(losses) - 4  # three worse ones, then the end
+    assert json.loads((result.run / "best.json").read_text()) == {"step": best, "valid_loss": losses[best]}
+    assert json.loads((result.run / "last.json").read_text())["step"] == result.step
+    kept = checkpoint.steps(result.run / "checkpoints")
+    assert {best, result.step} <= set(kept)
+    assert len(kept) <= 3
+
+
+def test_a_taken_name_gets_a_suffix_and_a_full_directory_is_refused(small, tmp_path):
+    config = small("training.max_steps=1", "checkpoint.every_steps=null")
+    runs = [train(config).run.name for _ in range(3)]
+    assert runs == ["config", "config-2", "config-3"]
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty; nothing is overwritten"):
+        train(config, full)
+    with pytest.raises(ConfigError, match="go on with --resume"):
+        train(config, tmp_path / "runs" / "config")
+    assert [path.name for path in full.iterdir()] == ["thesis.txt"]
+
+
+def test_resume_takes_the_last_run_of_the_name_and_starts_afresh_where_there_is_none(small):
+    config, progress = small("training.max_steps=2"), Lines()
+    first = train(config, resume=True, progress=progress)
+    assert "nothing to resume yet: starting afresh" in progress.lines
+    assert train(config).run.name == "config-2"
+    assert train(small("training.max_steps=4"), resume=True).run.name == "config-2"
+    again = train(config, first.run, resume=True, progress=progress)
+    assert again.step == 2
+    assert "nothing to do" in progress.lines[-1]
+
+
+def test_more_epochs_go_on_and_other_changes_are_refused_by_key(small, tmp_path):
+    train(small("training.max_epochs=1"), tmp_path / "run")
+    assert train(small("training.max_epochs=2"), tmp_path / "run", resume=True).step == 12
+    with pytest.raises(ConfigError) as error:
+        train(small("model.hidden_size=9", "seed=4"), tmp_path / "run", resume=True)
+    assert [fault.split(":")[0] for fault in error.value.faults] == ["seed", "model.hidden_size"]
+
+
+def test_changed_training_text_is_refused_by_name(small, corpus, tmp_path):
+    train(small(), tmp_path / "run", stop_at_step=2)
+    with open(corpus / "train.txt", "a") as handle:
+        handle.write("a b c\n")
+    with pytest.raises(DataError, match=r"train\.txt: changed since the run was begun"):
+        train(small(), tmp_path / "run", resume=True)
+
+
+def test_an_added_file_is_refused_too(small, corpus, tmp_path):
+    train(small("data.train=trai*.txt"), tmp_path / "run", stop_at_step=2)
+    (corpus / "train2.txt").write_text("a b\n")
+    with pytest.raises(DataError, match=r"train2\.txt: changed"):
+        train(small("data.train=trai*.txt", "data.cache_dir=other"), tmp_path / "run", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(small, tmp_path):
+    config = small("optimizer.name=sgd", "optimizer.lr=1e30", "optimizer.clip_grad_norm=null", "training.max_epochs=9")
+    with pytest.raises(DivergedError, match=r"step \d+: .*learning rate \d.*lower optimizer\.lr"):
+        train(config, tmp_path / "run")
+    for step in checkpoint.steps(tmp_path / "run" / "checkpoints"):
+        saved = checkpoint.load(tmp_path / "run" / "checkpoints", step)
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.model.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["training"].update(step=77),
+        lambda state: state["training"].update(epoch=-1),
+        lambda state: state["training"].update(next_batch="x"),
+        lambda state: state["training"].update(window={"tallies": 3}),
+        lambda state: state["training"].update(precision="fp7"),
+        lambda state: state["lengths"].update({"metrics.jsonl": -1}),
+        lambda state: state.pop("data"),
+    ],
+)
+def test_a_state_that_is_none_is_an_artefact_error_before_anything_is_written(small, tmp_path, change):
+    run = tmp_path / "run"
+    train(small(), run, stop_at_step=3)
+    saved = checkpoint.load(run / "checkpoints", 3)
+    change(saved.state)
+    checkpoint.save(run / "checkpoints", saved)
+    rows = (run / "metrics.jsonl").read_text()
+    with pytest.raises(ArtefactError, match=r"state\.json: not a training state; no checkpoint can be used"):
+        train(small(), run, resume=True)
+    assert (run / "metrics.jsonl").read_text() == rows
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_started_over(small, tmp_path):
+    run = tmp_path / "run"
+    train(small(), run, stop_at_step=2)
+    weights_file = checkpoint.home_of(run / "checkpoints", 2) / "model.safetensors"
+    weights_file.write_bytes(b"")
+    rows = (run / "metrics.jsonl").read_text()
+    with pytest.raises(ArtefactError, match="damaged: not the bytes that were saved; no checkpoint can be used"):
+        train(small(), run, resume=True)
+    assert (run / "metrics.jsonl").read_text() == rows
+
+
+def test_a_newer_format_is_no_damage_to_pass_over(small, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(small(), run, stop_at_step=5)
+    saved = checkpoint.load(run / "checkpoints", 5)
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "CHECKPOINT_FORMAT", 2)
+        checkpoint.save(run / "checkpoints", saved)
+    with pytest.raises(ArtefactError, match="format 2 is newer"):
+        train(small(), run, resume=True)
+
+
+def test_a_checkpoint_that_is_being_replaced_comes_back(small, tmp_path):
+    """Killed between putting the old one aside and the new one in its place."""
+    run = tmp_path / "run"
+    wanted = digest(train(small(), tmp_path / "whole").run)
+    train(small(), run, stop_at_step=6)
+    home = checkpoint.home_of(run / "checkpoints", 6)
+    home.rename(home.with_name(f".{home.name}{checkpoint.REPLACED}"))
+    progress = Lines()
+    assert digest(train(small(), run, resume=True, progress=progress).run) == wanted
+    assert "resumed from step 6" in progress.lines
+
+
+def test_a_foreign_directory_among_the_checkpoints_is_left_alone(small, tmp_path):
+    train(small(), tmp_path / "run", stop_at_step=2)
+    foreign = tmp_path / "run" / "checkpoints" / "step-1"
+    foreign.mkdir()
+    assert train(small(), tmp_path / "run", resume=True).step == 12
+    assert foreign.exists()
+
+
+def test_resume_takes_the_highest_number_whatever_the_gaps(small, tmp_path):
+    config = small("training.max_steps=1", "checkpoint.every_steps=null")
+    for _ in range(3):
+        train(config)
+    shutil.rmtree("runs/config-2")
+    assert train(config, resume=True).run.name == "config-3"
+    assert train(config).run.name == "config-4"
+
+
+def test_the_run_s_config_says_how_it_was_last_trained(small, tmp_path):
+    train(small("training.max_steps=2"), tmp_path / "run")
+    train(small("training.max_steps=4", "generation.max_tokens=3"), tmp_path / "run", resume=True)
+    config, _ = RunDirectory(tmp_path / "run").config_and_tokenizer()
+    assert (config.training.max_steps, config.generation.max_tokens) == (4, 3)
+
+
+def test_a_signal_that_was_ignored_stays_ignored(corpus):
+    command = f"trap '' HUP; exec {sys.executable} -m lmtrain train config.yaml training.max_epochs=9 --run-dir cut"
+    process = subprocess.Popen(["bash", "-c", command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not checkpoint.steps(corpus / "cut" / "checkpoints"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+
+
+def test_weights_that_are_not_finite_are_never_saved(small, tmp_path):
+    settings = ["optimizer.lr=1e40", "schedule.warmup_steps=0", "validation.every_steps=1"]
+    with pytest.raises(DivergedError):
+        train(small(*settings), tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
+
+
+def test_metric_rows_of_steps_that_come_again_are_cut_off(small, tmp_path):
+    wanted = digest(train(small(), tmp_path / "whole").run)
+    train(small(), tmp_path / "run", stop_at_step=5)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as handle:
+        handle.write('{"step": 6, "epoch": 0.5}\n{"step": 7, "epo')
+    assert digest(train(small(), tmp_path / "run", resume=True).run) == wanted
+
+
+def test_a_time_budget_ends_the_run_and_the_schedule(small, tmp_path):
+    config = small("training.max_epochs=100000", "training.max_minutes=0.05", "schedule.final_fraction=0")
+    started_s = time.monotonic()
+    result = train(config, tmp_path / "run")
+    assert time.monotonic() - started_s < 20
+    rows = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+    assert rates[-1] < 0.2 * max(rates)
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(small, tmp_path):
+    runs = [train(small(f"seed={seed}"), tmp_path / str(n)).run for n, seed in enumerate([3, 3, 4])]
+    assert digest(runs[0]) == digest(runs[1]) != digest(runs[2])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_on_cuda(small, tmp_path, precision):
+    config = small("training.device=cuda", f"training.precision={precision}")
+    wanted = digest(train(config, tmp_path / "whole").run)
+    train(config, tmp_path / "cut", stop_at_step=5)
+    overrides = ["training.device=cuda", f"training.precision={precision}"]
+    command = [sys.executable, "-m", "lmtrain", "train", "config.yaml", *overrides, "--run-dir", "cut", "--resume"]
+    assert subprocess.run(command, check=False).returncode == 0  # a process of its own: cuDNN keeps state in one
+    assert digest(tmp_path / "cut") == wanted
+
+
+def test_tied_weights_are_saved_once(small, tmp_path):
+    from lmtrain.inference.trained_model import load
+
+    run = train(small("training.max_steps=2"), tmp_path / "run").run
+    saved = checkpoint.load(run / "checkpoints", 2).model
+    assert "output.weight" not in saved
+    model = load(run).model
+    assert model.output.weight is model.embedding.weight
+    assert all(torch.equal(saved[name], tensor) for name, tensor in named_weights(model).items())
+
+
+def test_the_start_does_not_wait_for_pytorchs_compiler(small):
+    code = "import sys, lmtrain; run = lmtrain.train('config.yaml').run; lmtrain.load(run).generate(['a']); "
+    code += "sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
