@@ -1,4 +1,4 @@
-"""Write the table of config keys, made from the schema, into README.md; `--check` only says whether it is current."""
+"""Write the table of config keys from the schema into configs/README.md; `--check` only says whether it is current."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lmtrain.config.schema import Config, Section
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parent.parent / "configs" / "README.md"
 BEGIN, END = "<!-- config table: python scripts/config_table.py -->", "<!-- end of config table -->"
 
 
@@ -61,7 +61,7 @@ def main() -> int:
     if "--check" not in sys.argv:
         README.write_text(current, encoding="utf-8")
     elif text != current:
-        print("README.md: the table of config keys is not the schema's; run scripts/config_table.py", file=sys.stderr)
+        print("configs/README.md: the table of keys is not the schema's; run scripts/config_table.py", file=sys.stderr)
         return 1
     return 0
 

@@ -448,8 +448,6 @@ the sentence is no answer).  Their difference is what reading in both directions
 ## Making it again
 
 `python scripts/make_lesson.py` writes the same bytes on every machine; only the standard library is needed.
-
-Licence: written for this project, under the same licence as the project.
 """
 
 
