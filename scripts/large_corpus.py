@@ -138,15 +138,15 @@ FIRST_BATCH = """
 import sys, time
 start_s = time.monotonic()
 from lmtrain.config import load_config
-from lmtrain.data.batches.loader import Feed, training_reading
+from lmtrain.data.batches.loader import BatchLoader, training_batches
 from lmtrain.data.preparation import prepare
 config = load_config(sys.argv[1])
 corpora = prepare(config, print)
-reading = training_reading(config, corpora.train, corpora.tokenizer.eos_id)
-feed = Feed(reading, corpora.tokenizer.pad_id, 1)
-feed.peek()
+batches = training_batches(config, corpora.train, corpora.tokenizer.eos_id)
+loader = BatchLoader(batches, corpora.tokenizer.pad_id, 1)
+loader.peek()
 print(f"{time.monotonic() - start_s:.1f} s")
-feed.close()
+loader.close()
 """
 
 
