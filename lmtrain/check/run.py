@@ -28,7 +28,7 @@ def inspect_run(run: RunDirectory) -> Iterator[str]:
     whole: list[int] = []
     rows = 0
     for step in checkpoint.steps(run.checkpoints):
-        home = checkpoint.home_of(run.checkpoints, step)
+        home = checkpoint.directory_of(run.checkpoints, step)
         try:
             saved = read_saved(run, config, tokenizer, step)
         except ArtefactError as error:
@@ -48,7 +48,7 @@ def inspect_run(run: RunDirectory) -> Iterator[str]:
     for left in sorted(run.checkpoints.glob(".step-*")):
         yield f"{left.name}: left by a save or a removal that was cut off; a resume tidies it up"
     faults += _metrics(run.path / METRICS, rows)
-    best = run.pointed("best")
+    best = run.read_pointer("best")
     used = next((step for step in run.candidates() if step in whole), None)
     if whole:
         yield f"lmtrain train --resume goes on from step {whole[0]}"

@@ -16,7 +16,7 @@ from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.states import CarriedState
 from lmtrain.runs import checkpoint
-from lmtrain.runs.directory import RunDirectory, unusable
+from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
 from lmtrain.runs.ngram_counts import COUNTS_FILE, dump_counts
 from lmtrain.runs.weights import load_weights, named_weights
@@ -25,7 +25,7 @@ from lmtrain.system.files import hash_of, write_atomically
 from lmtrain.system.processes import SingleProcess
 from lmtrain.training.averaging import Averaging, averaged_weights
 from lmtrain.training.optimization import optimizer_tensors, set_optimizer_tensors
-from lmtrain.training.state import LoadedCheckpoint, TrainingState, newest_whole, part_of, read_saved
+from lmtrain.training.state import LoadedCheckpoint, TrainingState, part_of, read_saved
 
 # what may differ when a run is resumed: where it ends, what it shows and keeps, where things lie
 MAY_CHANGE = (
@@ -116,9 +116,9 @@ class Checkpointer:
             checkpoint.remove(checkpoints, old)
 
     def _point(self, state: TrainingState) -> None:
-        if state.best_step is not None and self.run.pointed("best") != state.best_step:
-            self.run.point("best", {"step": state.best_step, "valid_loss": state.best_loss})
-        self.run.point("last", {"step": state.step})
+        if state.best_step is not None and self.run.read_pointer("best") != state.best_step:
+            self.run.write_pointer("best", {"step": state.best_step, "valid_loss": state.best_loss})
+        self.run.write_pointer("last", {"step": state.step})
 
     def restore(self, notify: Callable[[str], None]) -> Restored | None:
         """Take up the newest whole checkpoint; None where there is none.
@@ -148,14 +148,13 @@ class Checkpointer:
     def _newest(self, notify: Callable[[str], None]) -> LoadedCheckpoint | None:
         """The newest whole checkpoint of this run and of its text; raises as `restore`."""
         checkpoint.remove_leftovers(self.run.checkpoints)
-        problems: list[str] = []
-        saved = newest_whole(self.run, self.config, self.corpora.tokenizer, problems)
+        saved = checkpoint.load_first_whole(
+            checkpoint.steps(self.run.checkpoints),
+            lambda step: read_saved(self.run, self.config, self.corpora.tokenizer, step),
+            notify,
+        )
         if saved is None:
-            if problems:
-                raise unusable(problems)
             return None
-        for problem in problems:
-            notify(f"passed over: {problem}")
         for path in sorted(saved.data.keys() | self.corpora.hashes.keys()):
             if self.corpora.hashes.get(path) != saved.data.get(path):
                 raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
@@ -166,13 +165,13 @@ class Checkpointer:
     def _shared(self, read: Callable[[], LoadedCheckpoint | None]) -> LoadedCheckpoint | None:
         """What rank 0 reads, in every process: the others may be on machines that don't see the run directory."""
         processes = self.processes
-        saved = processes.agree(lambda: read() if processes.rank == 0 else None, rank_0_first=True)
+        saved = processes.run_in_all(lambda: read() if processes.rank == 0 else None, rank_0_first=True)
         facts = None if saved is None else [saved.name, asdict(saved.state), saved.environment]
-        if (shared := processes.share(facts)) is None:
+        if (shared := processes.broadcast(facts)) is None:
             return None
         name, state, begun_in = shared
-        model = processes.share_tensors({} if saved is None else saved.model)
-        training = processes.share_tensors({} if saved is None else saved.training)
+        model = processes.broadcast_tensors({} if saved is None else saved.model)
+        training = processes.broadcast_tensors({} if saved is None else saved.training)
         return saved or LoadedCheckpoint(name, model, training, TrainingState.from_json(state), {}, begun_in, {})
 
     def _set_random_state(self, saved: LoadedCheckpoint) -> None:

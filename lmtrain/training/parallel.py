@@ -41,7 +41,7 @@ class Gradients:
         self.model, self.processes = model, processes
         self.complete_s = 0.0  # when this process had its part of the last gradient, by `time.perf_counter`
         self._loss, self._parallel = _Loss(model), None
-        if not processes.together:
+        if not processes.under_torchrun:
             return
         from torch.nn.parallel import DistributedDataParallel
 

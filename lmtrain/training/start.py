@@ -16,9 +16,9 @@ from lmtrain.data.preparation import Corpora, prepare
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ConfigError, DataError, out_of_memory
-from lmtrain.runs.directory import RunDirectory, create_run, find_resumable, refuse_full, refuse_read_only
+from lmtrain.runs.directory import RunDirectory, create_run, find_resumable, refuse_nonempty, refuse_read_only
 from lmtrain.runs.environment import environment
-from lmtrain.runs.ngram_counts import refuse_large
+from lmtrain.runs.ngram_counts import check_countable
 from lmtrain.system.device import choose_device, keep_freed_memory
 from lmtrain.system.processes import SingleProcess, join_processes, require_equal
 from lmtrain.system.progress import NullProgress, Progress
@@ -52,7 +52,7 @@ def train(
     start_s = time.monotonic()
     named = None if run_dir is None else str(run_dir)
     with join_processes() as processes:
-        settings = processes.agree(lambda: _settings(config, processes))
+        settings = processes.run_in_all(lambda: _settings(config, processes))
         require_equal(
             processes,
             flatten_keys(settings.model_dump()),
@@ -90,23 +90,23 @@ def _train(
     processes: SingleProcess,
 ) -> TrainingResult:
     first = processes.rank == 0
-    begun = processes.agree(lambda: _begun(config, named, resume, progress, processes) if first else None)
+    begun = processes.run_in_all(lambda: _begun(config, named, resume, progress, processes) if first else None)
     run, tokenizer = begun or (None, None)
-    device = processes.agree(lambda: choose_device(config.training.device))
+    device = processes.run_in_all(lambda: choose_device(config.training.device))
     keep_freed_memory()
     if (threads := config.training.num_threads or processes.threads()) is not None:
         torch.set_num_threads(threads)
     corpora = _prepared(config, progress, tokenizer, processes)  # before the run directory: its faults leave nothing
-    processes.agree(lambda: refuse_large(config, corpora.train))
-    reading = processes.agree(lambda: training_batches(config, corpora.train, corpora.tokenizer.eos_id))
+    processes.run_in_all(lambda: check_countable(config, corpora.train))
+    reading = processes.run_in_all(lambda: training_batches(config, corpora.train, corpora.tokenizer.eos_id))
     new = run is None and first
     if new:
         run = create_run(config, named)
-    path = processes.share(None if run is None else str(run.path))
+    path = processes.broadcast(None if run is None else str(run.path))
     run = run or RunDirectory(Path(path))
     with run.locked() if first else nullcontext():
         if new:
-            refuse_full(run.path)  # another process may have been quicker
+            refuse_nonempty(run.path)  # another process may have been quicker
             run.write_start(config, corpora.tokenizer, environment(device, processes.world_size, processes.launch))
         trainer = None
         try:
@@ -141,7 +141,7 @@ def _begun(
     if run is not None and not resume and run.launch() != processes.launch:
         run = None
     if run is None and named is not None:
-        refuse_full(named)
+        refuse_nonempty(named)
     if resume and run is None:
         progress.note("nothing to resume yet: starting afresh")
     refuse_read_only(run.path if run is not None else named or config.runs_dir)
@@ -154,12 +154,12 @@ def _begun(
 
 def _prepared(config: Config, progress: Progress, tokenizer: Tokenizer | None, processes: SingleProcess) -> Corpora:
     """What the training reads: made by rank 0; the others find it there, or make their own on another machine."""
-    if not processes.together:
+    if not processes.under_torchrun:
         return prepare(config, progress.note, tokenizer, progress.reading)
     first = processes.rank == 0
     read = partial(prepare, config, progress.note, watch=progress.reading)
-    made = processes.agree(lambda: read(tokenizer) if first else None, rank_0_first=True)
-    learnt = processes.share(None if made is None else made.tokenizer.dumps())
-    corpora = processes.agree(lambda: made or read(parse_tokenizer(learnt)))
+    made = processes.run_in_all(lambda: read(tokenizer) if first else None, rank_0_first=True)
+    learnt = processes.broadcast(None if made is None else made.tokenizer.dumps())
+    corpora = processes.run_in_all(lambda: made or read(parse_tokenizer(learnt)))
     require_equal(processes, corpora.hashes, "{key} holds another text here than for rank 0", DataError)
     return corpora

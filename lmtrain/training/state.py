@@ -15,9 +15,10 @@ from lmtrain.config import Config
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError
 from lmtrain.runs import checkpoint
-from lmtrain.runs.checkpoint import NewerFormatError, TensorSpec
-from lmtrain.runs.directory import RunDirectory, check_tokenizer
-from lmtrain.runs.weights import check_finite, check_weights, weight_specs
+from lmtrain.runs.checkpoint import TRAINING_FILE, TensorSpec
+from lmtrain.runs.directory import RunDirectory
+from lmtrain.runs.loading import read_weights
+from lmtrain.runs.weights import check_finite, weight_specs
 from lmtrain.training.figures import Window
 
 FACTS = TypeAdapter(tuple[dict[str, int], dict[str, Any], dict[str, str]])
@@ -68,40 +69,20 @@ class LoadedCheckpoint(NamedTuple):
     counts: Any = None  # SHA-256 of the run's counted n-grams
 
 
-def newest_whole(
-    run: RunDirectory, config: Config, tokenizer: Tokenizer, problems: list[str]
-) -> LoadedCheckpoint | None:
-    """The newest checkpoint that is whole and of this run; what is wrong with newer ones goes to `problems`.
-
-    Raises:
-        NewerFormatError: one that a later lmtrain wrote.
-    """
-    for step in checkpoint.steps(run.checkpoints):
-        try:
-            return read_saved(run, config, tokenizer, step)
-        except NewerFormatError:
-            raise
-        except ArtefactError as error:
-            problems.extend(error.faults)
-    return None
-
-
 def read_saved(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: int) -> LoadedCheckpoint:
     """Read a checkpoint; its tensors are held against the configuration before their memory is taken.
 
     Raises:
         ArtefactError: damaged, or not of this run.
     """
-    home = str(checkpoint.home_of(run.checkpoints, step))
-    kinds, wanted = checkpoint.read_headers(run.checkpoints, step), weight_specs(config, tokenizer.vocab_size)
-    check_weights(kinds["model.safetensors"], wanted, f"{home}/model.safetensors")
-    for name, kind in kinds["training.safetensors"].items():
+    home = str(checkpoint.directory_of(run.checkpoints, step))
+    wanted = weight_specs(config, tokenizer.vocab_size)
+    saved = read_weights(run, tokenizer, step, wanted)
+    for name, kind in checkpoint.read_headers(run.checkpoints, step, (TRAINING_FILE,))[TRAINING_FILE].items():
         if not _belongs(name, kind, wanted, config):
             raise ArtefactError(f"{home}/training.safetensors: tensor {name[:100]!r} is not of this run")
-    saved = checkpoint.load(run.checkpoints, step)
-    check_finite(saved.model, f"{home}/model.safetensors")
-    check_finite(part_of(saved.training, "weights"), f"{home}/training.safetensors")
-    check_tokenizer(tokenizer, saved.state, home)
+    training = checkpoint.load(run.checkpoints, step, (TRAINING_FILE,)).training
+    check_finite(part_of(training, "weights"), f"{home}/{TRAINING_FILE}")
     try:
         state = TrainingState.from_json(saved.state["training"])
         lengths, begun_in, data = FACTS.validate_python([saved.state[k] for k in ("lengths", "environment", "data")])
@@ -109,9 +90,7 @@ def read_saved(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: in
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise ArtefactError(f"{home}/state.json: not a training state") from None
-    return LoadedCheckpoint(
-        home, saved.model, saved.training, state, lengths, begun_in, data, saved.state.get("counts")
-    )
+    return LoadedCheckpoint(home, saved.model, training, state, lengths, begun_in, data, saved.state.get("counts"))
 
 
 def _belongs(name: str, kind: TensorSpec, wanted: Mapping[str, TensorSpec], config: Config) -> bool:

@@ -76,7 +76,7 @@ class Trainer:
         self.model = build_model(config, tokenizer.vocab_size)
         if config.model.ngram_counts is not None:
             progress.note(f"counting n-grams of up to {config.model.ngram_counts} tokens")
-        counts = processes.agree(lambda: count_text(config, corpora.train, tokenizer))
+        counts = processes.run_in_all(lambda: count_text(config, corpora.train, tokenizer))
         if counts is not None:
             self.model.load_counts(counts)
         self.model.to(device)
@@ -118,7 +118,7 @@ class Trainer:
             f"run {run.path}: {count:,} weights, vocabulary {tokenizer.vocab_size:,}, "
             f"{len(reading.source):,} {'sequences' if columns is None else 'columns'}, "
             f"{self.epoch_batches:,} batches an epoch, {device.type}, {self.state.precision}"
-            f"{f', {processes.world_size} processes' if processes.together else ''}"
+            f"{f', {processes.world_size} processes' if processes.under_torchrun else ''}"
         )
         if self._steps() < 2 * config.schedule.warmup_steps:
             progress.note(
@@ -128,7 +128,7 @@ class Trainer:
 
     def _begin(self) -> Restored:
         chosen = choose_precision(self.config.training.precision, self.device, self.config.model.hidden_size)
-        precision, why = self.processes.share(chosen)
+        precision, why = self.processes.broadcast(chosen)
         self.progress.note(f"precision {precision}: {why}")
         begun_in = {
             **environment(self.device, self.processes.world_size, self.processes.launch),
@@ -280,7 +280,7 @@ class Trainer:
         self.figures = self.state.window.figures(
             self.loss_weights, self.last_rate, self.last_norm, elapsed_s, self.feed.waited_s
         )
-        if self.processes.together and self.device.type == "cpu":  # on CUDA passes are only begun here
+        if self.processes.under_torchrun and self.device.type == "cpu":  # on CUDA passes are only begun here
             self.figures["train/rank_wait_fraction"] = self.ranks_waited_s / max(1e-9, elapsed_s)
         self.tracker.log(self.state.step, self._epoch(), self.figures)
         self.state.window, self.window_start_s = Window(), now_s

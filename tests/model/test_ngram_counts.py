@@ -205,7 +205,7 @@ def test_a_run_keeps_its_counts_and_says_so(trained, shell):
         assert json.loads(state.read_text())["counts"] == digest
     done = shell("check", "run")
     assert done.returncode == 0
-    assert f"counts.safetensors: whole, {trained.stat().st_size:,} bytes" in done.stdout
+    assert f"ngram_counts.safetensors: whole, {trained.stat().st_size:,} bytes" in done.stdout
     model = lmtrain.load("run")
     assert model.evaluate().perplexity < 1e3
     (one,), (other,) = model.generate([""]), model.generate([""])
@@ -220,7 +220,7 @@ def test_all_rows_of_a_batch_are_written_as_each_alone(trained):
 
 def rewrite(path, change):
     """Other counts, with a checkpoint that asks for them."""
-    tensors = checkpoint.tensors_in(path, path.read_bytes())
+    tensors = checkpoint.parse_tensors(path, path.read_bytes())
     change(tensors)
     path.write_bytes(counted.dump_counts(tensors))
     checkpoints = path.parent / "checkpoints"
@@ -231,8 +231,8 @@ def rewrite(path, change):
 
 
 PAIRS, COUNTS, CONTEXTS = (f"of_forward.3.{name}" for name in ("pairs", "counts", "contexts"))
-OTHER = "run/counts.safetensors: not the counts of this model"
-NOT_SOUND = "run/counts.safetensors: of_forward.3: not counts of a vocabulary of"
+OTHER = "run/ngram_counts.safetensors: not the counts of this model"
+NOT_SOUND = "run/ngram_counts.safetensors: of_forward.3: not counts of a vocabulary of"
 
 
 def one(name, place, value):
@@ -246,8 +246,11 @@ def change(make):
 
 
 HARMS = {
-    "missing": (lambda path: path.unlink(), "run/counts.safetensors: no such file or directory"),
-    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "run/counts.safetensors: damaged: not the"),
+    "missing": (lambda path: path.unlink(), "run/ngram_counts.safetensors: no such file or directory"),
+    "cut short": (
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "run/ngram_counts.safetensors: damaged: not",
+    ),
     "a part missing": (lambda path: rewrite(path, lambda tensors: tensors.pop(PAIRS)), OTHER),
     "no tensors": (lambda path: rewrite(path, lambda tensors: tensors.clear()), OTHER),
     "a pair beyond its contexts": (one(PAIRS, -1, 1 << 60), NOT_SOUND),
@@ -281,7 +284,7 @@ def test_a_resume_counts_anew_and_mends_the_file(trained, small):
 
 def test_a_text_too_large_to_count_is_refused(small, tmp_path, monkeypatch):
     monkeypatch.setattr(counted, "LARGEST_TOKENS", 50)
-    with pytest.raises(ConfigError, match=r"model\.counts: [\d,]+ tokens are too many to count in memory"):
+    with pytest.raises(ConfigError, match=r"model\.ngram_counts: [\d,]+ tokens are too many to count in memory"):
         train(small("model.ngram_counts=3"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -292,8 +295,8 @@ def test_keys_may_lie_farther_apart_than_a_key_is_large():
         torch.tensor([3, V + 1]),
         torch.ones(2).int(),
     )
-    assert counted._sound(contexts, pairs, counts, V)
-    assert not counted._sound(contexts.flip(0), pairs, counts, V)
+    assert counted._is_searchable(contexts, pairs, counts, V)
+    assert not counted._is_searchable(contexts.flip(0), pairs, counts, V)
 
 
 def test_a_text_that_has_changed_costs_a_finished_run_nothing(small, tmp_path):
@@ -312,7 +315,7 @@ def test_a_file_that_claims_more_than_could_be_counted_is_not_read(trained, shel
     monkeypatch.setattr(counted, "LARGEST_TOKENS", 5)
     done = shell("generate", "run")
     assert done.returncode == 4
-    assert done.stderr.startswith("run/counts.safetensors: of_forward.1: not counts of a vocabulary")
+    assert done.stderr.startswith("run/ngram_counts.safetensors: of_forward.1: not counts of a vocabulary")
 
 
 def test_a_text_of_one_word_is_counted_and_its_counts_are_sound(small, tmp_path):
@@ -324,5 +327,5 @@ def test_a_text_of_one_word_is_counted_and_its_counts_are_sound(small, tmp_path)
 
 
 def test_lines_that_follow_on_are_not_counted(small):
-    with pytest.raises(ConfigError, match=r"model\.counts: counts lines by themselves"):
+    with pytest.raises(ConfigError, match=r"model\.ngram_counts: counts lines by themselves"):
         small("model.ngram_counts=3", "batching.carry_state=true", "model.bidirectional=false")

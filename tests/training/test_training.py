@@ -118,7 +118,7 @@ def test_a_taken_name_gets_a_suffix_and_a_full_directory_is_refused(small, tmp_p
     (full / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty; nothing is overwritten"):
         train(config, full)
-    with pytest.raises(ConfigError, match="go on with --resume"):
+    with pytest.raises(ConfigError, match="continue the run with --resume"):
         train(config, tmp_path / "runs" / "config")
     assert [path.name for path in full.iterdir()] == ["thesis.txt"]
 
@@ -193,7 +193,7 @@ def test_a_state_that_is_none_is_an_artefact_error_before_anything_is_written(sm
 def test_a_run_without_a_whole_checkpoint_is_not_started_over(small, tmp_path):
     run = tmp_path / "run"
     train(small(), run, stop_at_step=2)
-    weights_file = checkpoint.home_of(run / "checkpoints", 2) / "model.safetensors"
+    weights_file = checkpoint.directory_of(run / "checkpoints", 2) / "model.safetensors"
     weights_file.write_bytes(b"")
     rows = (run / "metrics.jsonl").read_text()
     with pytest.raises(ArtefactError, match="damaged: not the bytes that were saved; no checkpoint can be used"):
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_is_being_replaced_comes_back(small, tmp_path):
     run = tmp_path / "run"
     wanted = digest(train(small(), tmp_path / "whole").run)
     train(small(), run, stop_at_step=6)
-    home = checkpoint.home_of(run / "checkpoints", 6)
+    home = checkpoint.directory_of(run / "checkpoints", 6)
     home.rename(home.with_name(f".{home.name}{checkpoint.REPLACED}"))
     progress = Lines()
     assert digest(train(small(), run, resume=True, progress=progress).run) == wanted

@@ -43,7 +43,7 @@ TYPED = {
     ),
     "train: a run": Row(
         "train c.yaml --run-dir run",
-        "--run-dir run: not empty; nothing is overwritten: go on with --resume, or name another",
+        "--run-dir run: not empty; nothing is overwritten: continue the run with --resume, or name another",
         2,
     ),
     "train: a file": Row(
