@@ -162,11 +162,21 @@ def clip_gradient(parameters: Iterable[Tensor], largest: float | None) -> float:
         if gradient is not None:
             gradients.append((gradient.values() if gradient.is_sparse else gradient).view(-1))
     # on CPU a dot product takes half the time of linalg.vector_norm
-    norm = float(torch.stack([torch.dot(gradient, gradient) for gradient in gradients]).sum(dtype=torch.float64).sqrt())
+    squares = [torch.dot(each, each) for each in map(_aligned, gradients)]
+    norm = float(torch.stack(squares).sum(dtype=torch.float64).sqrt())
     if largest is not None and norm > largest:
         for gradient in gradients:
             gradient.mul_(largest / norm)
     return norm
+
+
+def _aligned(gradient: Tensor) -> Tensor:
+    """The gradient, or its copy where it does not lie at a multiple of 64 bytes, where PyTorch puts each new tensor.
+
+    MKL sums a dot product in an order that depends on where the operand lies. Under torchrun a gradient lies anywhere
+    in a bucket of DistributedDataParallel, so without this one process there would not train as one alone does.
+    """
+    return gradient if gradient.data_ptr() % 64 == 0 else gradient.clone()
 
 
 def optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel) -> dict[str, Tensor]:
