@@ -75,6 +75,32 @@ def test_resumed_run_equals_the_uninterrupted_one_from_every_step(small, tmp_pat
         assert digest(cut) == wanted, step
 
 
+def test_optimizer_state_of_any_shape_is_restored(small, tmp_path, monkeypatch):
+    """Adafactor keeps a row and a column for each matrix instead of a moment for each weight."""
+
+    def factored(model, **settings):
+        return [torch.optim.Adafactor(model.parameters(), lr=settings["lr"])]
+
+    monkeypatch.setattr("lmtrain.training.step.build_optimizers", factored)
+    wanted = digest(train(small("training.max_steps=9"), tmp_path / "whole").run)
+    train(small("training.max_steps=9"), tmp_path / "cut", stop_at_step=4)
+    kept = checkpoint.load(tmp_path / "cut" / "checkpoints", 4).training
+    shapes = {tuple(kept[f"optimizer/{part}/embedding.weight"].shape) for part in ("row_var", "col_var")}
+    assert shapes == {(12, 1), (1, 6)}
+    train(small("training.max_steps=9"), tmp_path / "cut", resume=True)
+    assert digest(tmp_path / "cut") == wanted
+
+
+def test_optimizer_state_that_would_be_read_beyond_its_end_is_refused(small, tmp_path):
+    run = tmp_path / "run"
+    train(small(), run, stop_at_step=3)
+    saved = checkpoint.load(run / "checkpoints", 3)
+    saved.training["optimizer/exp_avg/embedding.weight"] = torch.zeros(1)
+    checkpoint.save(run / "checkpoints", saved)
+    with pytest.raises(ArtefactError, match=r"training\.safetensors: not of this run"):
+        train(small(), run, resume=True)
+
+
 def test_a_run_stopped_after_each_step_ends_the_same(small, tmp_path):
     config = small("training.max_steps=7")
     wanted = digest(train(config, tmp_path / "whole").run)

@@ -114,7 +114,7 @@ def signalled(number: int) -> Callable[[Field, random.Random, int], int]:
         assert started.wait() == 128 + number, started.said
         last = started.said.splitlines()[-1]
         assert re.fullmatch(
-            r"stopped at step \d+ by SIG\w+; the state is saved: lmtrain train .* --resume goes on", last
+            r"stopped at step \d+ by SIG\w+; the state is saved: lmtrain train .* --resume continues", last
         )
         lost = ground.readable()
         assert lost == 0
@@ -170,7 +170,9 @@ def full(field: Field, chance: random.Random, turn: int) -> int:
         started = ground.train()
         code = started.wait()
         assert code == 5, (code, size, started.said)
-        assert re.search(r"no space left on device.*(bytes are needed, [\d,]+ are free|--resume goes on)", started.said)
+        assert re.search(
+            r"no space left on device.*(bytes are needed, [\d,]+ are free|--resume (goes on|continues))", started.said
+        )
         assert len([line for line in started.said.splitlines() if "no space" in line]) == 1
         ground.tidy()
         lost = ground.readable()
