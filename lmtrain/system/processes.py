@@ -113,7 +113,7 @@ class ProcessGroup(SingleProcess):
         self.restarted = attempt > 0
         run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
         self.launch = run_id if run_id != "none" else f"agent {os.getppid()}"
-        self._actions = 0  # how many `run_in_all` has run
+        self._actions = 0  # how many actions `run_in_all` has run
         self._known_fault: LmtrainError | None = None  # a fault that all other processes know of
         host = environment["MASTER_ADDR"]
         agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the agent of torchrun keeps the store
@@ -232,7 +232,7 @@ class ProcessGroup(SingleProcess):
         """Tell whether this is the one process that reports the fault that ends all of them."""
         if isinstance(error, PeerError) or error is self._known_fault:
             return error is self._known_fault
-        with suppress(RuntimeError):  # the process that kept the store has ended, and reports
+        with suppress(RuntimeError):  # the store ended with the process that kept it
             if isinstance(error, LostError):  # the process that caused this gets time to report first
                 self._wait_briefly(lambda: self.store.check([REPORTS]))
             count = self.store.add(REPORTS, 1)

@@ -138,8 +138,8 @@ def misfit(tensor, found, needed):
     return f"{WEIGHTS}: tensor {tensor!r} is {found}, the run's config and tokenizer need {needed}{UNUSABLE}"
 
 
-# what is damaged, stderr of every command that uses a run, and stderr of `train --resume` if that differs; "..." stands
-# for the words of a library
+# what is damaged, stderr of every command that uses a run, and stderr of `train --resume` if that differs;
+# {words} stands for the words of a library
 DAMAGES = {
     "no config": (
         lambda: Path("run/config.yaml").unlink(),
@@ -178,11 +178,11 @@ DAMAGES = {
         "run/config.yaml: over 1 MiB; is this a configuration file?",
     ),
     "no tokenizer": (lambda: Path("run/tokenizer.json").unlink(), "run/tokenizer.json: no such file or directory"),
-    "tokenizer cut short": (cut("run/tokenizer.json", 50), "run/tokenizer.json: not a tokenizer file: ..."),
+    "tokenizer cut short": (cut("run/tokenizer.json", 50), "run/tokenizer.json: not a tokenizer file: {words}"),
     "tokenizer that is a pickle": (text("run/tokenizer.json", PICKLE), "run/tokenizer.json: damaged: not UTF-8"),
     "tokenizer 100,000 deep": (
         text("run/tokenizer.json", "[" * 100_000),
-        "run/tokenizer.json: not a tokenizer file: ...",
+        "run/tokenizer.json: not a tokenizer file: {words}",
     ),
     "tokenizer that is a FIFO": (
         replace_by("run/tokenizer.json", os.mkfifo),
@@ -232,7 +232,7 @@ DAMAGES = {
     ),
     "tokenizer with half a surrogate pair": (
         lambda: reword(lambda words: [*words[:-1], "\ud800"]),
-        "run/tokenizer.json: not a tokenizer file: ...",
+        "run/tokenizer.json: not a tokenizer file: {words}",
     ),
     "tokenizer of a huge vocabulary": (
         text("run/tokenizer.json", '{"format": 1, "kind": "ids", "ids": 1000000000000, "pad_id": 0}'),
@@ -240,11 +240,11 @@ DAMAGES = {
     ),
     "tokenizer that makes its library panic": (
         theirs(normalizer=PANICS),
-        "run/tokenizer.json: not a tokenizer of the tokenizers library: ...",
+        "run/tokenizer.json: not a tokenizer of the tokenizers library: {words}",
     ),
     "tokenizer that makes its library panic in its model": (
         theirs(model=PREFIXED),
-        "run/tokenizer.json: not a tokenizer of the tokenizers library: ...",
+        "run/tokenizer.json: not a tokenizer of the tokenizers library: {words}",
     ),
     "tokenizer with a gap in its ids": (
         theirs(model={"type": "WordLevel", "vocab": {"a": 0, "b": 2}, "unk_token": "a"}),
@@ -252,7 +252,7 @@ DAMAGES = {
     ),
     "tokenizer with a broken pattern": (
         theirs(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}),
-        "run/tokenizer.json: not a tokenizer of the tokenizers library: ...",
+        "run/tokenizer.json: not a tokenizer of the tokenizers library: {words}",
     ),
     "no checkpoint": (lambda: shutil.rmtree(STEP), f"{STEP}/manifest.json: no such file or directory{UNUSABLE}"),
     "empty checkpoint": (
@@ -470,20 +470,23 @@ def test_a_damaged_pointer_is_ignored(home, shell, pointer):
 
 # files that a user may give as tokenizer.path, for tokenizer.kind=file
 LIBRARY = {
-    "empty": ("", "theirs.json: not a tokenizer of the tokenizers library: ..."),
-    "no JSON": ("not json", "theirs.json: not a tokenizer of the tokenizers library: ..."),
-    "pickle": (PICKLE, "theirs.json: not a tokenizer of the tokenizers library: ..."),
-    "no tokenizer": ("{}", "theirs.json: not a tokenizer of the tokenizers library: ..."),
-    "bad UTF-8": (b'{"\xff": 1}', "theirs.json: not a tokenizer of the tokenizers library: ..."),
-    "brackets 100,000 deep": ("[" * 100_000, "theirs.json: not a tokenizer of the tokenizers library: ..."),
-    "panics": (json.dumps(library(normalizer=PANICS)), "theirs.json: not a tokenizer of the tokenizers library: ..."),
+    "empty": ("", "theirs.json: not a tokenizer of the tokenizers library: {words}"),
+    "no JSON": ("not json", "theirs.json: not a tokenizer of the tokenizers library: {words}"),
+    "pickle": (PICKLE, "theirs.json: not a tokenizer of the tokenizers library: {words}"),
+    "no tokenizer": ("{}", "theirs.json: not a tokenizer of the tokenizers library: {words}"),
+    "bad UTF-8": (b'{"\xff": 1}', "theirs.json: not a tokenizer of the tokenizers library: {words}"),
+    "brackets 100,000 deep": ("[" * 100_000, "theirs.json: not a tokenizer of the tokenizers library: {words}"),
+    "panics": (
+        json.dumps(library(normalizer=PANICS)),
+        "theirs.json: not a tokenizer of the tokenizers library: {words}",
+    ),
     "panics in its model": (
         json.dumps(library(model=PREFIXED)),
-        "theirs.json: not a tokenizer of the tokenizers library: ...",
+        "theirs.json: not a tokenizer of the tokenizers library: {words}",
     ),
     "panics at the first text": (
         json.dumps(library(pre_tokenizer={"type": "FixedLength", "length": 0})),
-        "theirs.json: can't encode this text: ...",
+        "theirs.json: can't encode this text: {words}",
     ),
     "gap in its ids": (
         json.dumps(library(model={"type": "WordLevel", "vocab": {"a": 0, "b": 2}, "unk_token": "a"})),
@@ -501,21 +504,21 @@ LIBRARY = {
                 }
             )
         ),
-        "theirs.json: can't encode this text: ...",
+        "theirs.json: can't encode this text: {words}",
     ),
     "unknown token beyond the vocabulary": (
         json.dumps(library(model={"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": 5})),
-        "theirs.json: not a tokenizer of the tokenizers library: ...",
+        "theirs.json: not a tokenizer of the tokenizers library: {words}",
     ),
     "broken pattern": (
         json.dumps(
             library(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False})
         ),
-        "theirs.json: not a tokenizer of the tokenizers library: ...",
+        "theirs.json: not a tokenizer of the tokenizers library: {words}",
     ),
     "an unknown model": (
         json.dumps(library(model={"type": "os.system", "vocab": {}})),
-        "theirs.json: not a tokenizer of the tokenizers library: ...",
+        "theirs.json: not a tokenizer of the tokenizers library: {words}",
     ),
 }
 
