@@ -33,7 +33,8 @@ def choose_device(name: str) -> torch.device:
     # otherwise cuBLAS and cuDNN may sum in another order each time, and a resumed run would differ
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # no code of lmtrain reads memory that it has not written
+    # filling costs time, and no code of lmtrain reads memory that it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(
