@@ -29,9 +29,9 @@ class Cache:
     is compared with the present one, h: p(w) = (1 - share) p_model(w) + share sum_i [w_i = w] softmax_i(theta h . h_i).
     """
 
-    size: int
-    theta: float = 0.3
-    share: float = 0.1
+    size: int  # tokens in the cache
+    theta: float = 0.3  # the greater it is, the more the tokens after the most similar states outweigh the others
+    share: float = 0.1  # weight of the cache in the mixture, from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Dynamic:
 
     Each chunk of `steps` tokens is scored, and then the model learns from the gradient of the chunk's nats per token:
     w <- w - lr * gradient + decay * (w_0 - w). With counted n-grams the network's weights follow the gradient of the
-    network's own nats, and the gate that of the mixture's.
+    network's own nats, and the gate follows that of the mixture's.
     """
 
-    lr: float
-    decay: float = 0.0
-    steps: int = 20
+    lr: float  # learning rate
+    decay: float = 0.0  # fraction of the distance to the trained weights w_0 that each chunk takes back
+    steps: int = 20  # tokens per chunk
 
 
 @torch.inference_mode()

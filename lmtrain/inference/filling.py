@@ -41,7 +41,7 @@ def fill_blank(
 ) -> list[Filling]:
     """Find at most `top` fillings of the one blank `____` of a text, of at most `tokens` tokens, best first.
 
-    A filling of one token is predicted from the state before the blank and the state behind it together, as in
+    A filling of one token is predicted from the state before the blank and the state after it together, as in
     training; its probability is exact over the vocabulary. For fillings of up to several tokens a beam search from
     each side proposes candidates. These are ranked by the mean of the two directions' log-probabilities of the whole
     text; their probabilities sum to 1 over the proposed candidates.
@@ -75,7 +75,7 @@ def _special_ids(tokenizer: Tokenizer) -> list[int]:
 def _fill_one_token(
     model: LanguageModel, tokenizer: Tokenizer, left: list[int], right: list[int], top: int
 ) -> list[tuple[list[int], float]]:
-    # any token may stand in the blank's place here (eos does): neither of the two states has read it
+    # eos stands for the blank, as any token could: neither of the two states has read it
     row = [tokenizer.bos_id, *left, tokenizer.eos_id, *right, tokenizer.eos_id]
     batch = make_batch([row], tokenizer.pad_id)
     states = model.read(batch.tokens.to(model.embedding.weight.device), batch.lengths).events["fill"].states
@@ -123,8 +123,8 @@ def _propose(
     for length in range(1, tokens + 1):
         scores = totals + logits.log_softmax(-1).index_fill(1, excluded, -torch.inf)  # (R, V)
         vocab_size = scores.shape[1]
-        best, places = scores.flatten().topk(min(width, scores.numel() - len(running) * len(excluded)))
-        parents, chosen = places // vocab_size, places % vocab_size
+        best, indices = scores.flatten().topk(min(width, scores.numel() - len(running) * len(excluded)))
+        parents, chosen = indices // vocab_size, indices % vocab_size
         running = [
             (token, *running[parent]) if backward else (*running[parent], token)
             for parent, token in zip(parents.tolist(), chosen.tolist(), strict=True)

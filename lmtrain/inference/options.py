@@ -74,7 +74,7 @@ class Beams:
 def check_generation(sampling: Sampling | None, beams: Beams | None, count: int, stop: Sequence[str]) -> None:
     """Raise ConfigError if settings of `TrainedModel.generate` contradict each other."""
     if not all(stop):
-        raise ConfigError("stop: an empty text stands everywhere; leave it out")
+        raise ConfigError("stop: an empty text occurs everywhere; leave it out")
     if beams is not None and (sampling is not None or stop):
         raise ConfigError("beams: a search does not draw at random or stop at a text; leave out sampling and stop")
     if beams is not None and count > beams.width:

@@ -66,7 +66,7 @@ class Evaluation:
 
 
 def encoded_batches(model: LanguageModel, batches: Iterable[Batch], columns: int | None) -> Iterator[EncodedBatch]:
-    """Read batch after batch; `columns` rows carry their state from batch to batch, or, with None, start from zeros."""
+    """Read batch after batch; the state of `columns` columns is carried along, or, with None, rows start from zeros."""
     device, carried = model.embedding.weight.device, None if columns is None else CarriedState(columns)
     for batch in batches:
         before = None if carried is None else carried.of(batch.order)
@@ -90,7 +90,7 @@ def evaluate(
         model: is in evaluation mode.
         columns: see `encoded_batches`.
         counts: characters and bytes of the text that the batches come from, for bits per character and byte.
-        left_out: name -> token ids; for each name there is one more sum, without the events that predict these ids.
+        left_out: name -> token ids; each name gives one more sum, without the events that predict these ids.
     """
     assert not model.training
     result = Evaluation({objective: Tally() for objective in model.objectives}, counts or StoreCounts())

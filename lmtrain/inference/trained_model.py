@@ -230,7 +230,7 @@ class TrainedModel:
 
         Raises:
             ConfigError: the arguments contradict how this run reads text.
-            DataError: the text has a fault, or there is none.
+            DataError: the text has a fault, or is missing.
         """
         carries_state = self.config.batching.goes_on
         if carries_state and batch_size is not None:
@@ -317,7 +317,7 @@ def load(
         notify: is called with a line on anything the user should know, such as a damaged checkpoint that is skipped.
 
     Raises:
-        ConfigError: there is no run, or no such device.
+        ConfigError: no run is found, or no such device.
         ArtefactError: the directory is not a run, or it is damaged.
     """
     directory = run if isinstance(run, RunDirectory) else find_run(run)

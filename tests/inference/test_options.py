@@ -54,7 +54,7 @@ def test_beams_out_of_range_are_refused(settings, said):
         ((None, Beams(2), 3, ()), "count 3: a search with 2 beams finds at most 2 texts"),
         ((DRAWN, Beams(2), 1, ()), "beams: a search does not draw"),
         ((None, Beams(2), 1, ("x",)), "beams: a search does not draw"),
-        ((None, None, 1, ("x", "")), "stop: an empty text stands everywhere"),
+        ((None, None, 1, ("x", "")), "stop: an empty text occurs everywhere"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, said):

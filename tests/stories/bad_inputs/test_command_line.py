@@ -180,7 +180,7 @@ TYPED = {
     "generate: a length penalty alone": Row(
         "generate run --length-penalty 1", "--length-penalty ranks what a search finds; add --beams", 2
     ),
-    "generate: an empty stop": Row("generate run --stop ''", "stop: an empty text stands everywhere; leave it out", 2),
+    "generate: an empty stop": Row("generate run --stop ''", "stop: an empty text occurs everywhere; leave it out", 2),
     "generate: a stream of JSON": Row(
         "generate run --stream --json",
         (
