@@ -161,14 +161,14 @@ class _Writer:
         running = batch.order.tolist()  # index in `self.rows` of each row that still runs
         logits, state = self.model.read_prompts(batch.tokens.to(self.device), batch.lengths, self.codec.direction)
         for step in range(max_tokens):
-            tokens, running, state = self._append_tokens(logits, running, state)
+            tokens, running, state = self._append(logits, running, state)
             yield
             if not running or step == max_tokens - 1:
                 break
             logits, state = self.model(tokens.unsqueeze(0), state, self.codec.direction)
             logits = logits.squeeze(0)
 
-    def _append_tokens(self, logits: Tensor, running: list[int], state: State) -> tuple[Tensor, list[int], State]:
+    def _append(self, logits: Tensor, running: list[int], state: State) -> tuple[Tensor, list[int], State]:
         """Choose the next token of each running row by its logits (B, V), append it, and drop the rows that it ends;
         returns the tokens (B,), the indices in `self.rows` and the state of the rows that run on."""
         log_probabilities = logits.log_softmax(-1).index_fill_(1, self.excluded, -torch.inf)  # (B, V)
