@@ -72,7 +72,7 @@ def test_lines_sum_up_to_what_evaluate_says_cut_lines_too(corpus, small):
         assert tokens == figures["tokens"]
         assert 2.718281828459045 ** (nats / tokens) == pytest.approx(figures[name], rel=1e-5)
     assert sum(each.unknown_tokens for each in model.score(["a zzz", "qqq qqq"])) == 3
-    with pytest.raises(ConfigError, match="one direction's"):
+    with pytest.raises(ConfigError, match="direction both: a token's"):
         model.score(lines, "both", each=True)
 
 
