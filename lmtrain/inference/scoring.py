@@ -188,7 +188,7 @@ def score(
             named = [script.name(token) for token in flat[inner].tolist()] if each else []
             values = (-nats[inner]).tolist() if each else []
             yield Score(
-                block.first_line + number,
+                block.lines[number],
                 -float(totals[number]),
                 end - first - 1,
                 int(unknown[number]),

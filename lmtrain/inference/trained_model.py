@@ -315,10 +315,10 @@ def _blocks(texts: Iterable[str] | Iterable[Block]) -> Iterator[Block]:
             continue
         lines.append(normalise(text))
         if len(lines) == LINES_AT_ONCE:
-            yield Block("texts", first, lines)
+            yield Block("texts", range(first, first + len(lines)), lines)
             first, lines = first + len(lines), []
     if lines:
-        yield Block("texts", first, lines)
+        yield Block("texts", range(first, first + len(lines)), lines)
 
 
 def load(

@@ -31,7 +31,7 @@ class Validation:
             return {}
         columns, share = self.config.validation.columns, RankShard(self.processes.rank, self.processes.world_size)
         store, tokenizer = self.corpora.valid, self.corpora.tokenizer
-        batches, carried = evaluation_batches(self.config, store, tokenizer, columns, share=share)
+        batches, carried = evaluation_batches(self.config, store, tokenizer, columns, shard=share)
         result = evaluate(self.model, batches, carried)
         own = [value for tally in result.tallies.values() for value in (tally.nats, tally.tokens, tally.correct)]
         sums = iter([math.fsum(values) for values in zip(*self.processes.gather(own), strict=True)])
