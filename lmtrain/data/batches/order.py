@@ -136,7 +136,7 @@ class WindowSampler:
         return Parts(int(ends[-1]), _Pass(self, epoch, windows, ends).part)
 
     def random(self, epoch: int, window: int) -> np.random.Generator:
-        """Return the generator of a window; + 1, as NumPy reads [seed, epoch, 0] as [seed, epoch], which the blocks have."""
+        """Return the generator of a window. NumPy takes [seed, epoch, 0] for [seed, epoch], hence + 1."""
         return np.random.Generator(np.random.PCG64([self.seed, epoch, window + 1]))
 
     def _counts(self, epoch: int, windows: list[Ints]) -> list[int]:

@@ -1,7 +1,5 @@
 """What every file format has to say: how a file is cut into blocks of whole records, and which texts a block holds."""
 
-from __future__ import annotations
-
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator

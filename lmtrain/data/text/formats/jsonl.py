@@ -1,7 +1,5 @@
 """JSON lines: every line is a JSON object, and one of its fields holds a text."""
 
-from __future__ import annotations
-
 import json
 
 from lmtrain.data.text.formats.base import Format

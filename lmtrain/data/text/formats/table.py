@@ -1,7 +1,5 @@
 """The names of the file formats, and which format a file has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lmtrain.data.text.formats.base import Format
