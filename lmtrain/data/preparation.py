@@ -51,12 +51,7 @@ def source_of(config: Config, name: str) -> Source | None:
 def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None, watch: Watch = unwatched) -> Corpora:
     """Return the tokenizer and the stores of the training and the validation text.
 
-    What the cache directory does not have is made first. The user is notified of each text that is read, and of what
-    is odd about the data.
-
-    Args:
-        tokenizer: None learns it from the training text.
-        watch: shows progress.
+    What the cache directory does not have is made first; the tokenizer is learnt from the training text unless given.
 
     Raises:
         ConfigError: the tokenizer can't encode a sample prompt.

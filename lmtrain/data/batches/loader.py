@@ -31,12 +31,8 @@ class BatchSource(Protocol):
     span of steps. The rows of a part can be counted and selected without reading their tokens."""
 
     def lengths(self, part: Any) -> Ints: ...
-
     def take(self, part: Any, chosen: Ints) -> Any: ...
-
     def batch(self, part: Any, pad_id: int) -> Batch: ...
-
-    def __len__(self) -> int: ...
 
 
 class TrainingBatches(NamedTuple):
@@ -71,21 +67,17 @@ class RankShard(NamedTuple):
 
 
 def training_batches(config: Config, store: TokenStore, eos_id: int) -> TrainingBatches:
-    """Return the batches to train on.
-
-    Raises:
-        ConfigError: the text has fewer tokens or rows than columns.
-    """
-    batching = config.batching
+    """Return the batches to train on; raises ConfigError where a text has fewer tokens or rows than columns."""
+    batching, columns = config.batching, config.batching.batch_size
     if batching.mode == "stream":
-        stream = _stream(store, eos_id, batching.batch_size)
+        _check_columns(columns, len(store.tokens), "tokens")
+        stream = Stream(store.tokens, eos_id, columns)
         spans = StreamSampler(stream, bptt=batching.bptt, random_bptt=batching.random_bptt, seed=config.seed)
-        return TrainingBatches(stream, spans, batching.batch_size)
+        return TrainingBatches(stream, spans, columns)
     if batching.carry_state:
         rows = Rows(store, batching.max_length)
-        if len(rows) < batching.batch_size:
-            raise ConfigError(f"batching.batch_size: {batching.batch_size} columns for {len(rows)} rows are too many")
-        return TrainingBatches(rows, LinesSampler(rows, batching.batch_size), batching.batch_size)
+        _check_columns(columns, len(rows), "rows")
+        return TrainingBatches(rows, LinesSampler(rows, columns), columns)
     source, sampler = shuffled_rows(
         store,
         batching.max_length,
@@ -102,8 +94,7 @@ def shuffled_rows(
 ) -> tuple[Rows, EpochSampler] | tuple[WindowedRows, WindowSampler]:
     """Return the rows of a corpus and a sampler that shuffles them: as a whole if they fit a window, else by windows.
 
-    Args:
-        settings: arguments of `EpochSampler` and `WindowSampler`.
+    `settings` are the arguments of `EpochSampler` and `WindowSampler`.
     """
     if fits_a_window(sequences):
         rows = Rows(sequences, max_length)
@@ -112,10 +103,9 @@ def shuffled_rows(
     return windowed, WindowSampler(windowed, **settings)
 
 
-def _stream(store: TokenStore, eos_id: int, columns: int) -> Stream:
-    if len(store.tokens) < columns:
-        raise ConfigError(f"batching.batch_size: {columns} columns for {len(store.tokens)} tokens are too many")
-    return Stream(store.tokens, eos_id, columns)
+def _check_columns(columns: int, count: int, unit: str) -> None:
+    if count < columns:
+        raise ConfigError(f"batching.batch_size: {columns} columns for {count} {unit} are too many")
 
 
 def evaluation_batches(

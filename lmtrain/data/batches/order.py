@@ -28,12 +28,7 @@ class Sampler(Protocol):
 
 
 class Parts(Sequence[Any]):
-    """The parts of an epoch as a sequence that makes each part when it is asked for.
-
-    Args:
-        length: number of parts.
-        make: returns the part of a number.
-    """
+    """The `length` parts of an epoch; `make` makes the part of a number when it is asked for."""
 
     def __init__(self, length: int, make: Callable[[int], Any]) -> None:
         self.length, self.make = length, make
@@ -59,12 +54,7 @@ class _BatchCutter(NamedTuple):
         return cls(batch_size, max_tokens, rows_a_batch * bucket_batches)
 
     def batches(self, buckets: Iterable[Ints], lengths: Ints, random: np.random.Generator) -> list[Ints]:
-        """Sort each bucket by length, cut it into batches, and shuffle the batches of all buckets.
-
-        Args:
-            buckets: row indices, (rows,) each.
-            lengths: (R,) tokens of all rows.
-        """
+        """Sort each bucket of row indices by `lengths`, (R,) of all rows, cut it into batches, and shuffle them all."""
         batches = []
         for bucket in buckets:
             bucket_lengths = lengths[bucket]
@@ -75,10 +65,9 @@ class _BatchCutter(NamedTuple):
         return [batches[number] for number in random.permutation(len(batches))]
 
     def count(self, lengths: NDArray[np.integer]) -> int:
-        """Count the batches of `max_tokens` in full buckets: in all at once, as there may be millions of batches.
+        """Count the batches of `max_tokens` in full buckets of rows with these lengths, (buckets, rows).
 
-        Args:
-            lengths: (buckets, rows) tokens of each row.
+        It counts in all buckets at once, as there may be millions of batches.
         """
         longest = np.sort(lengths, axis=1, kind="stable")[:, ::-1]
         batches, bucket, start = 0, np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
@@ -94,10 +83,7 @@ class EpochSampler:
     """The order of the rows of a corpus that is shuffled as a whole.
 
     Rows are shuffled, cut into buckets of `bucket_batches` batches, sorted by length within each bucket and cut into
-    batches; then the batches are shuffled. The state of an epoch is (epoch, next batch); a resume replays nothing.
-
-    Args:
-        lengths: (R,) tokens of each row.
+    batches; then the batches are shuffled. `lengths` are the tokens of each row, (R,).
     """
 
     def __init__(
@@ -159,7 +145,7 @@ def spread_rows(rows: NDArray[Row], size: int, random: np.random.Generator) -> l
     So each bucket has rows from everywhere, in a tenth of the time that it takes to shuffle a million rows.
 
     Args:
-        rows: (R,) anything that belongs to each row, such as its length.
+        rows: (R,) what is spread: the index of each row, or its length.
 
     Returns:
         The full buckets, (buckets - 1, size), and the last bucket, (1, its rows).
@@ -199,7 +185,7 @@ class _Pass:
         rows, cut, random = self.sampler.rows, self.sampler.cut, self.sampler.random(self.epoch, window)
         rows.release()
         for blocks in self.windows[window : window + 2]:
-            rows.announce(blocks)
+            rows.prefetch(blocks)
         self.stretches = rows.stretches(self.windows[window])
         lengths = self.stretches.lengths
         tables = spread_rows(np.arange(len(lengths)), cut.bucket_rows, random)

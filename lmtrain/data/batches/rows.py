@@ -42,9 +42,7 @@ def make_batch(rows: Sequence[Sequence[int] | Ints], pad_id: int) -> Batch:
 def gather_batch(flat: NDArray[np.integer], starts: Ints, lengths: Ints, pad_id: int) -> Batch:
     """Return the batch of the rows flat[start : start + length], without a loop over rows or tokens.
 
-    Args:
-        flat: (T,) ids.
-        starts, lengths: (B,) of the rows, in any order.
+    `flat` are ids (T,); `starts` and `lengths`, (B,), are in any order.
     """
     order = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[order], lengths[order]
@@ -56,11 +54,9 @@ def gather_batch(flat: NDArray[np.integer], starts: Ints, lengths: Ints, pad_id:
 
 
 def count_rows(lengths: Ints, max_length: int) -> Ints:
-    """Return how many rows each sequence is cut into, (sequences,).
+    """Return how many rows each sequence is cut into, (sequences,), from the tokens of each, (sequences,).
 
-    Args:
-        lengths: (sequences,) tokens of each, with `<bos>` and `<eos>`.
-        max_length: the most tokens in a row, without `<bos>` and `<eos>`.
+    `max_length` bounds the tokens of a row without `<bos>` and `<eos>`; `lengths` count these two.
     """
     if lengths.max(initial=0) <= max_length + 2:
         return np.ones_like(lengths)
@@ -129,11 +125,9 @@ def longest_first(lengths: Ints) -> Ints:
 def cut_batches(
     sorted_lengths: NDArray[np.integer], batch_size: int | None, max_tokens: int | None
 ) -> list[tuple[int, int]]:
-    """Return the (start, end) of the batches of rows that are sorted longest first.
+    """Return the (start, end) of the batches of rows with these lengths, (R,), which are sorted longest first.
 
-    Args:
-        sorted_lengths: (R,) tokens of each row.
-        batch_size: rows of a batch; None: as many as have at most `max_tokens` padded tokens, but at least one.
+    A batch has `batch_size` rows or, if that is None, at most `max_tokens` padded tokens, but at least one row.
     """
     cuts, start = [], 0
     while start < len(sorted_lengths):

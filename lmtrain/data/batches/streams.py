@@ -85,11 +85,7 @@ class Stream:
         return np.minimum(self.column_lengths[span.columns], span.end) - span.first + 1
 
     def spans(self, cuts: Ints) -> Parts:
-        """Return the spans between step 0, `cuts` and the end; in the last, the longer columns have one more token.
-
-        Args:
-            cuts: (cuts,) numbers of steps, ascending.
-        """
+        """Return the spans between step 0, the steps `cuts`, (cuts,) ascending, and the end of the longest columns."""
         inner = cuts[(cuts > 0) & (cuts < self.steps)]
         borders = np.concatenate([[0], inner, self.column_lengths[:1]]).tolist()
         return Parts(len(borders) - 1, lambda number: Span(borders[number], borders[number + 1]))

@@ -17,9 +17,9 @@ from lmtrain.data.arrays import Ints
 from lmtrain.data.batches.rows import Batch, Sequences, count_rows, cut_rows, gather_batch, narrow, sorted_parts
 from lmtrain.data.store.paging import prefetch_pages, release_pages
 
-WINDOW_ROWS = 1 << 20  # a window has about as many rows, or as many bytes of ids as:
-WINDOW_BYTES = 64 << 20  # the smaller of the two bounds holds
-WINDOW_BLOCKS = 256  # a window mixes rows from as many places of the corpus
+WINDOW_ROWS = 1 << 20  # about the most rows of a window
+WINDOW_BYTES = 64 << 20  # about the most bytes of ids of a window
+WINDOW_BLOCKS = 256  # as many places of the corpus are mixed in a window
 SCANNED = 1 << 17  # sequences that are scanned at once: few enough for a processor's cache
 
 
@@ -93,8 +93,6 @@ class WindowedRows:
     def __len__(self) -> int:
         return int(self._rows_before[-1])
 
-    # ---- what every source of batches has (`loader.BatchSource`)
-
     def batch(self, part: Stretches, pad_id: int) -> Batch:
         """Return these rows, B of them, as a batch."""
         return gather_batch(self.flat, part.starts, part.lengths, pad_id)
@@ -106,8 +104,6 @@ class WindowedRows:
     def take(self, part: Stretches, chosen: Ints) -> Stretches:
         """Return some of these rows, by their indices in `part`."""
         return Stretches(part.starts[chosen], part.lengths[chosen])
-
-    # ---- block by block
 
     def windows(self, blocks: Ints) -> list[Ints]:
         """Cut block numbers, in any order, into windows."""
@@ -126,7 +122,7 @@ class WindowedRows:
         """Return the tokens of each row of these blocks, (R,), in 16 bits where they fit."""
         return np.concatenate([narrow(lengths) for _, lengths in self._cut(blocks)])
 
-    def announce(self, blocks: Ints) -> None:
+    def prefetch(self, blocks: Ints) -> None:
         """Have the system read these blocks ahead."""
         prefetch_pages(self.flat, zip(self._starts[blocks].tolist(), self._starts[blocks + 1].tolist(), strict=True))
 
@@ -145,7 +141,7 @@ class WindowedRows:
     def sorted_parts(self, max_tokens: int, batch_size: int | None = None) -> Iterator[Stretches]:
         """Yield the rows of each batch, window after window from the beginning of the corpus, longest first in each."""
         for blocks in self.windows(np.arange(self.blocks)):
-            self.announce(blocks)
+            self.prefetch(blocks)
             stretches = self.stretches(blocks)
             for part in sorted_parts(stretches.lengths, max_tokens, batch_size):
                 yield self.take(stretches, part)

@@ -68,12 +68,9 @@ class Digests:
             return _identity(handle) != identity and self._compute(handle, "sha256") != digest
 
     def crc32(self, path: Path) -> int:
-        """Return the CRC-32 of a file of a token store.
+        """Return the CRC-32 of a token store's file, or raise OSError.
 
         The file is read and not mapped, since mapped pages would count as memory of this process.
-
-        Raises:
-            OSError: the file can't be read.
         """
         with open(path, "rb") as handle:
             return int(self._digest(handle, "crc32")[1])

@@ -17,6 +17,7 @@ from lmtrain.data.text.formats.table import FORMATS, format_of
 from lmtrain.data.text.reading import LONGEST_LINE_BYTES, expand_patterns, open_text, too_long
 from lmtrain.errors import DataError
 
+PARTS = ("train", "valid", "test")
 EXCERPT_BYTES = 8 << 20  # taken from all files of a corpus together
 PIECE_BYTES = 128 << 10  # taken at one place
 BEGUN_FILES = 16  # about as many files are read from their beginning, where files can't be entered in the middle
@@ -51,29 +52,18 @@ class Excerpts(NamedTuple):
 
 
 def size_of(config: Config) -> int:
-    """Return the bytes of all data files, as they are on disk.
-
-    Raises:
-        DataError: a path or glob that names nothing.
-    """
-    data = config.data
-    files = {
-        file for paths in (data.train, data.valid, data.test) if paths is not None for file in expand_patterns(paths)
-    }
+    """Return the bytes of all data files, as they are on disk; raises DataError if a path or glob names nothing."""
+    files = {file for part in PARTS for file in expand_patterns(getattr(config.data, part) or ())}
     return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
 
 
 @contextmanager
 def excerpts_of(config: Config) -> Iterator[Excerpts]:
-    """Take excerpts from the corpora of a configuration, in a directory that is removed afterwards.
-
-    Raises:
-        DataError: files that can't be read.
-    """
+    """Take excerpts into a directory that is removed afterwards; raises DataError if files can't be read."""
     data, taken, faults = config.data, dict[str, Excerpt](), list[str]()
     name = "ids" if config.tokenizer.kind == "ids" else data.format
     with TemporaryDirectory(prefix="lmtrain-check-") as folder:
-        for part in ("train", "valid", "test"):
+        for part in PARTS:
             if (paths := getattr(data, part)) is not None:
                 (home := Path(folder) / part).mkdir()
                 try:
@@ -96,13 +86,14 @@ def _take(formats: dict[str, Format], folder: Path) -> Excerpt:
         if not os.path.isfile(file) or not os.access(file, os.R_OK):
             open_text(file).close()  # this raises the error that says why
     sizes = {file: os.path.getsize(file) for file in formats}
-    begun = {file: form for file, form in formats.items() if file.endswith(".gz") or not form.lines_are_records}
+    # files that can be read from their beginning only, and files that can be entered in the middle
+    begun = {file: sizes[file] for file in sizes if file.endswith(".gz") or not formats[file].lines_are_records}
     entered = {file: size for file, size in sizes.items() if file not in begun}
-    if not begun and sum(sizes.values()) <= EXCERPT_BYTES:
-        return Excerpt(list(sizes), {}, sum(sizes.values()), sum(sizes.values()))
-    begun_bytes, entered_bytes = sum(sizes[file] for file in begun), sum(entered.values())
-    beginnings = _take_beginnings(begun, sizes, folder, EXCERPT_BYTES * begun_bytes // sum(sizes.values()))
-    pieces = _take_pieces(entered, folder, EXCERPT_BYTES * entered_bytes // sum(sizes.values()))
+    total = sum(sizes.values())
+    if not begun and total <= EXCERPT_BYTES:
+        return Excerpt(list(sizes), {}, total, total)
+    beginnings = _take_beginnings(begun, formats, folder, EXCERPT_BYTES * sum(begun.values()) // max(1, total))
+    pieces = _take_pieces(entered, folder, EXCERPT_BYTES * sum(entered.values()) // max(1, total))
     places = beginnings.places | pieces.places
     taken, whole = beginnings.taken_bytes + pieces.taken_bytes, beginnings.all_bytes + pieces.all_bytes
     return Excerpt(list(places), places, taken, whole)
@@ -144,9 +135,9 @@ def _place(file: str, first: int) -> str:
     return f"{file} (from byte {first:,} on)" if first else file
 
 
-def _take_beginnings(formats: dict[str, Format], sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
+def _take_beginnings(sizes: dict[str, int], formats: dict[str, Format], folder: Path, budget: int) -> Excerpt:
     """Take the beginnings of some files, and estimate from these how many bytes of text all have."""
-    chosen = list(formats)[:: max(1, len(formats) // BEGUN_FILES)]
+    chosen = list(sizes)[:: max(1, len(sizes) // BEGUN_FILES)]
     places: dict[str, str] = {}
     taken = read = text_bytes = 0
     for file in chosen:
@@ -156,11 +147,10 @@ def _take_beginnings(formats: dict[str, Format], sizes: dict[str, int], folder: 
         text_bytes += len(text)
         whole_lines = text if read_bytes == sizes[file] else text[: text.rfind(b"\n") + 1]
         taken += len(whole_lines)
-        name = _name(folder, len(places), file.removesuffix(".gz") if by_line else "a.jsonl", "-begun")
-        name.write_bytes(whole_lines)
-        places[str(name)] = file
-    whole = sum(sizes[file] for file in formats)
-    return Excerpt(list(places), places, taken, round(whole * text_bytes / max(1, read)))
+        piece = _name(folder, len(places), file.removesuffix(".gz") if by_line else ".jsonl", "-begun")
+        piece.write_bytes(whole_lines)
+        places[str(piece)] = file
+    return Excerpt(list(places), places, taken, round(sum(sizes.values()) * text_bytes / max(1, read)))
 
 
 def _first_records(file: str, form: Format, most: int) -> tuple[bytes, int]:

@@ -50,11 +50,7 @@ class Block(NamedTuple):
 
 
 def expand_patterns(patterns: Sequence[str]) -> list[str]:
-    """Return the files that paths and globs name, each once, in sorted order within each glob.
-
-    Raises:
-        DataError: a pattern that names nothing.
-    """
+    """Return the files that paths and globs name, each once, each glob's sorted; raises DataError if one names none."""
     paths: dict[str, None] = {}
     for pattern in patterns:
         matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -98,11 +94,7 @@ def read_chunks(handle: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
 
 
 def read_file(path: str, handle: IO[bytes], offset: int) -> Iterator[bytes]:
-    """Read the bytes of an open file, `.gz` unpacked, from an offset on, a chunk at a time.
-
-    Raises:
-        DataError: broken gzip, or gzip that unpacks to far more than any text.
-    """
+    """Read an open file from an offset on, `.gz` unpacked, a chunk at a time; raises DataError for broken gzip."""
     if not path.endswith(".gz"):
         handle.seek(offset)
         yield from read_chunks(handle)

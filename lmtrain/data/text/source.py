@@ -36,11 +36,7 @@ class Source:
 
     @classmethod
     def of(cls, patterns: Sequence[str], **settings: object) -> Source:
-        """Return the source of the files that paths and globs name; the settings are the other fields.
-
-        Raises:
-            DataError: a pattern that names nothing.
-        """
+        """Return the source of the files that paths and globs name, or raise DataError; `settings`: other fields."""
         return cls(tuple(expand_patterns(patterns)), **settings)  # type: ignore[arg-type]
 
     @property

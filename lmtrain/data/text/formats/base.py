@@ -37,7 +37,8 @@ class Format(ABC):
     def record_ends(self) -> Callable[[bytes], int]:
         """Return a function to call with one chunk of a file after the other, from the beginning of a record on.
 
-        It returns how many bytes of the chunk belong to records that end in this chunk or ended before.
+        It returns how many bytes of the chunk belong to records that end in the chunk; the others begin a record, or
+        continue one, that ends in a later chunk.
         """
         return lambda chunk: chunk.rfind(b"\n") + 1
 
