@@ -94,7 +94,7 @@ def read_chunks(handle: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
 
 
 def read_file(path: str, handle: IO[bytes], offset: int) -> Iterator[bytes]:
-    """Read an open file from an offset on, `.gz` unpacked, a chunk at a time; raises DataError for broken gzip."""
+    """Read an open file from an offset on, `.gz` unpacked, in chunks; raises DataError for broken gzip or a bomb."""
     if not path.endswith(".gz"):
         handle.seek(offset)
         yield from read_chunks(handle)
