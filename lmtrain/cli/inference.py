@@ -147,7 +147,7 @@ def _run_and_source(run: str | None, source: str | None) -> tuple[str | None, st
 
 def _lines(source: str | None, model: TrainedModel) -> Iterator[Block]:
     """The lines of a file or of standard input, a block at a time."""
-    from lmtrain.data.text.reading import read_lines_of
+    from lmtrain.data.text.formats.text import read_lines_of
 
     if source is None or source == "-":
         return read_lines_of(sys.stdin.buffer, "standard input")

@@ -174,7 +174,7 @@ def score(
             inner = slice(first + 1, end) if direction == "forward" else slice(first, end - 1)
             named = zip(map(codec.name, flat[inner].tolist()), (-nats[inner]).tolist(), strict=True) if each else ()
             yield Score(
-                block.first_line + number,
+                block.lines[number],
                 -float(totals[number]),
                 end - first - 1,
                 int(unknown[number]),

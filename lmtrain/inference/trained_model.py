@@ -300,10 +300,10 @@ def _blocks(texts: Texts) -> Iterator[Block]:
             continue
         lines.append(normalise(text))
         if len(lines) == LINES_AT_ONCE:
-            yield Block("texts", first, lines)
+            yield Block("texts", range(first, first + len(lines)), lines)
             first, lines = first + len(lines), []
     if lines:
-        yield Block("texts", first, lines)
+        yield Block("texts", range(first, first + len(lines)), lines)
 
 
 def load(
