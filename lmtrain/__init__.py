@@ -14,18 +14,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmtrain.config import load_config
     from lmtrain.inference.adaptation import Cache, Dynamic
-    from lmtrain.inference.beam import Beams
-    from lmtrain.inference.sampling import Sampling
+    from lmtrain.inference.options import Beams, Sampling
     from lmtrain.inference.trained_model import TrainedModel, load
     from lmtrain.training.start import train
 
 __all__ = ["Beams", "Cache", "Dynamic", "Sampling", "TrainedModel", "load", "load_config", "train"]
 
 _HOMES = {
-    "Beams": "lmtrain.inference.beam",
+    "Beams": "lmtrain.inference.options",
     "Cache": "lmtrain.inference.adaptation",
     "Dynamic": "lmtrain.inference.adaptation",
-    "Sampling": "lmtrain.inference.sampling",
+    "Sampling": "lmtrain.inference.options",
     "TrainedModel": "lmtrain.inference.trained_model",
     "load": "lmtrain.inference.trained_model",
     "load_config": "lmtrain.config",

@@ -34,7 +34,7 @@ class Validation:
             return {}
         columns, shard = self.config.validation.columns, RankShard(self.processes.rank, self.processes.world_size)
         store, tokenizer = self.corpora.valid, self.corpora.tokenizer
-        batches, carried = evaluation_batches(self.config, store, tokenizer, columns, share=shard)
+        batches, carried = evaluation_batches(self.config, store, tokenizer, columns, shard=shard)
         result = evaluate(self.model, batches, carried)
         own = [value for tally in result.tallies.values() for value in (tally.nats, tally.tokens, tally.correct)]
         sums = iter([math.fsum(values) for values in zip(*self.processes.gather(own), strict=True)])

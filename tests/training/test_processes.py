@@ -233,7 +233,7 @@ def test_torchrun_goes_on_by_itself_where_a_process_is_killed(ground):
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=200), st.integers(1, 9))
 def test_every_row_is_one_rank_s_and_all_have_about_the_same(lengths, world_size):
     rows = np.sort(lengths)[::-1]
-    dealt = [RankShard(rank, world_size).places(len(rows)) for rank in range(world_size)]
+    dealt = [RankShard(rank, world_size).rows(len(rows)) for rank in range(world_size)]
     assert sorted(np.concatenate(dealt).tolist()) == list(range(len(rows)))
     tokens = [rows[places].sum() for places in dealt]
     assert max(tokens) - min(tokens) <= rows[0]
@@ -243,8 +243,8 @@ def test_every_row_is_one_rank_s_and_all_have_about_the_same(lengths, world_size
 @given(st.integers(1, 6), st.integers(1, 9), st.data())
 def test_columns_stay_with_a_rank(each, world_size, data):
     columns = each * world_size
-    of_all = [RankShard(rank, world_size, columns).places(columns) for rank in range(world_size)]
+    of_all = [RankShard(rank, world_size, columns).rows(columns) for rank in range(world_size)]
     assert np.concatenate(of_all).tolist() == list(range(columns))
     left = data.draw(st.integers(1, columns))
     for rank, places in enumerate(of_all):
-        assert RankShard(rank, world_size, columns).places(left).tolist() == [place for place in places if place < left]
+        assert RankShard(rank, world_size, columns).rows(left).tolist() == [place for place in places if place < left]
