@@ -113,7 +113,8 @@ def _override(located: Located, override: str) -> Iterator[str]:
             yield f"command line: {key}: {_dotted(path[: depth + 1])} is not a section"
             return
     place[path[-1]] = value
-    located.places = {at: where for at, where in located.places.items() if at[: len(path)] != path}
+    for inside in [inner for inner in located.places if inner[: len(path)] == path]:
+        del located.places[inside]  # where the value stood that is replaced
     located.places[path] = "command line"
 
 

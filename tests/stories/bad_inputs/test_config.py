@@ -256,7 +256,11 @@ CONTENTS = {
         D + "training: {loss_weights: {forward: 0}}\n",
         "c.yaml:2:12: training.loss_weights: all are zero: there is nothing to learn",
     ),
-    "an order twice": (D + "model: {ngrams: [2, 2]}\n", "c.yaml:2:9: model.ngram_embeddings: names an order twice"),
+    "an order twice": (
+        D + "model: {ngram_embeddings: [2, 2]}\n",
+        "c.yaml:2:9: model.ngram_embeddings: names an order twice",
+    ),
+    "an alias for a key": (D + "*a : [1]\n", "c.yaml:2:1: alias *a; write the value out"),
     "adaptive and smoothed": (
         D + "model: {output: adaptive, tie_weights: false}\nregularization: {label_smoothing: 0.1}\n",
         (
