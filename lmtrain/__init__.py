@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lmtrain.inference.trained_model import TrainedModel, load
     from lmtrain.training.start import train
 
+__version__ = "0.2.0"
+
 __all__ = ["Beams", "Cache", "Dynamic", "Sampling", "TrainedModel", "load", "load_config", "train"]
 
 _HOMES = {

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from lmtrain import __version__
 from lmtrain.cli import generation, inference, training
 from lmtrain.cli.terminal import silence_stdout
 from lmtrain.errors import LmtrainError, escape, out_of_memory
@@ -32,9 +33,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
-
-        print(f"lmtrain {installed('lmtrain')}")
+        print(f"lmtrain {__version__}")
         raise typer.Exit
 
 

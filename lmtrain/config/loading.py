@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from lmtrain.config.contradictions import contradictions
 from lmtrain.config.located_yaml import Located, parse_yaml, read_config_text
 from lmtrain.config.located_yaml import Path as KeyPath
-from lmtrain.config.schema import Config, Section
+from lmtrain.config.schema import RENAMED_KEYS, Config, Section
 from lmtrain.errors import ConfigError
 from lmtrain.system.console import is_text
 
@@ -159,7 +159,8 @@ def _section(path: KeyPath) -> type[Section] | None:
 def _what(path: KeyPath, detail: Any) -> str:
     match detail["type"]:
         case "extra_forbidden":
-            return "no such key" + _near_key(path)
+            new_name = RENAMED_KEYS.get(_dotted(path))
+            return f"renamed to {new_name}" if new_name else "no such key" + _near_key(path)
         case "missing":
             return "missing; it has no default"
         case "model_type":

@@ -259,3 +259,15 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     generation: GenerationConfig = GenerationConfig()
+
+
+RENAMED_KEYS = {  # the keys of lmtrain 0.1 and their names today
+    "data.jsonl_field": "data.field",
+    "model.counts": "model.ngram_counts",
+    "model.ngrams": "model.ngram_embeddings",
+    "model.ngram_buckets": "model.ngram_embedding_buckets",
+    "regularization.word_dropout": "regularization.embedding_dropout",
+    "regularization.ngram_dropout": "regularization.ngram_embedding_dropout",
+    "optimizer.muon_rate": "optimizer.muon_lr_scale",
+    "optimizer.ngram_rate": "optimizer.ngram_lr_scale",
+}

@@ -6,10 +6,11 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import torch
+
+from lmtrain import __version__
 
 
 def environment(device: torch.device, processes: int = 1, launch: str | None = None) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def environment(device: torch.device, processes: int = 1, launch: str | None = N
         processes, launch: that train together, and what torchrun calls them.
     """
     return {
-        "lmtrain": version("lmtrain"),
+        "lmtrain": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -21,7 +21,7 @@ class Row(NamedTuple):
     """One bad input: what is typed, and all that may come of it."""
 
     command: str  # as at a shell, behind `lmtrain`
-    said: str  # the whole of stderr, its last newline aside; {here} is the working directory
+    said: str  # all of stderr but its last newline; {here} is the working directory, {words} what a library words
     code: int
     make: Callable[[], object] = lambda: None  # puts the bad input into the working directory
 

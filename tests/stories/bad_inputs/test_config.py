@@ -378,6 +378,51 @@ def test_a_folder_is_no_config(desk, judge):
     judge("check folder", "folder: not a run directory (no config.yaml in it)", 4)
 
 
+OLD_KEYS = """\
+data:
+  train: train.txt
+  jsonl_field: x
+model:
+  counts: 5
+  ngrams: [2, 3]
+  ngram_buckets: 64
+regularization: {word_dropout: 0.1, ngram_dropout: 0.1}
+optimizer:
+  muon_rate: 2.5
+  ngram_rate: 1.0
+seed: x
+"""
+RENAMED = {  # where each stands in the text above, its old and its new name
+    "3:3": ("data.jsonl_field=x", "data.jsonl_field: renamed to data.field"),
+    "5:3": ("model.counts=5", "model.counts: renamed to model.ngram_counts"),
+    "6:3": ("model.ngrams=[2,3]", "model.ngrams: renamed to model.ngram_embeddings"),
+    "7:3": ("model.ngram_buckets=64", "model.ngram_buckets: renamed to model.ngram_embedding_buckets"),
+    "8:18": (
+        "regularization.word_dropout=0.1",
+        "regularization.word_dropout: renamed to regularization.embedding_dropout",
+    ),
+    "8:37": (
+        "regularization.ngram_dropout=0.1",
+        "regularization.ngram_dropout: renamed to regularization.ngram_embedding_dropout",
+    ),
+    "10:3": ("optimizer.muon_rate=2.5", "optimizer.muon_rate: renamed to optimizer.muon_lr_scale"),
+    "11:3": ("optimizer.ngram_rate=1.0", "optimizer.ngram_rate: renamed to optimizer.ngram_lr_scale"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_the_old_keys_of_a_file_are_refused_with_their_new_names_all_at_once(desk, judge, command):
+    text("c.yaml", OLD_KEYS)()
+    faults = [f"c.yaml:{place}: {said}" for place, (_, said) in RENAMED.items()]
+    judge(f"{command} c.yaml", "\n".join([*faults, 'c.yaml:12:1: seed: {words}, not "x"']), 2)
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_the_old_keys_of_overrides_are_refused_with_their_new_names(desk, judge, command):
+    overrides = " ".join(override for override, _ in RENAMED.values())
+    judge(f"{command} c.yaml {overrides}", "\n".join(f"command line: {said}" for _, said in RENAMED.values()), 2)
+
+
 OVERRIDES = {
     "no value": (
         "model.hidden_size",
