@@ -22,7 +22,6 @@ LARGEST_BYTES = 1 << 20
 DEEPEST = 16
 LONGEST_NUMBER = 64
 MOST_EVENTS = 10_000  # keys, values, starts and ends: about twenty times what a file with every key has
-
 Path = tuple[str | int, ...]
 
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -53,14 +52,12 @@ def parse_yaml(text: str, name: str) -> Located:
     Raises:
         ConfigError: all faults, each with its place; of a syntax error only the first one.
     """
-
-    def place_of(position: int) -> str:
-        before = text[:position]
-        return f"{name}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
-
     try:
         composer = _Composer(text, name)
         value = composer.read()
+        if composer.faults:
+            raise ConfigError(*composer.faults)
+        return Located(value, composer.places)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
@@ -68,15 +65,13 @@ def parse_yaml(text: str, name: str) -> Located:
         remedy = " (indent with spaces)" if "'\\t'" in problem else ""
         raise ConfigError(f"{place}: {problem}{remedy}") from None
     except yaml.reader.ReaderError as error:
-        control = f"a control character (U+{ord(text[error.position]):04X}); remove it"
-        raise ConfigError(f"{place_of(error.position)}: {control}") from None
+        position, problem = error.position, f"a control character (U+{ord(text[error.position]):04X}); remove it"
     except (ValueError, OverflowError):
         beyond = re.search(r"\\U(?!0010|000)[0-9A-Fa-f]{8}", text)
         assert beyond is not None  # else a bug
-        raise ConfigError(f"{place_of(beyond.start())}: an escape beyond Unicode ({beyond[0]})") from None
-    if composer.faults:
-        raise ConfigError(*composer.faults)
-    return Located(value, composer.places)
+        position, problem = beyond.start(), f"an escape beyond Unicode ({beyond[0]})"
+    before = text[:position]
+    raise ConfigError(f"{name}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}: {problem}")
 
 
 def read_config_text(path: str) -> str:
@@ -90,12 +85,11 @@ def read_config_text(path: str) -> str:
             raise ConfigError(f"{path}: not a regular file")
         with open(path, "rb") as handle:
             data = handle.read(LARGEST_BYTES + 1)
+        if len(data) > LARGEST_BYTES:
+            raise ConfigError(f"{path}: over {LARGEST_BYTES >> 20} MiB; is this a configuration file?")
+        return decode_utf8(data, path)
     except OSError as error:
         raise ConfigError(f"{path}: {(error.strerror or 'cannot be read').lower()}") from None
-    if len(data) > LARGEST_BYTES:
-        raise ConfigError(f"{path}: over {LARGEST_BYTES >> 20} MiB; is this a configuration file?")
-    try:
-        return decode_utf8(data, path)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -127,11 +121,7 @@ class _Composer(yaml.SafeLoader):
         return event
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Check PyYAML's next event before a node is made of it.
-
-        Args:
-            index: of an item, its number; of a value, the node of its key; of a key, None.
-        """
+        """Check PyYAML's next event before a node is made of it. `index`: an item's number, a value's key, or None."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         path, is_key = self.path, isinstance(parent, yaml.MappingNode) and index is None
         if isinstance(parent, yaml.SequenceNode):

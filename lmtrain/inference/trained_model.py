@@ -243,7 +243,7 @@ class TrainedModel:
             ConfigError: what does not go with how this run reads text.
             DataError: a fault of the text, or no text at all.
         """
-        goes_on = self.config.batching.goes_on
+        goes_on = self.config.batching.carries_state
         if goes_on and batch_size is not None:
             raise ConfigError("batch_size: this run carries its state from row to row, and reads one row at a time")
         if not goes_on and (cache is not None or dynamic is not None):
