@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, their output, their exit codes."""
+"""The command line as a user sees it: real processes, their output and their exit codes."""
 
 import fcntl
 import json

@@ -287,6 +287,13 @@ CONTENTS = {
             "c.yaml:3:25: tokenizer.path: x.json: no such file"
         ),
     ),
+    "a faulty kind beside a tokenizer that is a directory": (
+        D + "tokenizer: {kind: flie, path: .}\n",
+        (
+            "c.yaml:2:13: tokenizer.kind: {words}, not \"flie\" (did you mean 'file'?)\n"
+            "c.yaml:2:25: tokenizer.path: .: not a regular file"
+        ),
+    ),
     "twenty thousand unknown keys": (
         D + "".join(f"key{n}: 1\n" for n in range(20_000)),
         "c.yaml:4998:10: too long; is this a configuration file?",
