@@ -83,7 +83,7 @@ class ModelConfig(Section):
     num_layers: int = Field(2, ge=1, le=64)
     """Number of recurrent layers, in each direction."""
     layer_sizes: list[Annotated[int, Field(ge=1, le=1 << 16)]] | None = Field(None, min_length=1, max_length=64)
-    """Hidden size of each layer, from the input up, in place of `hidden_size` and `num_layers`."""
+    """Hidden size of each layer, from the input up, in place of `hidden_size` and `num_layers`; null uses those."""
     bidirectional: bool = False
     """A second stack reads from right to left and predicts the previous token; both together fill blanks."""
     dropout: float = Field(0.2, ge=0, lt=1)
@@ -97,7 +97,7 @@ class ModelConfig(Section):
     ngram_embedding_buckets: int = Field(16384, ge=1, le=1 << 24)
     """Number of vectors for the n-grams of each order, which are hashed to them."""
     ngram_counts: int | None = Field(None, ge=3, le=8)
-    """Count the training text's n-grams up to this order, such as 5, and mix them with the network; null: don't."""
+    """Count the training text's n-grams up to this order, say 5, and mix them with the network; null counts none."""
     tie_weights: bool = True
     """Weight tying: embedding and output layer share one matrix; a projection bridges sizes that differ."""
     output: Literal["full", "adaptive"] = "full"
@@ -139,7 +139,7 @@ class OptimizerConfig(Section):
     muon_lr_scale: float = Field(2.5, gt=0)
     """Learning rate of the matrices that Muon moves, as a multiple of `lr`."""
     ngram_lr_scale: float = Field(1.0, gt=0)
-    """Learning rate of n-gram embeddings, as a multiple of `lr`; a lower one asks for n-grams seen more often."""
+    """Learning rate of n-gram embeddings, as a multiple of `lr`: the lower, the more often one must occur to count."""
     clip_grad_norm: float | None = Field(1.0, gt=0)
     """Gradient clipping: largest global L2 norm of the gradient; null turns clipping off."""
 
@@ -187,7 +187,7 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=1, le=MOST)
     """Stop after this many optimizer steps, if the epochs last longer; null sets no limit."""
     max_minutes: float | None = Field(None, gt=0)
-    """A time budget in minutes; the schedule then follows the fraction of it that has passed."""
+    """A time budget in minutes; the schedule then follows the fraction of it that has passed. null sets no limit."""
     sampled_tokens: int | None = Field(None, ge=1, le=MOST)
     """Sampled softmax: score the frequent tokens, the batch's own and about this many random ones; null scores all."""
     frequent_tokens: int = Field(4096, ge=0, le=MOST)
