@@ -1,4 +1,4 @@
-"""Write the table of config keys, made from the schema, into README.md; `--check` only says whether it is current."""
+"""Write the table of config keys, made from the schema, into configs/README.md; `--check` only compares the two."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from lmtrain.config.schema import Config, Section
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parent.parent / "configs" / "README.md"
 BEGIN, END = "<!-- config table: python scripts/config_table.py -->", "<!-- end of config table -->"
 
 
 def rows(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(key, type and bounds, default, meaning) of every key below a section."""
+    """Yield (key, type and bounds, default, meaning) of every key below a section."""
     properties = section.model_json_schema()["properties"]
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
@@ -28,7 +28,7 @@ def rows(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str, s
 
 
 def kind(schema: dict[str, Any]) -> str:
-    """A key's type, in a few words."""
+    """Return a key's type and bounds in a few words."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(kind(option) for option in schema["anyOf"]))
     if schema.get("type") == "null":
@@ -46,7 +46,7 @@ def kind(schema: dict[str, Any]) -> str:
 
 
 def table() -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, what, default, meaning in rows(Config):
         lines.append(f"| `{key}` | {what} | {default if default == 'required' else f'`{default}`'} | {meaning} |")
@@ -61,7 +61,7 @@ def main() -> int:
     if "--check" not in sys.argv:
         README.write_text(current, encoding="utf-8")
     elif text != current:
-        print("README.md: the table of config keys is not the schema's; run scripts/config_table.py", file=sys.stderr)
+        print("configs/README.md: its table of keys is out of date; run scripts/config_table.py", file=sys.stderr)
         return 1
     return 0
 

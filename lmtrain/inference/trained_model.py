@@ -232,7 +232,7 @@ class TrainedModel:
             ConfigError: the arguments contradict how this run reads text.
             DataError: the text has a fault, or is missing.
         """
-        carries_state = self.config.batching.goes_on
+        carries_state = self.config.batching.carries_state
         if carries_state and batch_size is not None:
             raise ConfigError("batch_size: this run carries its state from row to row, and reads one row at a time")
         if not carries_state and (cache is not None or dynamic is not None):

@@ -17,7 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lmtrain import __version__
 from lmtrain.config import Config, dump_config, load_config
+from lmtrain.config.located_yaml import parse_yaml, read_config_text
+from lmtrain.config.schema import RENAMED_KEYS
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, StorageError
@@ -111,6 +114,7 @@ class RunDirectory:
         """
         if self._config_and_tokenizer is None:
             self.refuse_links()
+            refuse_old_version(self.path)
             tokenizer_file = self.path / "tokenizer.json"
             self._config_and_tokenizer = self._config(), parse_tokenizer(read_text(tokenizer_file), str(tokenizer_file))
             checkpoint.load_first_whole(
@@ -128,6 +132,22 @@ class RunDirectory:
             return load_config(self.path / "config.yaml", check_files=False)
         except ConfigError as error:
             raise ArtefactError(*error.faults) from None
+
+
+def refuse_old_version(run: Path) -> None:
+    """Raise ArtefactError where environment.json names lmtrain 0.1 or, if it names none, config.yaml has old keys."""
+    made_by: Any = None
+    with suppress(ArtefactError):
+        made_by = read_json(run / "environment.json").get("lmtrain")
+    if not isinstance(made_by, str):
+        with suppress(ConfigError):
+            places = parse_yaml(read_config_text(str(run / "config.yaml")), "").places
+            made_by = next(("0.1.0" for old_key in RENAMED_KEYS if tuple(old_key.split(".")) in places), None)
+    if str(made_by).startswith("0.1."):
+        old, new = f"lmtrain {made_by[:20]}", f"lmtrain {__version__}"
+        raise ArtefactError(
+            f"{run}: was made by {old}; {new} does not read its runs: use {old} for it, or train it anew"
+        )
 
 
 def create_run(config: Config, run_dir: str | None) -> RunDirectory:

@@ -6,10 +6,11 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import torch
+
+from lmtrain import __version__
 
 
 def environment(device: torch.device, processes: int = 1, launch: str | None = None) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def environment(device: torch.device, processes: int = 1, launch: str | None = N
         launch: torchrun's name for them; None if torchrun did not start them.
     """
     return {
-        "lmtrain": version("lmtrain"),
+        "lmtrain": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

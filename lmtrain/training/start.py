@@ -68,7 +68,7 @@ def _settings(config: Config | str | Path | Callable[[], Config], processes: Sin
         config = load_config(config)
     settings = config() if callable(config) else config
     rows, count = settings.batching.batch_size, processes.world_size
-    if settings.batching.goes_on and rows % count:
+    if settings.batching.carries_state and rows % count:
         more = -(-rows // count) * count
         raise ConfigError(f"batching.batch_size: {rows} columns can't be shared out to {count} processes; use {more}")
     if rows < count and settings.batching.max_tokens is None:

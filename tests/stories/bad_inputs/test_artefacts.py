@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import lmtrain
 from lmtrain.runs import checkpoint
 from tests.stories.bad_inputs.table import text
 
@@ -380,6 +381,10 @@ DAMAGES = {
 }
 
 
+OLD_VERSION = (
+    f"run: was made by lmtrain 0.1.0; lmtrain {lmtrain.__version__} does not read its runs: "
+    "use lmtrain 0.1.0 for it, or train it anew"
+)
 SETTINGS = (
     "no config",
     "config of another size",
@@ -401,6 +406,27 @@ def test_a_run_that_can_not_be_resumed(home, judge, name):
     damage()
     judge(RESUME, message, 2 if name in SETTINGS else 4, left_out=("cache",))
     assert not Path("hacked").exists()
+
+
+@pytest.mark.parametrize("environment", ['{"lmtrain": "0.1.0"}', "{}", "damaged", None])
+def test_a_run_of_an_older_version_is_refused_in_one_line(home, judge, environment):
+    reconfigure("ngram_counts: null", "counts: null")
+    Path("run/environment.json").unlink()
+    if environment is not None:
+        text("run/environment.json", environment)()
+    judge([*COMMANDS.values(), "check run", RESUME], OLD_VERSION, 4)
+
+
+def test_a_run_that_names_an_older_version_is_refused_whatever_its_keys(home, judge):
+    edit("run/environment.json", lmtrain="0.1.0")
+    judge([*COMMANDS.values(), "check run", RESUME], OLD_VERSION, 4)
+
+
+def test_a_run_that_names_no_version_is_used(home, shell):
+    wanted = shell("generate", "run").stdout
+    Path("run/environment.json").unlink()
+    done = shell("generate", "run")
+    assert (done.returncode, done.stdout, done.stderr) == (0, wanted, "")
 
 
 def retrain(**changes):
