@@ -1,10 +1,10 @@
-"""lmtrain: train recurrent language models from a YAML file, and use them.
+"""lmtrain trains recurrent language models from a YAML file and uses them.
 
 >>> import lmtrain                                           # doctest: +SKIP
 >>> result = lmtrain.train("configs/quickstart.yaml")        # doctest: +SKIP
 >>> lmtrain.load(result.run).generate(["the old man"])       # doctest: +SKIP
 
-Importing this loads no torch; the first use of a name does.
+`import lmtrain` alone loads no torch; the first use of a name does.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmtrain.config import load_config
     from lmtrain.inference.adaptation import Cache, Dynamic
-    from lmtrain.inference.beam import Beams
-    from lmtrain.inference.sampling import Sampling
+    from lmtrain.inference.options import Beams, Sampling
     from lmtrain.inference.trained_model import TrainedModel, load
     from lmtrain.training.start import train
 
+__version__ = "0.2.0"
+
 __all__ = ["Beams", "Cache", "Dynamic", "Sampling", "TrainedModel", "load", "load_config", "train"]
 
-_HOMES = {
-    "Beams": "lmtrain.inference.beam",
+_MODULES = {  # where each name is defined
+    "Beams": "lmtrain.inference.options",
     "Cache": "lmtrain.inference.adaptation",
     "Dynamic": "lmtrain.inference.adaptation",
-    "Sampling": "lmtrain.inference.sampling",
+    "Sampling": "lmtrain.inference.options",
     "TrainedModel": "lmtrain.inference.trained_model",
     "load": "lmtrain.inference.trained_model",
     "load_config": "lmtrain.config",
@@ -34,8 +35,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'lmtrain' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

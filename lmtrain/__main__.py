@@ -1,4 +1,4 @@
-"""`python -m lmtrain`, the same as `lmtrain`."""
+"""`python -m lmtrain` does what the command `lmtrain` does."""
 
 from lmtrain.cli import main
 

@@ -1,43 +1,37 @@
-"""The faults a user can cause or meet, each with the exit code of its kind.
+"""The errors that a user can cause or meet, each with its exit code.
 
-Raise one of these for what a file, a command line or the machine can cause; `assert` what only a bug can.
-The command line prints `faults`, one a line, and leaves with `exit_code`; anything else that is raised is a
-bug and shows its traceback.
+Raise one of these for a fault of a file, a command line or the machine, and `assert` what only a bug can break. The
+command line prints each of `faults` on a line and exits with `exit_code`. Any other exception is a bug and shows its
+traceback.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Iterator
 
-# they reorder the text around them, so that a line may read as what it is not: https://trojansource.codes
+# these characters reorder the text around them, so that a line can look like another: https://trojansource.codes
 BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def escape(text: str, kept: str = "\n\t") -> str:
-    """Text whose control characters are written out (`\\x1b`), so that it can't drive a terminal.
+    """Write out the control characters of a text (`\\x1b`) except those `kept`, so that it can't drive a terminal."""
 
-    Args:
-        kept: control characters that stay.
-    """
+    def write_out(character: str) -> str:
+        control = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in BIDIRECTIONAL
+        if not control or character in kept:
+            return character
+        return f"\\x{ord(character):02x}" if character <= "\xff" else f"\\u{ord(character):04x}"
 
-    def written_out() -> Iterator[str]:
-        for character in text:
-            control = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in BIDIRECTIONAL
-            if not control or character in kept:
-                yield character
-            else:
-                yield f"\\x{ord(character):02x}" if character <= "\xff" else f"\\u{ord(character):04x}"
-
-    return text if text.isascii() and text.isprintable() else "".join(written_out())
+    return text if text.isascii() and text.isprintable() else "".join(map(write_out, text))
 
 
 class LmtrainError(Exception):
-    """A fault that is not a bug of lmtrain: what is wrong, where, and the mend.
+    """A fault that is not a bug of lmtrain.
 
     Args:
-        *faults: one line each; all that were found, so that they can be mended at once. What they quote may hold any
-            character; control characters are written out.
+        *faults: one line on each fault: place, fault and remedy. All faults are given, so that the user can correct
+            them at once. A line may quote any character; control characters are written out.
     """
 
     exit_code = 1
@@ -54,7 +48,7 @@ class ConfigError(LmtrainError):
 
 
 class DataError(LmtrainError):
-    """A fault in the text or ids that were to be read."""
+    """A fault in the text or ids that lmtrain reads."""
 
     exit_code = 3
 
@@ -66,29 +60,25 @@ class ArtefactError(LmtrainError):
 
 
 class StorageError(LmtrainError):
-    """Reading or writing failed: no room, no permission, a run that another process holds."""
+    """Reading or writing failed: the disk is full, a permission is missing, or another process holds the run."""
 
     exit_code = 5
 
 
 class DivergedError(LmtrainError):
-    """The loss or the gradient is not a finite number any more."""
+    """The loss or the gradient is no longer a finite number."""
 
     exit_code = 6
 
 
 class OutOfMemoryError(LmtrainError):
-    """The machine's or the device's memory does not suffice."""
+    """The memory of the machine or of the device is too small."""
 
     exit_code = 7
 
 
 class StoppedError(LmtrainError):
-    """A signal ended the training, after its state was saved.
-
-    Args:
-        signal_number: the signal; the exit code is 128 + signal_number, as shells have it.
-    """
+    """A signal ended the training, and its state was saved. The exit code is 128 + `signal_number`, as in shells."""
 
     def __init__(self, signal_number: int, *faults: str) -> None:
         super().__init__(*faults)
@@ -96,28 +86,22 @@ class StoppedError(LmtrainError):
 
 
 class PeerError(LmtrainError):
-    """Another of the processes that train together has a fault, and tells of it.
-
-    Args:
-        exit_code: of that fault's kind.
-    """
+    """Another of the processes that train together reports a fault, so this one only exits with its exit code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__()
         self.exit_code = exit_code
 
 
-def out_of_memory(error: BaseException, mend: str) -> OutOfMemoryError | None:
-    """The error to raise in place of one that says memory ran out, in any of the ways in which Python, PyTorch and the
-    loader of libraries do; else None."""
-    signs = [
-        "can't allocate memory",
-        "not enough memory",
-        "bad_alloc",
-        "out of memory",
-        "cannot allocate memory",
-        "failed to map segment",
-        "can't start new thread",
-    ]
-    said = isinstance(error, RuntimeError | ImportError | OSError) and any(sign in str(error).lower() for sign in signs)
-    return OutOfMemoryError(f"out of memory: {mend}") if said or isinstance(error, MemoryError) else None
+# how PyTorch, the system and the loader of libraries say that memory ran out
+MEMORY_RAN_OUT = re.compile(
+    "can(?:'t|not) allocate memory|not enough memory|bad_alloc|out of memory|failed to map segment|"
+    "can't start new thread",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException, remedy: str) -> OutOfMemoryError | None:
+    """Return the error to raise instead of one that says, in whatever words, that memory ran out; None for others."""
+    matches = isinstance(error, RuntimeError | ImportError | OSError) and MEMORY_RAN_OUT.search(str(error))
+    return OutOfMemoryError(f"out of memory: {remedy}") if matches or isinstance(error, MemoryError) else None

@@ -30,16 +30,17 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lmtrain.data.batches.loader import shuffled_rows
+from lmtrain.config.schema import Config
+from lmtrain.data.batches.loader import RankBatch, shuffled_rows
 from lmtrain.data.batches.rows import Batch, make_batch
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import PromptCodec
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.objectives import align, count_events
+from lmtrain.model.objectives import align
 from lmtrain.model.output import FullOutput
 from lmtrain.system.device import autocast, choose_device, choose_precision, keep_freed_memory
-from lmtrain.training.optimization import build_optimizers, clip_gradient, optimizer_step
+from lmtrain.training.step import TrainingStep
 
 BOS, EOS = 1, 2
 
@@ -207,17 +208,15 @@ def make_model(shape: Shape, device: torch.device) -> LanguageModel:
     return model.to(device)
 
 
-def training_step(shape: Shape, model: LanguageModel, precision: str, device: torch.device) -> Callable[[Batch], None]:
-    name: Any = {"adam": "adamw", "sgd": "sgd"}[shape.optimizer]
-    optimizers = build_optimizers(model, name=name, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+def training_step(shape: Shape, model: LanguageModel, precision: str) -> Callable[[Batch], None]:
+    """The step that `lmtrain train` takes, with Adam or plain SGD and the gradient clipped at 1."""
+    name = {"adam": "adamw", "sgd": "sgd"}[shape.optimizer]
+    settings = {"data": {"train": "none"}, "optimizer": {"name": name, "weight_decay": 0.0}}
+    step = TrainingStep(Config.model_validate({"name": "benchmark", **settings}), model)
+    step.precision = precision
 
     def train(batch: Batch) -> None:
-        events = count_events(len(batch.lengths), int(batch.lengths.sum()))
-        with autocast(precision, device):
-            losses = model.loss(batch.tokens, batch.lengths, {name: 1 / events[name] for name in model.objectives})
-        losses.total.backward()
-        clip_gradient(model.parameters(), 1.0)
-        optimizer_step(optimizers)
+        step([RankBatch(batch, len(batch.lengths), int(batch.lengths.sum()), len(batch.tokens))], 1e-3)
 
     return train
 
@@ -226,7 +225,7 @@ def training(shape: Shape, device: torch.device, precision: str) -> Work:
     precision, _ = choose_precision(precision, device, shape.hidden_size)
     keep_freed_memory()
     model = make_model(shape, device)
-    train = training_step(shape, model, precision, device)
+    train = training_step(shape, model, precision)
     batches = [Batch(batch.tokens.to(device), *batch[1:]) for batch in shape.batches(shape.vocab_size)]
     tokens, turn = mean_tokens(batches), cycle(batches)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embedding")]
@@ -278,7 +277,7 @@ def corpus_training(tokens: int, device: torch.device) -> Work:
     rows, sampler = shuffled_rows(sequences, 512, batch_size=32, max_tokens=None, bucket_batches=150, seed=1)
     order = cycle(sampler.epoch(0))
     shape = Shape("lstm", 128, 1, 10_000, sentences)
-    train = training_step(shape, make_model(shape, device), "fp32", device)
+    train = training_step(shape, make_model(shape, device), "fp32")
 
     def run() -> None:
         assert folder.name  # it lives as long as this

@@ -61,7 +61,7 @@ def main() -> int:
     if "--check" not in sys.argv:
         README.write_text(current, encoding="utf-8")
     elif text != current:
-        print(f"{README}: the table of keys differs from the schema; run scripts/config_table.py", file=sys.stderr)
+        print("configs/README.md: its table of keys is out of date; run scripts/config_table.py", file=sys.stderr)
         return 1
     return 0
 

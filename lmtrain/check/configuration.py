@@ -1,4 +1,4 @@
-"""What training on a configuration would come to, before anything is trained: `lmtrain check`."""
+"""`lmtrain check CONFIG`: the faults of a configuration and its data, and what training on them would cost."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ PARTS = ("train", "valid", "test")
 
 
 def describe_configuration(config: Config, notify: Callable[[str], None]) -> Iterator[str]:
-    """Lines on the data and the model. Of large files they are estimates, from excerpts.
+    """Yield lines on the data and the model. For large files they are estimates from excerpts.
 
     Raises:
-        DataError: the faults of all the files, the first of each; of large files those in the excerpts.
-        OutOfMemoryError: a step of the training does not fit the machine.
+        DataError: the first fault of each file; of large files those in the excerpts.
+        OutOfMemoryError: a training step does not fit into the memory of this machine.
     """
     choose_device(config.training.device)
     if size_of(config) > LARGE_BYTES:
@@ -50,24 +50,26 @@ def describe_configuration(config: Config, notify: Callable[[str], None]) -> Ite
     if faults:
         raise DataError(*faults)
     tokenizer, stores = prepare_all(config, notify)
-    reading = training_batches(config, stores["train"], tokenizer.eos_id)  # or a fault, before anything is said
+    batches = training_batches(config, stores["train"], tokenizer.eos_id)  # or a fault, before anything is said
     yield f"vocabulary: {tokenizer.vocab_size:,} tokens ({tokenizer.kind})"
     for name, store in stores.items():
         yield f"{name}: {store.counts.summary()}"
-    yield _batches(reading)
-    yield from _training(config, tokenizer, stores["train"], reading, 1.0)
+    yield _batches(batches)
+    yield from _training(config, tokenizer, stores["train"], batches, 1.0)
 
 
 def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
-    """The same from excerpts, each corpus scaled to its size."""
+    """Yield the same lines from excerpts, with figures scaled to the size of each corpus."""
     sampled, of = excerpts.config, excerpts.of
     faults = _all_faults(sampled)
     if faults:
         raise DataError(*map(excerpts.named, faults))
     known = _learnt(config)
-    start_s = time.process_time()  # of all threads, and whatever else the machine does
+    start_s = time.process_time()  # of all threads; it does not depend on what else the machine does
     try:
-        tokenizer, stores = prepare_all(sampled, lambda line: None, tokenizer=known)  # its notes would be on excerpts
+        tokenizer, stores = prepare_all(
+            sampled, lambda line: None, tokenizer=known
+        )  # its notes would speak of excerpts
     except DataError as error:
         raise DataError(*map(excerpts.named, error.faults)) from None
     prepared_s = time.process_time() - start_s
@@ -90,18 +92,18 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
     read = [of[name] for name in ("train", "valid") if name in of]
     scale = sum(each.all_bytes for each in read) / sum(each.taken_bytes for each in read)
     yield f"preparing: about {describe_duration(prepared_s * scale / core_count())} on {core_count()} cores, once"
-    reading = training_batches(sampled, stores["train"], tokenizer.eos_id)
-    yield _batches(reading, of["train"].scale)
-    yield from _training(config, tokenizer, stores["train"], reading, of["train"].scale)
+    batches = training_batches(sampled, stores["train"], tokenizer.eos_id)
+    yield _batches(batches, of["train"].scale)
+    yield from _training(config, tokenizer, stores["train"], batches, of["train"].scale)
 
 
 def _learnt(config: Config) -> Tokenizer | None:
-    """The tokenizer of all of the text, where it was learnt before: to know that it is, all of the text is hashed."""
+    """The tokenizer of the whole text, where one was learnt before; the whole text is hashed to find it."""
     cache, source = Path(config.data.cache_dir), source_of(config, "train")
     if source is None or not any(cache.glob("tokenizer-*.json")):
         return None
     stored = tokenizer_file(config, source, Digests(cache / DIGESTS))
-    with suppress(OSError, ValueError, ArtefactError):  # then it is learnt again
+    with suppress(OSError, ValueError, ArtefactError):  # then it is learnt from the excerpts
         return parse_tokenizer(stored.read_text(encoding="utf-8"), str(stored))
     return None
 
@@ -116,21 +118,21 @@ def _room(config: Config, stored_bytes: float) -> str:
 
 
 def _training(
-    config: Config, tokenizer: Tokenizer, store: TokenStore, reading: TrainingBatches, scale: float
+    config: Config, tokenizer: Tokenizer, store: TokenStore, batches: TrainingBatches, scale: float
 ) -> Iterator[str]:
-    """Lines on the model and on what training it costs.
+    """Yield lines on the model and on what training it costs.
 
     Args:
-        scale: how many times as large the corpus is as what `store` and `reading` hold.
+        scale: how many times larger the corpus is than what `store` and `batches` hold.
     """
     weights = count_weights(config, tokenizer.vocab_size)
-    trained_mb = 16 * weights / 1e6  # weights, gradients, two moments
+    trained_mb = 16 * weights / 1e6  # weights, gradients and two moments, 4 bytes each
     yield f"model: {weights:,} weights, {4 * weights / 1e6:,.1f} MB; with gradients and optimizer {trained_mb:,.1f} MB"
     if (why := why_not_measured(config, weights)) is not None:
         yield f"time: not measured: {why}"
         return
     try:
-        measured = measure_cost(config, tokenizer, reading)
+        measured = measure_cost(config, tokenizer, batches)
     except (RuntimeError, MemoryError) as error:
         if (memory := out_of_memory(error, "lower batching.batch_size or model.hidden_size")) is not None:
             raise memory from None
@@ -138,8 +140,8 @@ def _training(
     where = "on the device" if measured.device.type == "cuda" else "of the process"
     window = 0 if scale == 1 or measured.device.type == "cuda" else WINDOW_BYTES + 48 * WINDOW_ROWS
     yield f"memory: about {_about((measured.memory_bytes + window) / 1e6)} MB {where} in training"
-    batches = scale * len(reading.sampler.epoch(0))
-    epoch_s, whole_s = measured.duration_s(config, scale * store.counts.events, batches)
+    count = scale * len(batches.sampler.epoch(0))
+    epoch_s, whole_s = measured.duration_s(config, scale * store.counts.events, count)
     yield (
         f"time: about {describe_duration(epoch_s)} an epoch, {describe_duration(whole_s)} in all, validation aside: "
         f"{_about(measured.tokens_per_second)} tokens/s over {measured.steps} steps "
@@ -148,7 +150,7 @@ def _training(
 
 
 def _all_faults(config: Config) -> list[str]:
-    """The first fault of each file, each once."""
+    """The first fault of each file; equal faults once."""
     sources = [replace(source, part="all") for name in PARTS if (source := source_of(config, name)) is not None]
     return list(dict.fromkeys(fault for source in dict.fromkeys(sources) for fault in _faults(config, source)))
 
@@ -165,12 +167,12 @@ def _faults(config: Config, source: Source) -> Iterator[str]:
             yield from error.faults
 
 
-def _batches(reading: TrainingBatches, scale: float = 1.0) -> str:
-    parts = reading.sampler.epoch(0)
+def _batches(batches: TrainingBatches, scale: float = 1.0) -> str:
+    parts = batches.sampler.epoch(0)
     line = f"batches: {_scaled(len(parts), scale)} an epoch"
-    if isinstance(reading.source, Stream):
-        return f"{line}, {reading.columns} columns of {_scaled(reading.source.steps, scale)} tokens"
-    rows = reading.source
+    if isinstance(batches.source, Stream):
+        return f"{line}, {batches.columns} columns of {_scaled(batches.source.steps, scale)} tokens"
+    rows = batches.source
     lengths = [rows.lengths(part) for part in parts]
     places = sum(len(each) * int(each.max()) for each in lengths)
     padding = 1 - sum(int(each.sum()) for each in lengths) / places
@@ -178,12 +180,12 @@ def _batches(reading: TrainingBatches, scale: float = 1.0) -> str:
 
 
 def _scaled(count: int, scale: float) -> str:
-    """A count as it is, or one of a larger corpus."""
+    """A count, or an estimate of it for a larger corpus."""
     return f"{count:,}" if scale == 1 else f"about {_about(scale * count)}"
 
 
 def _about(number: float) -> str:
-    """A number to three digits: 1,230,000."""
+    """A number with three digits: 1,230,000."""
     if number <= 0:
         return "0"
     digits = 2 - math.floor(math.log10(number))
@@ -191,7 +193,7 @@ def _about(number: float) -> str:
 
 
 def describe_duration(duration_s: float) -> str:
-    """A duration in the unit that people would take: 45 s, 12.5 min, 3.2 h, 4.1 days."""
+    """A duration in the unit that people would use: 45 s, 12.5 min, 3.2 h, 4.1 days."""
     for unit, seconds, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
         if duration_s / seconds < most:
             return f"{duration_s / seconds:.{2 if duration_s < 10 else 1}f} {unit}"

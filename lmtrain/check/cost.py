@@ -1,4 +1,4 @@
-"""What training would cost here: a few of its steps, measured."""
+"""What training would cost on this machine: a few of its steps, measured."""
 
 from __future__ import annotations
 
@@ -10,37 +10,31 @@ from typing import NamedTuple
 import torch
 
 from lmtrain.config import Config
-from lmtrain.data.batches.loader import BatchLoader, StepBatches, TrainingBatches
+from lmtrain.data.batches.loader import BatchLoader, TrainingBatches
 from lmtrain.data.tokenizers.base import Tokenizer
-from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.objectives import count_events
-from lmtrain.model.states import CarriedState
 from lmtrain.runs.weights import build_model
-from lmtrain.system.device import autocast, choose_device, choose_precision, keep_freed_memory
-from lmtrain.system.processes import SingleProcess
-from lmtrain.training.averaging import Averaging
-from lmtrain.training.optimization import build_optimizers, clip_gradient, optimizer_step, set_learning_rate
-from lmtrain.training.parallel import Gradients
+from lmtrain.system.device import choose_device, choose_precision, keep_freed_memory
+from lmtrain.training.step import TrainingStep
 
-MEASURED_S, MOST_STEPS = 1.5, 40  # so long steps are taken, or so many
-LEAST_STEPS, LONGEST_S = 3, 6.0  # but so many, unless they take longer: batches differ in length
-LARGEST_LAYER = 2048  # orthogonal start values of more take minutes
+MEASURED_S, MOST_STEPS = 1.5, 40  # steps are taken for this long, but no more than so many,
+LEAST_STEPS, LONGEST_S = 3, 6.0  # and at least so many, unless they take longer: batches differ in length
+LARGEST_LAYER = 2048  # the orthogonal start values of larger layers take minutes
 
 
 class Measured(NamedTuple):
-    """What a few steps came to."""
+    """The cost of a few training steps."""
 
     tokens_per_second: float
     steps: int
-    memory_bytes: int  # at most at once: of the process, or of the CUDA device
+    memory_bytes: int  # the peak of the process, or on the CUDA device
     device: torch.device
     precision: str
 
     def duration_s(self, config: Config, events: float, batches: float) -> tuple[float, float]:
-        """Seconds of an epoch and of all of the training, validation and saving aside.
+        """Seconds of one epoch and of the whole training, without validating and saving.
 
         Args:
-            events, batches: tokens with end tokens, and batches, of an epoch.
+            events, batches: tokens predicted in an epoch, end tokens included, and batches of an epoch.
         """
         training = config.training
         epoch_s = events / self.tokens_per_second
@@ -50,62 +44,37 @@ class Measured(NamedTuple):
 
 
 def why_not_measured(config: Config, weights: int) -> str | None:
-    """What speaks against building the model only to measure it."""
+    """The reason why this model is not built only to measure it; None where there is none."""
     model = config.model
-    needed, there = 16 * weights, _available_bytes(choose_device(config.training.device))
-    if needed > there:
-        return f"weights, gradients and optimizer need {needed / 1e9:,.1f} GB, and {there / 1e9:,.1f} GB are free"
+    needed, free = 16 * weights, _available_bytes(choose_device(config.training.device))
+    if needed > free:
+        return f"weights, gradients and optimizer need {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
     if max(model.layer_sizes or [model.hidden_size]) > LARGEST_LAYER:
         return f"with layers of more than {LARGEST_LAYER:,} the start alone takes minutes"
     return None
 
 
-def measure_cost(config: Config, tokenizer: Tokenizer, reading: TrainingBatches) -> Measured:
-    """Train a fresh model for a second or two as `Trainer` would; nothing of it is kept."""
+def measure_cost(config: Config, tokenizer: Tokenizer, batches: TrainingBatches) -> Measured:
+    """Train a fresh model for a second or two, with the step that `Trainer` takes; nothing of it is kept."""
     device = choose_device(config.training.device)
     keep_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.training.num_threads or threads)
-    feed = BatchLoader(reading, tokenizer.pad_id, config.training.accumulate)
+    loader = BatchLoader(batches, tokenizer.pad_id, config.training.accumulate)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            _forget_peak(device)
-            return _steps(config, build_model(config, tokenizer.vocab_size).to(device).train(), feed, reading, device)
+            _reset_peak(device)
+            model = build_model(config, tokenizer.vocab_size).to(device).train()
+            return _measure_steps(config, TrainingStep(config, model, batches.columns), loader)
     finally:
-        feed.close()
+        loader.close()
         torch.set_num_threads(threads)
 
 
-def _steps(
-    config: Config, model: LanguageModel, feed: BatchLoader, reading: TrainingBatches, device: torch.device
-) -> Measured:
-    precision, _ = choose_precision(config.training.precision, device, config.model.hidden_size)
-    optimizers = build_optimizers(model, **config.optimizer.model_dump(exclude={"clip_grad_norm"}))
-    set_learning_rate(optimizers, config.optimizer.lr / max(1, config.schedule.warmup_steps))
-    averaging = Averaging(model, name=config.averaging.name, decay=config.averaging.decay)
-    gradients = Gradients(model, SingleProcess())
-    carried = None if reading.columns is None else CarriedState(reading.columns)
-    weight_of = config.training.loss_weights.model_dump()
-
-    def train(group: StepBatches) -> int:
-        """One optimizer step; how many tokens it predicted."""
-        counted = [count_events(dealt.rows, dealt.tokens) for dealt in group.batches]
-        for batch, *_ in group.batches:
-            weights = {name: weight_of[name] / max(1, sum(part[name] for part in counted)) for name in model.objectives}
-            before = None if carried is None else carried.of(batch.order)
-            losses = gradients.add(batch, weights, before, autocast(precision, device), last=True)
-            if carried is not None:
-                carried.put(batch.order, losses.state)
-        clip_gradient(model.parameters(), config.optimizer.clip_grad_norm)
-        optimizer_step(optimizers)
-        averaging.update()
-        if carried is not None and group.ends_epoch:
-            carried.clear()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return sum(part["forward"] for part in counted)
-
+def _measure_steps(config: Config, step: TrainingStep, loader: BatchLoader) -> Measured:
+    step.precision, _ = choose_precision(config.training.precision, step.device, config.model.hidden_size)
+    rate = config.optimizer.lr / max(1, config.schedule.warmup_steps)
     tokens: list[int] = []
     taken_s: list[float] = []
     while (
@@ -114,17 +83,22 @@ def _steps(
         or (sum(taken_s[1:]) < LONGEST_S and len(taken_s) <= LEAST_STEPS)
     ):
         start_s = time.perf_counter()
-        tokens.append(train(feed.take()))
+        batches = loader.take()
+        tokens.append(step(batches.batches, rate).events["forward"])
+        if batches.ends_epoch:
+            step.end_epoch()
+        if step.device.type == "cuda":
+            torch.cuda.synchronize(step.device)
         taken_s.append(time.perf_counter() - start_s)
-    speed = sum(tokens[1:]) / sum(taken_s[1:])  # in the first, memory is got and kernels are chosen
-    return Measured(speed, len(taken_s) - 1, _peak_bytes(device), device, precision)
+    speed = sum(tokens[1:]) / sum(taken_s[1:])  # the first step allocates memory and chooses kernels
+    return Measured(speed, len(taken_s) - 1, _peak_bytes(step.device), step.device, step.precision)
 
 
-def _forget_peak(device: torch.device) -> None:
+def _reset_peak(device: torch.device) -> None:
     """Begin the peak of memory anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError), open("/proc/self/clear_refs", "w") as handle:  # Linux; elsewhere it is the process's
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as handle:  # Linux; elsewhere the peak is the process's
         handle.write("5")
 
 
@@ -137,7 +111,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _available_bytes(device: torch.device) -> int:
-    """Memory that is free, or can be freed."""
+    """Memory that is free or can be freed."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError), open("/proc/meminfo") as lines:

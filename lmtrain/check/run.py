@@ -1,4 +1,4 @@
-"""What a run directory holds, and whether all of it is whole: `lmtrain check RUN`."""
+"""`lmtrain check RUN`: what a run directory holds, and whether every part of it is whole."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lmtrain.training.tracking import METRICS
 
 
 def inspect_run(run: RunDirectory) -> Iterator[str]:
-    """Lines on every part, as a resume would find it: hashes, seals, formats, shapes, numbers.
+    """Yield a line on every part, as a resume would find it: hashes, seals, formats, shapes, numbers.
 
     Raises:
-        ArtefactError: at the end, with all that is damaged.
+        ArtefactError: at the end, with every fault that was found.
     """
     config, tokenizer = run.config_and_tokenizer()
     count, vocab_size = count_weights(config, tokenizer.vocab_size), tokenizer.vocab_size
@@ -28,7 +28,7 @@ def inspect_run(run: RunDirectory) -> Iterator[str]:
     whole: list[int] = []
     rows = 0
     for step in checkpoint.steps(run.checkpoints):
-        home = checkpoint.home_of(run.checkpoints, step)
+        home = checkpoint.directory_of(run.checkpoints, step)
         try:
             saved = read_saved(run, config, tokenizer, step)
         except ArtefactError as error:
@@ -46,12 +46,12 @@ def inspect_run(run: RunDirectory) -> Iterator[str]:
         whole.append(step)
         rows = max(rows, saved.lengths.get(METRICS, 0))
     for left in sorted(run.checkpoints.glob(".step-*")):
-        yield f"{left.name}: left by a save or a removal that was cut off; a resume tidies it up"
+        yield f"{left.name}: left by a save or a removal that was interrupted; a resume removes it"
     faults += _metrics(run.path / METRICS, rows)
-    best = run.pointed("best")
+    best = run.read_pointer("best")
     used = next((step for step in run.candidates() if step in whole), None)
     if whole:
-        yield f"lmtrain train --resume goes on from step {whole[0]}"
+        yield f"lmtrain train --resume continues from step {whole[0]}"
         yield f"lmtrain generate takes step {used}{' (the best)' if used == best else ''}"
     else:
         yield "no checkpoint yet; lmtrain train --resume starts afresh" if not faults else "no checkpoint is whole"
@@ -60,7 +60,7 @@ def inspect_run(run: RunDirectory) -> Iterator[str]:
 
 
 def _metrics(path: Path, most: int) -> Iterator[str]:
-    """What is wrong with the rows that a checkpoint counts on; what came after it is cut off at a resume anyway.
+    """Yield what is wrong with the rows that the newest checkpoint counts on. A resume cuts off later ones.
 
     Args:
         most: bytes of the file at the newest checkpoint.

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. Torch is imported inside the commands that need it."""
+"""The command line: each command parses, calls one function and prints; it imports torch only if it needs it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from lmtrain import __version__
 from lmtrain.cli import generation, inference, training
 from lmtrain.cli.terminal import silence_stdout
 from lmtrain.errors import LmtrainError, escape, out_of_memory
@@ -29,43 +30,32 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as installed
-
-        print(f"lmtrain {installed('lmtrain')}")
+        print(f"lmtrain {__version__}")
         raise typer.Exit
 
 
-for command in (
-    training.prepare,
-    training.train,
-    generation.generate,
-    inference.evaluate,
-    inference.score,
-    inference.fill,
-    inference.embed,
-    inference.export,
-    training.check,
-):
+MODEL_COMMANDS = (inference.evaluate, inference.score, inference.fill, inference.embed, inference.export)
+for command in (training.prepare, training.train, generation.generate, *MODEL_COMMANDS, training.check):
     app.command()(command)
 
 
 def main() -> None:
-    """Run a command and leave with its exit code; a user's mistake is a line for each fault, never a traceback."""
+    """Run a command and exit with its code. A user's mistake prints a line for each fault, never a traceback."""
     try:
         sys.exit(_run())
-    except KeyboardInterrupt:  # a second one, while the first was being told
+    except KeyboardInterrupt:  # a second one, while the first was handled
         os._exit(130)
 
 
 def _run() -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the end
+        if getattr(sys, name) is None:  # the parent process closed it
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # open until the process ends
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an encoding that lacks a character is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the encoding lacks a character
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -80,7 +70,7 @@ def _run() -> int:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:  # whoever reads our output has seen enough
+    except BrokenPipeError:  # the reader of our output has gone, for instance `head`
         silence_stdout()
         return 0
     except (MemoryError, RuntimeError, ImportError, OSError) as error:

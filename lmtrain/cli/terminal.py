@@ -1,4 +1,4 @@
-"""What the commands share: the options they have in common, the run they load, what they print."""
+"""The options that several commands have, and how they load a run and print."""
 
 from __future__ import annotations
 
@@ -22,43 +22,42 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-RunArgument = Annotated[
-    str | None, typer.Argument(metavar="[RUN]", help="A run directory; left out, the newest under runs/.")
-]
-DeviceOption = Annotated[Device | None, typer.Option(help="Where to compute; auto: cuda where there is one.")]
-RawOption = Annotated[bool, typer.Option("--raw", help="Leave control characters as they are on a terminal.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, nothing else.")]
+RUN_HELP = "A run directory, for instance runs/quickstart; left out, the newest run under runs/."
+RunArgument = Annotated[str | None, typer.Argument(metavar="RUN", help=RUN_HELP)]
+DeviceOption = Annotated[Device | None, typer.Option(help="Where to compute; auto: on CUDA if PyTorch finds it.")]
+RawOption = Annotated[bool, typer.Option("--raw", help="Print control characters to a terminal unescaped.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line on stdout, and nothing else.")]
 
 
 def load_model(run: str | None, device: Device | None) -> TrainedModel:
-    """The model of a run; what can be told to be no run of ours is refused before torch is imported."""
+    """Load the model of a run. A directory that cannot be used is refused before torch is imported."""
     from lmtrain.runs.directory import find_run
 
-    found = find_run(run)
-    found.config_and_tokenizer()
+    directory = find_run(run)
+    directory.config_and_tokenizer()
     import lmtrain
 
-    return lmtrain.load(found, device or "auto", say)
+    return lmtrain.load(directory, device or "auto", say)
 
 
 def silence_stdout() -> None:
-    """Nothing more can be written there, not even what Python would flush at its end."""
+    """Discard everything that is still to be written to stdout, what Python flushes at its end included."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def print_json(row: dict[str, Any]) -> None:
-    """One object a line."""
+    """Print one object on a line of its own."""
     print(json.dumps(row, ensure_ascii=False))
 
 
 def check_text(name: str, text: str) -> None:
-    """Raises ConfigError where an argument is no text."""
+    """Raise ConfigError if the value of an argument is not text."""
     if not is_text(text):
         raise ConfigError(f"{name} {text[:60]!r}: not text (a NUL, or bytes that are not UTF-8)")
 
 
 def named(unknown: list[str]) -> str:
-    """The first few of the words or characters."""
+    """Name the first five different words or characters, and count the others."""
     different = list(dict.fromkeys(unknown))
     more = f" and {len(different) - 5} more" if len(different) > 5 else ""
     return ", ".join(repr(part[:40]) for part in different[:5]) + more

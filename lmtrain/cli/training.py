@@ -22,32 +22,26 @@ if TYPE_CHECKING:
     from lmtrain.system.progress import Progress
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE ...]", help="Config keys to change: model.hidden_size=256"),
-]
+OVERRIDES_HELP = "Config keys to change, for instance model.hidden_size=256."
+OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES_HELP)]
+RUN_DIR_HELP = "The run directory, new or empty; default: the config's runs_dir/name."
+RESUME_HELP = "Continue from the last good checkpoint; start afresh if there is none."
 
 
 def train(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    run_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="The run directory, new or empty; default runs_dir/name."),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from the last good checkpoint; afresh where there is none."),
-    ] = False,
+    run_dir: Annotated[str | None, typer.Option(metavar="DIR", help=RUN_DIR_HELP)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     device: DeviceOption = None,
 ) -> None:
     """Train the model that a config describes."""
     from lmtrain.system.processes import launched_by_torchrun
 
-    load = partial(_load, config, overrides, device)
-    settings = load if launched_by_torchrun() else load()
+    load, is_one_of_several = partial(_load, config, overrides, device), launched_by_torchrun()
+    settings = load if is_one_of_several else load()
     if callable(settings):
-        # of several processes, one tells of a fault for all: PyTorch's own warnings would stand beside it
+        # one of the processes prints a fault for all of them; PyTorch would print its own warnings beside it
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     elif resume:
         from lmtrain.runs.directory import find_resumable
@@ -56,38 +50,40 @@ def train(
             run.config_and_tokenizer()  # before torch is imported
     from lmtrain.training.start import train as run_training
 
-    first = not launched_by_torchrun() or os.environ["RANK"] == "0"
-    result = run_training(settings, run_dir, resume=resume, progress=_progress() if first else None)
-    if not first:
+    is_first = not is_one_of_several or os.environ["RANK"] == "0"
+    result = run_training(settings, run_dir, resume=resume, progress=_progress() if is_first else None)
+    if not is_first:
         return
     words = ", ".join(f"{tag.partition('/')[2]} {value:.4f}" for tag, value in result.figures.items())
-    with suppress(OSError):  # trained is trained, whether or not it can be told
+    with suppress(OSError):  # the training succeeded, whether or not its result can be printed
         if words:
-            print(
-                f"{'training' if result.best_step is None else f'best validation (step {result.best_step})'}: {words}"
-            )
+            measured = "training" if result.best_step is None else f"best validation (step {result.best_step})"
+            print(f"{measured}: {words}")
         print(f"{result.run}: {result.step} steps. Next: lmtrain generate {result.run}", flush=True)
         return
     silence_stdout()
 
 
 def _load(config: str, overrides: list[str] | None, device: Device | None) -> Config:
-    """The config with its overrides; `--device` is one more."""
+    """Load the config with its overrides; `--device` acts as one more."""
     from lmtrain.config import load_config
 
-    more = [] if device is None else [f"training.device={device}"]
-    return load_config(config, [*(overrides or []), *more])
+    by_option = [] if device is None else [f"training.device={device}"]
+    return load_config(config, [*(overrides or []), *by_option])
 
 
 def check(
-    config: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run directory.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run such as runs/quickstart.")],
     overrides: OverridesArgument = None,
     device: DeviceOption = None,
 ) -> None:
-    """Report the faults of a config and of every data file at once, and what the data holds; or of a run's files."""
+    """Check a config and its data, or a run's files.
+
+    Prints all faults at once. For a config without faults, prints what its data holds and what training would cost.
+    """
     if os.path.isdir(config):
         if overrides or device:
-            raise ConfigError(f"check {config}: a run is checked as it is; leave out what would change it")
+            raise ConfigError(f"check {config}: a run is checked as it is; leave out KEY=VALUE and --device")
         from lmtrain.runs.directory import find_run
 
         run = find_run(config)
@@ -105,7 +101,10 @@ def check(
 
 
 def prepare(config: ConfigArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
-    """Learn the tokenizer and bring the token stores up to date, as `train` would; interrupted, it goes on."""
+    """Only cut the text into tokens, as `train` does first.
+
+    Learns the tokenizer and brings the token stores up to date. After an interruption it continues where it stopped.
+    """
     settings = _load(config, overrides, None)
     from lmtrain.data.preparation import prepare_all
 

@@ -1,4 +1,4 @@
-"""The configuration: schema, and loading with the place of every fault. Precedence: defaults < file < overrides."""
+"""The configuration: its schema, and its loading. Overrides take precedence over the file, the file over defaults."""
 
 from lmtrain.config.loading import dump_config, load_config
 from lmtrain.config.schema import Config

@@ -1,4 +1,4 @@
-"""Keys that are right by themselves and wrong together."""
+"""Finds keys whose values are right by themselves and wrong together."""
 
 from __future__ import annotations
 
@@ -6,114 +6,95 @@ from collections.abc import Iterator
 
 from lmtrain.config.schema import Config
 
-Fault = tuple[tuple[str, ...], str]
 
-
-def contradictions(config: Config) -> Iterator[Fault]:
-    """The path of a key, and why its value can't stand beside the others."""
-    yield from _of_data(config)
-    yield from _of_carried_state(config)
-    yield from _of_model(config)
-    yield from _of_training(config)
+def contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the path of each key whose value cannot stand beside the others, and the reason."""
+    for check in (_data, _carried_state, _model, _training, _plateau):
+        for key, reason in check(config):
+            yield tuple(key.split(".")), reason
 
 
 def _validates(config: Config) -> bool:
     return config.data.valid is not None or config.data.valid_fraction is not None
 
 
-def _of_data(config: Config) -> Iterator[Fault]:
-    if config.data.valid is not None and config.data.valid_fraction is not None:
-        yield (
-            ("data", "valid_fraction"),
-            "data.valid names the validation set already; set one of the two to null",
-        )
-    if (config.tokenizer.kind == "file") != (config.tokenizer.path is not None):
-        yield ("tokenizer", "path"), "goes with tokenizer.kind: file, and only with it"
-    if config.tokenizer.kind == "ids":
-        if config.data.format == "jsonl":
-            yield ("data", "format"), "tokenizer.kind: ids reads lines of integers; use ids or auto"
-        if config.tokenizer.pad_id >= config.tokenizer.vocab_size:
-            yield (
-                ("tokenizer", "pad_id"),
-                f"should be below tokenizer.vocab_size ({config.tokenizer.vocab_size})",
-            )
-    elif config.data.format == "ids":
-        yield ("data", "format"), "ids goes with tokenizer.kind: ids"
-    if config.tokenizer.kind in ("bpe", "unigram") and config.tokenizer.vocab_size < 261:
-        yield ("tokenizer", "vocab_size"), "should be 261 or more: 256 bytes and what stands beside them"
+def _data(config: Config) -> Iterator[tuple[str, str]]:
+    data, tokenizer = config.data, config.tokenizer
+    if data.valid is not None and data.valid_fraction is not None:
+        yield "data.valid_fraction", "data.valid names the validation set already; set one of the two to null"
+    if (tokenizer.kind == "file") != (tokenizer.path is not None):
+        yield "tokenizer.path", "goes with tokenizer.kind: file, and only with it"
+    if tokenizer.kind == "ids":
+        if data.format not in ("auto", "text", "ids"):
+            yield "data.format", "tokenizer.kind: ids reads lines of integers; use ids or auto"
+        if tokenizer.pad_id >= tokenizer.vocab_size:
+            yield "tokenizer.pad_id", f"should be below tokenizer.vocab_size ({tokenizer.vocab_size})"
+    elif data.format == "ids":
+        yield "data.format", "ids goes with tokenizer.kind: ids"
+    if tokenizer.kind in ("bpe", "unigram") and tokenizer.vocab_size < 261:
+        yield "tokenizer.vocab_size", "should be 261 or more: 256 bytes, 4 special tokens and a piece"
 
 
-def _of_carried_state(config: Config) -> Iterator[Fault]:
+def _carried_state(config: Config) -> Iterator[tuple[str, str]]:
     batching, stream = config.batching, config.batching.mode == "stream"
-    if not batching.goes_on:
+    if not batching.carries_state:
         if batching.random_bptt:
-            yield ("batching", "random_bptt"), "goes with batching.mode: stream"
+            yield "batching.random_bptt", "goes with batching.mode: stream"
         return
-    text = "a stream" if stream else "a text whose lines follow on"
+    text = "a stream" if stream else "a text whose lines follow each other"
     if stream and batching.carry_state:
-        yield ("batching", "carry_state"), "a stream always carries its state; this is for batching.mode: sentences"
+        yield "batching.carry_state", "a stream always carries its state; this is for batching.mode: sentences"
     if config.model.bidirectional:
-        yield (
-            ("model", "bidirectional"),
-            f"{text} has no right end to read from; use batching.mode: sentences without carry_state",
-        )
+        yield "model.bidirectional", f"{text} has no right end; use batching.mode: sentences without carry_state"
     if config.data.valid_fraction is not None:
-        yield ("data", "valid_fraction"), f"held-out lines would tear {text} apart; name a file in data.valid"
+        yield "data.valid_fraction", f"held-out lines would tear {text} apart; name a file in data.valid"
     if batching.max_tokens is not None:
-        yield ("batching", "max_tokens"), f"{text} is read in batch_size columns; set max_tokens: null"
+        yield "batching.max_tokens", f"{text} is read in batch_size columns; set max_tokens: null"
 
 
-def _of_model(config: Config) -> Iterator[Fault]:
-    if config.model.output == "adaptive" and config.model.tie_weights:
-        yield ("model", "output"), "adaptive has output weights of its own; set model.tie_weights: false"
+def _model(config: Config) -> Iterator[tuple[str, str]]:
+    model, smoothing = config.model, config.regularization.label_smoothing
+    if model.output == "adaptive" and model.tie_weights:
+        yield "model.output", "adaptive has output weights of its own; set model.tie_weights: false"
     if config.training.sampled_tokens is not None:
-        if config.model.output == "adaptive":
-            yield ("training", "sampled_tokens"), "samples a full output layer; adaptive scores a part of it by itself"
-        if config.regularization.label_smoothing:
-            yield ("regularization", "label_smoothing"), "would spread targets over the sampled part alone; use one"
-    if len(set(config.model.ngram_embeddings)) < len(config.model.ngram_embeddings):
-        yield ("model", "ngram_embeddings"), "names an order twice"
-    if config.model.ngram_counts is not None and config.batching.carry_state:
-        yield ("model", "ngram_counts"), "counts lines by themselves; use batching.mode: stream for a text that goes on"
-    if config.model.output == "adaptive" and config.regularization.label_smoothing:
-        yield (
-            ("regularization", "label_smoothing"),
-            "spreads targets over a full output layer; set model.output: full",
-        )
+        if model.output == "adaptive":
+            yield "training.sampled_tokens", "samples a full output layer, and adaptive scores a part of it by itself"
+        if smoothing:
+            yield "regularization.label_smoothing", "would spread targets over the sampled part alone; use one"
+    if len(set(model.ngram_embeddings)) < len(model.ngram_embeddings):
+        yield "model.ngram_embeddings", "names an order twice"
+    if model.ngram_counts is not None and config.batching.carry_state:
+        yield "model.ngram_counts", "counts each line by itself; use batching.mode: stream to carry the state"
+    if model.output == "adaptive" and smoothing:
+        yield "regularization.label_smoothing", "spreads targets over a full output layer; set model.output: full"
 
 
-def _of_training(config: Config) -> Iterator[Fault]:
-    training, schedule = config.training, config.schedule
-    weights = training.loss_weights
+def _training(config: Config) -> Iterator[tuple[str, str]]:
+    training, averaging = config.training, config.averaging
+    weights, patience = training.loss_weights, training.patience
     if not weights.forward and not (config.model.bidirectional and (weights.backward or weights.fill)):
-        yield ("training", "loss_weights"), "all are zero: there is nothing to learn"
-    if training.patience is not None and not _validates(config):
-        yield ("training", "patience"), "needs a validation set: set data.valid or data.valid_fraction"
-    if config.averaging.name == "triggered":
+        yield "training.loss_weights", "all are zero, so the model would learn nothing"
+    if patience is not None and not _validates(config):
+        yield "training.patience", "needs a validation set: set data.valid or data.valid_fraction"
+    if averaging.name == "triggered":
         if not _validates(config):
-            yield ("averaging", "name"), "triggered waits for validations: set data.valid or data.valid_fraction"
-        if schedule.name == "plateau":
-            yield ("averaging", "name"), "triggered goes on where plateau goes back to earlier weights; use one of them"
-        if training.patience is not None and training.patience <= config.averaging.trigger:
-            yield (
-                ("averaging", "trigger"),
-                f"training.patience ({training.patience}) ends the run before averaging could begin",
-            )
+            yield "averaging.name", "triggered waits for validations: set data.valid or data.valid_fraction"
+        if config.schedule.name == "plateau":
+            yield "averaging.name", "triggered keeps the weights where plateau restores earlier ones; use one of them"
+        if patience is not None and patience <= averaging.trigger:
+            yield "averaging.trigger", f"training.patience ({patience}) ends the run before averaging could begin"
+
+
+def _plateau(config: Config) -> Iterator[tuple[str, str]]:
+    training, schedule = config.training, config.schedule
+    every, most, patience = config.validation.every_steps, training.max_steps, training.patience
     if schedule.name != "plateau":
         return
-    every, most = config.validation.every_steps, training.max_steps
     if not _validates(config):
-        yield ("schedule", "name"), "plateau waits for validations: set data.valid or data.valid_fraction"
-    elif training.patience is not None and training.patience <= schedule.patience:
-        yield (
-            ("schedule", "patience"),
-            f"training.patience ({training.patience}) ends the run before the learning rate could be cut",
-        )
+        yield "schedule.name", "plateau waits for validations: set data.valid or data.valid_fraction"
+    elif patience is not None and patience <= schedule.patience:
+        yield "schedule.patience", f"training.patience ({patience}) ends the run before the learning rate could be cut"
     elif every is not None and most is not None and most // every <= schedule.patience:
-        yield ("schedule", "patience"), f"never fires: training.max_steps ({most}) leaves {most // every} validations"
+        yield "schedule.patience", f"never fires: training.max_steps ({most}) leaves {most // every} validations"
     elif every is None and training.max_minutes is not None:
-        yield (
-            ("schedule", "name"),
-            "plateau may never fire: a time budget (training.max_minutes) can end before an epoch's validation; "
-            "set validation.every_steps",
-        )
+        yield "schedule.name", "plateau may never fire: training.max_minutes may end first; set validation.every_steps"

@@ -1,4 +1,4 @@
-"""From a YAML file and command-line overrides to a configuration, or to all of its faults, each with its place."""
+"""Turns a YAML file and command-line overrides into a configuration, or into all of its faults, each with its place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from pydantic import ValidationError
 from lmtrain.config.contradictions import contradictions
 from lmtrain.config.located_yaml import Located, parse_yaml, read_config_text
 from lmtrain.config.located_yaml import Path as KeyPath
-from lmtrain.config.schema import Config, Section
+from lmtrain.config.schema import RENAMED_KEYS, Config, Section
 from lmtrain.errors import ConfigError
 from lmtrain.system.console import is_text
 
@@ -28,11 +31,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files:
     """Read a configuration file and put `KEY=VALUE` overrides over it.
 
     Args:
-        overrides: keys by their dotted path, values as YAML: `model.hidden_size=256`.
-        check_files: the data and tokenizer files named must exist.
+        overrides: keys by their dotted path, with values as YAML: `model.hidden_size=256`.
+        check_files: whether the data and tokenizer files that are named must exist.
 
     Raises:
-        ConfigError: every fault found, a line each: `FILE:LINE:COL: key: what is wrong`.
+        ConfigError: all faults that were found, a line each: `FILE:LINE:COL: key: what is wrong`.
     """
     located = parse_yaml(read_config_text(str(path)), str(path))
     if not isinstance(located.value, dict):
@@ -45,20 +48,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files:
             tree[key] = {}  # a section whose keys are all left out
     if tree.get("name") is None:
         tree["name"] = Path(path).stem
-    config, found = _validate(located)
-    faults += found.values()
-    if config is None:  # once more without the faulty keys, to find what else is wrong
+    config, faults_by_key = _validate(located)
+    faults += faults_by_key.values()
+    if config is None:  # validate again without the faulty keys, to find what else is wrong
         tree.setdefault("name", "x")
         if isinstance(data := tree.setdefault("data", {}), dict):
             data.setdefault("train", [os.devnull])
         config, _ = _validate(located)
     if config is not None:
-        doubtful = {path[:1] for path in found}  # sections where a contradiction may be a fault's shadow
-        others = [*contradictions(config), *(_missing_files(config) if check_files else [])]
+        faulty_sections = {key[:1] for key in faults_by_key}  # a contradiction there may only follow from the fault
+        others = [(key, reason) for key, reason in contradictions(config) if key[:1] not in faulty_sections]
         faults += [
-            f"{located.place(key)}: {_dotted(key if key in located.places else key[:2])}: {what}"
-            for key, what in others
-            if key[:1] not in doubtful or "no such file" in what
+            f"{located.place(key)}: {_dotted(key if key in located.places else key[:2])}: {reason}"
+            for key, reason in [*others, *(_missing_files(config) if check_files else [])]
         ]
     if faults:
         more = [f"{path}: {len(faults) - MOST_FAULTS} more faults"] if len(faults) > MOST_FAULTS else []
@@ -68,23 +70,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files:
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML, every key; `load_config` reads it back to an equal one."""
+    """Return the configuration as YAML with every key; `load_config` reads it back to an equal one."""
     return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes all text, so that none of it can be read as a number or a word of another YAML version."""
+    """Quotes all text but plain words, so that no other YAML version reads a text as a number, a bool or null."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        plain = re.fullmatch(r"[a-z_]+(?<!null|true|alse)", text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
 
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str",
-        text,
-        style=None if re.fullmatch(r"[a-z_]+(?<!null|true|alse)", text) else '"',
-    ),
-)
-_Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def _dotted(path: KeyPath) -> str:
@@ -92,7 +90,7 @@ def _dotted(path: KeyPath) -> str:
 
 
 def _override(located: Located, override: str) -> Iterator[str]:
-    """Put one KEY=VALUE into the tree; yields what is wrong with it."""
+    """Put one KEY=VALUE into the tree and yield what is wrong with it."""
     key, equals, text = override.partition("=")
     path = tuple(key.split("."))
     if not equals or not all(path) or not is_text(key):
@@ -103,22 +101,23 @@ def _override(located: Located, override: str) -> Iterator[str]:
     except ConfigError as error:
         yield from error.faults
         return
-    place = located.value
-    for depth, part in enumerate(path[:-1]):
-        if place.get(part) is None:
-            place[part] = {}
-            located.places[path[: depth + 1]] = "command line"
-        place = place[part]
-        if not isinstance(place, dict):
-            yield f"command line: {key}: {_dotted(path[: depth + 1])} is not a section"
+    tree = located.value
+    for depth, part in enumerate(path[:-1], 1):
+        if tree.get(part) is None:
+            tree[part] = {}
+            located.places[path[:depth]] = "command line"
+        tree = tree[part]
+        if not isinstance(tree, dict):
+            yield f"command line: {key}: {_dotted(path[:depth])} is not a section"
             return
-    place[path[-1]] = value
-    located.places = {at: where for at, where in located.places.items() if at[: len(path)] != path}
+    tree[path[-1]] = value
+    for inside in [inner for inner in located.places if inner[: len(path)] == path]:
+        del located.places[inside]  # the places of the value that was replaced
     located.places[path] = "command line"
 
 
 def _validate(located: Located) -> tuple[Config | None, dict[KeyPath, str]]:
-    """The config, or its faults by key; faulty keys are taken out of the tree on the way."""
+    """Return the configuration, or None and its faults by key. Faulty keys are taken out of the tree."""
     try:
         return Config.model_validate(located.value), {}
     except ValidationError as error:
@@ -126,39 +125,42 @@ def _validate(located: Located) -> tuple[Config | None, dict[KeyPath, str]]:
         for detail in error.errors():
             details.setdefault(_known_path(located, detail["loc"]), detail)
         for path in details:
-            _remove(located.value, path)
+            with suppress(KeyError, TypeError, IndexError):  # the key is missing, or a key above it is faulty, too
+                if isinstance(section := reduce(getitem, path[:-1], located.value), dict):
+                    del section[path[-1]]
         order = {place: number for number, place in enumerate(located.places.values())}
         ordered = sorted(details, key=lambda path: order[located.place(path)])
         return None, {
-            # a hint at the nearest key takes time, and nobody reads the hundredth
-            path: f"{located.place(path)}: {_dotted(path)}: {_what(path, details[path]) if n < MOST_FAULTS else ''}"
+            # the nearest key takes time to find, and faults beyond MOST_FAULTS are not shown
+            path: f"{located.place(path)}: {_dotted(path)}: {_reason(path, details[path]) if n < MOST_FAULTS else ''}"
             for n, path in enumerate(ordered)
         }
 
 
 def _known_path(located: Located, loc: KeyPath) -> KeyPath:
-    """The path of a pydantic error, without the names of union members that it adds."""
+    """Return the path of a pydantic error without the names of union members that pydantic adds."""
     while loc not in located.places and loc[:-1] in located.places and _section(loc[:-1]) is None:
         loc = loc[:-1]
     return loc
 
 
 def _section(path: KeyPath) -> type[Section] | None:
-    """The section that stands at a path, if one does."""
-    section: type[Section] = Config
+    """Return the section at a path; None if the path is a key or is unknown."""
+    section: Any = Config
     for part in path:
         field = section.model_fields.get(str(part))
-        kind = field.annotation if field else None
-        if not (isinstance(kind, type) and issubclass(kind, Section)):
+        section = field.annotation if field else None
+        if not (isinstance(section, type) and issubclass(section, Section)):
             return None
-        section = kind
-    return section
+    return section  # type: ignore[no-any-return]
 
 
-def _what(path: KeyPath, detail: Any) -> str:
+def _reason(path: KeyPath, detail: Any) -> str:
+    """Word one of pydantic's errors."""
     match detail["type"]:
         case "extra_forbidden":
-            return "no such key" + _near_key(path)
+            new_name = RENAMED_KEYS.get(_dotted(path))
+            return f"renamed to {new_name}" if new_name else "no such key" + _nearest_key(path)
         case "missing":
             return "missing; it has no default"
         case "model_type":
@@ -167,36 +169,24 @@ def _what(path: KeyPath, detail: Any) -> str:
             return "should be a plain file name, without a slash or a leading dot"
     message = re.sub(r"^(Input|List|String|Value) should", "should", detail["msg"])
     given = json.dumps(detail["input"], ensure_ascii=False, default=str)  # as YAML writes it: true, null
-    near = ""
-    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
-        options = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-        close = difflib.get_close_matches(detail["input"].lower(), options, n=1)
-        near = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{message}, not {given if len(given) <= 40 else given[:37] + '...'}{near}"
+    options = re.findall(r"'([^']*)'", detail["ctx"]["expected"]) if detail["type"] == "literal_error" else []
+    hint = _did_you_mean(str(detail["input"]).lower(), options)
+    return f"{message}, not {given if len(given) <= 40 else given[:37] + '...'}{hint}"
 
 
-def _near_key(path: KeyPath) -> str:
-    """A hint at the key that was meant, here or in another section."""
-    section = _section(path[:-1])
-    near = difflib.get_close_matches(str(path[-1]), list(section.model_fields), n=1) if section else []
-    if near:
-        return f" (did you mean {near[0]!r}?)"
+def _nearest_key(path: KeyPath) -> str:
+    """Return a hint at the key that was probably meant, in the same section or in another."""
+    name, section = str(path[-1]), _section(path[:-1])
+    hint = _did_you_mean(name, section.model_fields) if section else ""
     for home in Config.model_fields:
-        if (kind := _section((home,))) is not None:
-            near = difflib.get_close_matches(str(path[-1]), list(kind.model_fields), n=1, cutoff=0.8)
-            if near:
-                return f" (did you mean '{home}.{near[0]}'?)"
-    return ""
+        if not hint and (other := _section((home,))) is not None:
+            hint = _did_you_mean(name, other.model_fields, f"{home}.", cutoff=0.8)
+    return hint
 
 
-def _remove(tree: Any, path: KeyPath) -> None:
-    for part in path[:-1]:
-        try:
-            tree = tree[part]
-        except (KeyError, TypeError, IndexError):
-            return
-    if isinstance(tree, dict):
-        tree.pop(path[-1], None)
+def _did_you_mean(word: str, options: Iterable[str], prefix: str = "", cutoff: float = 0.6) -> str:
+    nearest = difflib.get_close_matches(word, list(options), n=1, cutoff=cutoff)
+    return f" (did you mean {prefix + nearest[0]!r}?)" if nearest else ""
 
 
 def _missing_files(config: Config) -> Iterator[tuple[KeyPath, str]]:

@@ -1,8 +1,7 @@
-"""From a configuration's files to a tokenizer and token stores."""
+"""Prepares the data of a configuration: learns the tokenizer and builds the token stores, unless the cache has them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,23 +15,23 @@ from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.data.tokenizers.learning import learn_tokenizer, train_tokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, DataError, StorageError
+from lmtrain.system.console import Notify
 from lmtrain.system.files import reason_of, write_atomically
 
-MANY_SEQUENCES = 1 << 22  # that are compared with others only once
-Notify = Callable[[str], None]
+MANY_SEQUENCES = 1 << 22  # a training set of more sequences is compared with the validation set only when it is new
 
 
 class Corpora(NamedTuple):
-    """Everything a training run reads."""
+    """The data that a training run reads."""
 
     tokenizer: Tokenizer
     train: TokenStore
     valid: TokenStore | None
-    hashes: dict[str, str]  # SHA-256 of each file
+    hashes: dict[str, str]  # SHA-256 of each file, by its path
 
 
 def source_of(config: Config, name: str) -> Source | None:
-    """The source of `train`, `valid` or `test`; None where the configuration has none.
+    """Return the source of `train`, `valid` or `test`, or None if the configuration has none.
 
     Raises:
         DataError: a path or glob that names nothing.
@@ -50,14 +49,16 @@ def source_of(config: Config, name: str) -> Source | None:
 
 
 def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None, watch: Watch = unwatched) -> Corpora:
-    """Learn the tokenizer from the training text (unless given) and bring the stores up to date.
+    """Return the tokenizer and the stores of the training and the validation text.
+
+    What the cache directory does not have is made first; the tokenizer is learnt from the training text unless given.
 
     Raises:
-        ConfigError: a sample prompt that the tokenizer does not take.
+        ConfigError: the tokenizer can't encode a sample prompt.
         DataError: a fault of the text, with its place.
         ArtefactError: the tokenizer file of kind file can't be used.
         StorageError: the cache directory can't be written.
-        OutOfMemoryError: a process that reads text had not enough.
+        OutOfMemoryError: a process that reads text had too little memory.
     """
     source, valid_source = source_of(config, "train"), source_of(config, "valid")
     assert source is not None
@@ -73,7 +74,7 @@ def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None, 
     train = open_store(source, tokenizer, cache, notify, watch, digests)
     valid = None if valid_source is None else open_store(valid_source, tokenizer, cache, notify, watch, digests)
     if valid is not None:
-        for line in _remarks(train, valid, None if train.counts.stream else config.batching.max_length):
+        for line in _notes(train, valid, None if train.counts.stream else config.batching.max_length):
             notify(line)
     files = source.files if valid_source is None else (*source.files, *valid_source.files)
     return Corpora(tokenizer, train, valid, {path: digests.sha256(path) for path in files})
@@ -82,8 +83,10 @@ def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None, 
 def prepare_all(
     config: Config, notify: Notify, watch: Watch = unwatched, tokenizer: Tokenizer | None = None
 ) -> tuple[Tokenizer, dict[str, TokenStore]]:
-    """The tokenizer, and the stores of train, valid and test, as far as the configuration has them; raises as
-    `prepare`."""
+    """Return the tokenizer, and the stores of those of train, valid and test that the configuration names.
+
+    Arguments and errors are those of `prepare`.
+    """
     test = source_of(config, "test")
     corpora = prepare(config, notify, tokenizer, watch)
     stores = {"train": corpora.train, "valid": corpora.valid}
@@ -95,21 +98,21 @@ def prepare_all(
 def _tokenizer(
     config: Config, source: Source, cache: Path, notify: Notify, watch: Watch, digests: Digests
 ) -> Tokenizer:
-    """The tokenizer, learnt once for the same text and settings."""
+    """Return the tokenizer that the cache has for this text and these settings, or learn it."""
     settings = config.tokenizer
     if settings.kind in ("byte", "ids", "file"):
-        texts: list[str] = []  # nothing to learn
+        texts: list[str] = []  # these kinds learn nothing
         return train_tokenizer(
             settings.kind, texts, vocab_size=settings.vocab_size, path=settings.path, pad_id=settings.pad_id
         )
     stored = tokenizer_file(config, source, digests)
-    if (known := _stored_tokenizer(stored, notify)) is not None:
-        return known
+    if (cached := _stored_tokenizer(stored, notify)) is not None:
+        return cached
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache, stored.stem, notify):
-            if (known := _stored_tokenizer(stored, notify)) is not None:  # somebody was quicker
-                return known
+            if (cached := _stored_tokenizer(stored, notify)) is not None:  # another process has just learnt it
+                return cached
             tokenizer = learn_tokenizer(
                 settings.kind, source, cache, settings.vocab_size, settings.min_frequency, notify, watch
             )
@@ -125,7 +128,7 @@ def _tokenizer(
 
 
 def tokenizer_file(config: Config, source: Source, digests: Digests) -> Path:
-    """Where the tokenizer that is learnt from a text is kept."""
+    """Return the file of the cache that holds the tokenizer learnt from a text."""
     key = source.key(digests, config.tokenizer.model_dump_json())
     return Path(config.data.cache_dir) / f"tokenizer-{key}.json"
 
@@ -139,15 +142,15 @@ def _stored_tokenizer(path: Path, notify: Notify) -> Tokenizer | None:
     return None
 
 
-def _remarks(train: TokenStore, valid: TokenStore, max_length: int | None) -> list[str]:
-    """What a user should know before training on these; a stream has no rows to compare or to split."""
+def _notes(train: TokenStore, valid: TokenStore, max_length: int | None) -> list[str]:
+    """What a user should know before training on these; `max_length` is None for a stream, which has no sequences."""
     lines = []
-    known = train.counts.sequences > MANY_SEQUENCES and not train.is_new and not valid.is_new  # told when it was built
-    shared, count = 0 if known else valid.overlap(train), valid.counts.sequences
+    was_noted = train.counts.sequences > MANY_SEQUENCES and not train.is_new and not valid.is_new
+    shared, count = 0 if was_noted else valid.overlap(train), valid.counts.sequences
     if shared and max_length is not None:
-        lines.append(f"note: {shared:,} of {count:,} validation sequences also stand in the training set")
+        lines.append(f"note: {shared:,} of {count:,} validation sequences are also in the training set")
     for name, store in (("training", train), ("validation", valid)):
-        long = 0 if max_length is None or known else store.longer_than(max_length)
+        long = 0 if max_length is None or was_noted else store.longer_than(max_length)
         unknown = store.counts.unknown_tokens / max(1, store.counts.tokens)
         if unknown > 0.1:
             lines.append(f"note: {unknown:.0%} of the {name} tokens are unknown to the vocabulary")

@@ -1,1 +1,1 @@
-"""Putting a trained model to use: generating text and scoring it."""
+"""What a trained model does: it writes text, scores it, fills blanks, gives vectors, and is exported."""

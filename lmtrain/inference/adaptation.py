@@ -1,5 +1,5 @@
-"""Scoring that adapts to the text it reads: a neural cache, dynamic evaluation. Nothing is ever adapted to a token
-before that token is scored, so both give true probabilities of the text.
+"""Evaluation that adapts to the text it reads: a neural cache, and dynamic evaluation. Each token is scored before
+anything is adapted to it, so both give true probabilities of the text.
 
 Shapes: N events of a batch, W events in the cache, P output size.
 """
@@ -25,68 +25,67 @@ from lmtrain.model.states import CarriedState
 class Cache:
     """A neural cache: Grave et al. 2017, https://arxiv.org/abs/1612.04426.
 
-    The model's probabilities are mixed with those of the last `size` tokens, each weighed by how near the state before
-    it is to the state now: p(w) = (1 - share) p_model(w) + share sum_i [w_i = w] softmax_i(theta h . h_i).
+    The model's probabilities are mixed with those of the last `size` tokens. The hidden state h_i before each of these
+    is compared with the present one, h: p(w) = (1 - share) p_model(w) + share sum_i [w_i = w] softmax_i(theta h . h_i).
     """
 
-    size: int
-    theta: float = 0.3
-    share: float = 0.1
+    size: int  # tokens in the cache
+    theta: float = 0.3  # the greater it is, the more the tokens after the most similar states outweigh the others
+    share: float = 0.1  # weight of the cache in the mixture, from 0 to 1
 
 
 @dataclass(frozen=True)
 class Dynamic:
     """Dynamic evaluation by gradient descent: Krause et al. 2018, https://arxiv.org/abs/1709.07432.
 
-    Each chunk of `steps` tokens is scored, and then learnt from: w <- w - lr * gradient + decay * (w_0 - w), the
-    gradient being that of the chunk's nats per token; with counts the network follows its own, the gate the mixture's.
+    Each chunk of `steps` tokens is scored, and then the model learns from the gradient of the chunk's nats per token:
+    w <- w - lr * gradient + decay * (w_0 - w). With counted n-grams the network's weights follow the gradient of the
+    network's own nats, and the gate follows that of the mixture's.
     """
 
-    lr: float
-    decay: float = 0.0
-    steps: int = 20
+    lr: float  # learning rate
+    decay: float = 0.0  # fraction of the distance to the trained weights w_0 that each chunk takes back
+    steps: int = 20  # tokens per chunk
 
 
 @torch.inference_mode()
 def evaluate_with_cache(model: LanguageModel, batches: Iterable[Batch], cache: Cache) -> Tally:
-    """Sum the nats of a text in one column, its state and its cache carried from batch to batch."""
+    """Sum the nats of a text that is read in one column; state and cache are carried from batch to batch."""
     device, result = model.embedding.weight.device, Tally()
     keys: Tensor | None = None  # (W, P) states before the cached tokens
     values = torch.empty(0, dtype=torch.int64, device=device)  # (W,) these tokens
-    for reading in encoded_batches(model, batches, columns=1):
-        events = reading.events["forward"]
+    for encoded in encoded_batches(model, batches, columns=1):
+        events = encoded.events["forward"]
         states, targets = events.states.float(), events.targets
         keys = states[:0] if keys is None else keys
-        own = model.nats("forward", events).double()
+        nats = model.nats("forward", events).double()
         for part in torch.arange(len(targets), device=device).split(512):
             start, end = int(part[0]), int(part[-1]) + 1
             keys, values = torch.cat([keys, states[start:end]]), torch.cat([values, targets[start:end]])
             before = len(keys) - (end - start)  # events in the cache before the first of these
-            found = cache_probability(keys, values, before, targets[start:end], cache)
-            mixed = torch.log((1 - cache.share) * torch.exp(-own[start:end]) + cache.share * found)
-            empty = torch.arange(before, len(keys), device=device) == 0  # nothing was read yet: the model alone
-            result.add(-float(torch.where(empty, -own[start:end], mixed).sum()), end - start)
+            cached = cache_probability(keys, values, before, targets[start:end], cache)
+            mixed = torch.log((1 - cache.share) * torch.exp(-nats[start:end]) + cache.share * cached)
+            empty = torch.arange(before, len(keys), device=device) == 0  # with an empty cache the model alone counts
+            result.add(-float(torch.where(empty, -nats[start:end], mixed).sum()), end - start)
             keys, values = keys[-cache.size :], values[-cache.size :]
     return result
 
 
 def cache_probability(keys: Tensor, values: Tensor, before: int, wanted: Tensor, cache: Cache) -> Tensor:
-    """What the cache gives to tokens `wanted` (N,) at the last N of its events, each seeing those before it alone.
-
-    Args:
-        keys, values: (W, P) states, (W,) the token that followed each.
-        before: W - N.
+    """The probabilities (N,) that the cache gives to tokens `wanted` (N,), the last N of its events; each of these
+    events sees only those before it. `keys` (W, P) are states, `values` (W,) the token after each, `before` is W - N.
     """
     query = torch.arange(before, len(keys), device=keys.device).unsqueeze(1)  # (N, 1)
     key = torch.arange(len(keys), device=keys.device)  # (W,)
     seen = (key < query) & (key >= query - cache.size)  # (N, W)
     scores = (cache.theta * (keys[before:] @ keys.t())).double().masked_fill(~seen, -torch.inf)
-    shares = torch.softmax(scores, 1).masked_fill(~seen, 0.0)  # a row that sees nothing is not a number
-    return (shares * (values == wanted.unsqueeze(1))).sum(1)
+    weights = torch.softmax(scores, 1).masked_fill(~seen, 0.0)  # softmax of a row that sees nothing is NaN
+    return (weights * (values == wanted.unsqueeze(1))).sum(1)
 
 
 def evaluate_dynamically(model: LanguageModel, batches: Iterable[Batch], dynamic: Dynamic) -> Tally:
-    """Sum the nats of a text in one column, batches of `dynamic.steps` tokens; the model itself stays as it is."""
+    """Sum the nats of a text that is read in one column, in batches of `dynamic.steps` tokens, while a copy of the
+    model learns from it."""
     learner = copy.deepcopy(model).eval()
     learner.embedding.sparse = False
     device, carried, result = model.embedding.weight.device, CarriedState(1), Tally()

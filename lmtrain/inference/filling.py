@@ -1,6 +1,6 @@
-"""What may stand in a blank, by what stands on both sides of it.
+"""What may stand in a blank, given the text on both sides of it.
 
-Shapes: V vocabulary, R candidates.
+Shapes: R candidates, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,118 +39,104 @@ class Filling:
 def fill_blank(
     model: LanguageModel, tokenizer: Tokenizer, text: str, *, top: int = 5, tokens: int = 1
 ) -> list[Filling]:
-    """The best fillings of a text's blank, best first.
+    """Find at most `top` fillings of the one blank `____` of a text, of at most `tokens` tokens, best first.
 
-    One token: from the state before the blank and the one behind it together, which were trained for this; exact over
-    the vocabulary. Up to several tokens: beam search from both sides proposes fillings; each is ranked by the mean of
-    the two directions' log-probabilities of the whole text, and probabilities are shares among the proposed ones.
-
-    Args:
-        model: of two directions, in evaluation mode.
-        text: holds one blank `____`.
-        tokens: in a filling at most.
-
-    Raises:
-        ConfigError: no blank or several, or a model of one direction.
-        DataError: kind ids, and a text that is not ids.
+    A filling of one token is predicted from the state before the blank and the state after it together, as in
+    training; its probability is exact over the vocabulary. For fillings of up to several tokens a beam search from
+    each side proposes candidates. These are ranked by the mean of the two directions' log-probabilities of the whole
+    text; their probabilities sum to 1 over the proposed candidates.
     """
     if not model.bidirectional:
         raise ConfigError("this run reads in one direction; to fill a blank takes two (model.bidirectional: true)")
     blanks = list(BLANK.finditer(text))
     if len(blanks) != 1:
-        found = f"{len(blanks)} blanks" if blanks else "no blank"
-        raise ConfigError(f"the text holds {found}; mark one with ____")
-    before, behind = text[: blanks[0].start()], text[blanks[0].end() :]
+        raise ConfigError(f"the text holds {len(blanks) or 'no'} blank{'s' * bool(blanks)}; mark one with ____")
+    before, after = text[: blanks[0].start()], text[blanks[0].end() :]
     pieces = tokenizer.kind in ("bpe", "unigram", "file")
-    trimmed = before.rstrip(" ") if pieces else before  # a piece has the white space before it in itself
-    left, right = tokenizer.encode(normalise(trimmed)), tokenizer.encode(normalise(behind))
+    trimmed = before.rstrip(" ") if pieces else before  # a piece contains the white space before it
+    left, right = tokenizer.encode(normalise(trimmed)), tokenizer.encode(normalise(after))
     if tokens == 1:
-        best = _one_token(model, tokenizer, left, right, top)
+        best = _fill_one_token(model, tokenizer, left, right, top)
     else:
-        best = _several_tokens(model, tokenizer, left, right, top, tokens)
+        best = _fill_several_tokens(model, tokenizer, left, right, top, tokens)
     fillings = []
     for ids, probability in best:
-        inner = tokenizer.decode(ids)
-        inner = inner.removeprefix(" ") if trimmed != before else inner
-        fillings.append(Filling(inner, probability, before + inner + behind))
+        inner = tokenizer.decode(ids).removeprefix("" if trimmed == before else " ")
+        fillings.append(Filling(inner, probability, before + inner + after))
     return fillings
 
 
-def _never(tokenizer: Tokenizer) -> list[int]:
-    """Tokens that are no text."""
+def _special_ids(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that stand for no text, and so never fill a blank."""
     special = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id]
     return special if tokenizer.unk_id is None else [*special, tokenizer.unk_id]
 
 
-def _one_token(
+def _fill_one_token(
     model: LanguageModel, tokenizer: Tokenizer, left: list[int], right: list[int], top: int
 ) -> list[tuple[list[int], float]]:
-    # whatever stands in the blank itself: neither state has seen it
+    # eos stands for the blank, as any token could: neither of the two states has read it
     row = [tokenizer.bos_id, *left, tokenizer.eos_id, *right, tokenizer.eos_id]
     batch = make_batch([row], tokenizer.pad_id)
     states = model.read(batch.tokens.to(model.embedding.weight.device), batch.lengths).events["fill"].states
     log_probabilities = model.log_probabilities("fill", states[len(left) : len(left) + 1], None)[0]  # (V,)
-    log_probabilities[_never(tokenizer)] = -torch.inf
+    log_probabilities[_special_ids(tokenizer)] = -torch.inf
     probabilities = log_probabilities.double().softmax(0)
     best, tokens = probabilities.topk(min(top, len(probabilities)))
-    found = zip(tokens.tolist(), best.tolist(), strict=True)
-    return [([token], probability) for token, probability in found if probability > 0]
+    ranked = zip(tokens.tolist(), best.tolist(), strict=True)
+    return [([token], probability) for token, probability in ranked if probability > 0]
 
 
-def _several_tokens(
+def _fill_several_tokens(
     model: LanguageModel, tokenizer: Tokenizer, left: list[int], right: list[int], top: int, tokens: int
 ) -> list[tuple[list[int], float]]:
     width = max(LEAST_BEAM, 4 * top)
-    proposed: dict[tuple[int, ...], None] = {}  # in the order in which they were found
     sides: list[tuple[Direction, list[int]]] = [("forward", left), ("backward", right)]
-    for direction, prompt in sides:
-        for ids in _propose(model, PromptCodec(tokenizer, direction=direction), prompt, width, tokens):
-            proposed[ids] = None
+    proposed: dict[tuple[int, ...], None] = {}  # each once, in the order in which they were proposed
+    for direction, side in sides:
+        codec = PromptCodec(tokenizer, direction=direction)
+        proposed |= dict.fromkeys(_propose(model, codec, side, width, tokens))
     rows = [[tokenizer.bos_id, *left, *ids, *right, tokenizer.eos_id] for ids in proposed]
-    log_probabilities = np.concatenate(
-        [
-            _of_rows(model, tokenizer, rows[start : start + CANDIDATES_AT_ONCE])
-            for start in range(0, len(rows), CANDIDATES_AT_ONCE)
-        ]
-    )
-    shares = np.exp(log_probabilities - log_probabilities.max())
-    shares /= shares.sum()
+    parts = [rows[start : start + CANDIDATES_AT_ONCE] for start in range(0, len(rows), CANDIDATES_AT_ONCE)]
+    log_probabilities = np.concatenate([_row_log_probabilities(model, tokenizer, part) for part in parts])
+    probabilities = np.exp(log_probabilities - log_probabilities.max())
+    probabilities /= probabilities.sum()
     candidates = list(proposed)
-    best = np.argsort(-shares, kind="stable")[:top]
-    return [(list(candidates[place]), float(shares[place])) for place in best]
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return [(list(candidates[index]), float(probabilities[index])) for index in best]
 
 
 def _propose(
-    model: LanguageModel, script: PromptCodec, side: Sequence[int], width: int, tokens: int
+    model: LanguageModel, codec: PromptCodec, side: Sequence[int], width: int, tokens: int
 ) -> list[tuple[int, ...]]:
-    """Fillings of one token to several that go on well from one side, in the order of the text."""
-    tokenizer, device = script.tokenizer, model.embedding.weight.device
-    backward = script.direction == "backward"
-    prompt = [script.start, *(reversed(side) if backward else side)]
-    never = torch.tensor(_never(tokenizer), device=device)
+    """Propose fillings of 1 to `tokens` tokens that are probable given one side; ids in the order of the text."""
+    tokenizer, device = codec.tokenizer, model.embedding.weight.device
+    backward = codec.direction == "backward"
+    prompt = [codec.start, *(reversed(side) if backward else side)]
+    excluded = torch.tensor(_special_ids(tokenizer), device=device)
     logits, state = model.read_prompts(
-        torch.tensor(prompt, device=device).unsqueeze(1), torch.tensor([len(prompt)]), script.direction
+        torch.tensor(prompt, device=device).unsqueeze(1), torch.tensor([len(prompt)]), codec.direction
     )
     running: list[tuple[int, ...]] = [()]
-    totals = torch.zeros(1, 1, device=device)
-    found = []
+    totals = torch.zeros(1, 1, device=device)  # (R, 1) log-probabilities
+    proposed = []
     for length in range(1, tokens + 1):
-        scores = totals + logits.log_softmax(-1).index_fill(1, never, -torch.inf)  # (R, V)
+        scores = totals + logits.log_softmax(-1).index_fill(1, excluded, -torch.inf)  # (R, V)
         vocab_size = scores.shape[1]
-        best, places = scores.flatten().topk(min(width, scores.numel() - len(running) * len(never)))
-        parents, chosen = places // vocab_size, places % vocab_size
+        best, indices = scores.flatten().topk(min(width, scores.numel() - len(running) * len(excluded)))
+        parents, chosen = indices // vocab_size, indices % vocab_size
         running = [
             (token, *running[parent]) if backward else (*running[parent], token)
             for parent, token in zip(parents.tolist(), chosen.tolist(), strict=True)
         ]
-        found += running
+        proposed += running
         if length < tokens:
-            logits, state = model(chosen.unsqueeze(0), select(state, parents), script.direction)
+            logits, state = model(chosen.unsqueeze(0), select(state, parents), codec.direction)
             logits, totals = logits.squeeze(0), best.unsqueeze(1)
-    return found
+    return proposed
 
 
-def _of_rows(model: LanguageModel, tokenizer: Tokenizer, rows: list[list[int]]) -> np.ndarray:
+def _row_log_probabilities(model: LanguageModel, tokenizer: Tokenizer, rows: list[list[int]]) -> np.ndarray:
     """Log-probability of each row, the mean of both directions, (R,)."""
     batch = make_batch(rows, tokenizer.pad_id)
     events = model.read(batch.tokens.to(model.embedding.weight.device), batch.lengths).events

@@ -1,4 +1,4 @@
-"""A trained run, ready for use from Python: `lmtrain.load(run)`."""
+"""A trained run for use from Python: `lmtrain.load(run)`."""
 
 from __future__ import annotations
 
@@ -19,25 +19,31 @@ from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference import generation, scoring
 from lmtrain.inference.adaptation import Cache, Dynamic, evaluate_dynamically, evaluate_with_cache
-from lmtrain.inference.beam import Beams, beam_search
+from lmtrain.inference.beam import beam_search
 from lmtrain.inference.export.folder import export_model
 from lmtrain.inference.filling import Filling, fill_blank
 from lmtrain.inference.generation import Generation
+from lmtrain.inference.options import Beams, Sampling, check_generation
 from lmtrain.inference.prompts import PromptCodec
-from lmtrain.inference.sampling import Sampling
 from lmtrain.inference.scoring import Evaluation, Score
 from lmtrain.inference.vectors import embed, save_vectors
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.objectives import Direction
 from lmtrain.runs.directory import RunDirectory, find_run
 from lmtrain.runs.loading import load_run
 from lmtrain.system.device import choose_device
 
+Texts = Iterable[str] | Iterable[Block]
+
 LINES_AT_ONCE = 4096
-COMPARED_TOKENS = 5000
+COMPARED_TOKENS = 5000  # on which an export in 8 bits is compared with the original
 
 
 class TrainedModel:
-    """The best model of a run, its tokenizer and its configuration."""
+    """The best model of a run, its tokenizer and its configuration.
+
+    With a run on ids, each method that takes texts raises DataError for a text that is not ids.
+    """
 
     def __init__(self, run: Path, config: Config, tokenizer: Tokenizer, model: LanguageModel, step: int) -> None:
         self.run, self.config, self.tokenizer, self.model, self.step = run, config, tokenizer, model, step
@@ -55,13 +61,13 @@ class TrainedModel:
     ) -> list[Generation]:
         """Continue each prompt until its end token, at most `max_tokens` tokens (default: the config's).
 
-        A run on a stream goes on behind the end of a line, until `max_tokens`.
+        A run that was trained on a stream has no end token: it writes `max_tokens` tokens, newlines among them.
 
         Args:
-            sampling: draw tokens at random; None: take the most probable one.
-            beams: search for the most probable text.
-            count: texts to each prompt, one after the other: drawn anew, or the best of a search.
-            stop: texts that end a completion, and are cut off.
+            sampling: how tokens are drawn at random; None takes the most probable one.
+            beams: search for the most probable text instead.
+            count: number of texts to each prompt, drawn one by one or the best of a search; they follow each other.
+            stop: texts that end a completion; they are cut off with what follows them.
             backward: write what comes before the prompts.
 
         >>> [each.text for each in model.generate(["a", "b"], max_tokens=0)]
@@ -71,24 +77,16 @@ class TrainedModel:
         ['a', 'a', 'a']
 
         Raises:
-            ConfigError: settings that do not go together, or with this run.
-            DataError: a run on ids, and a prompt that is not ids.
+            ConfigError: the settings contradict each other or this run.
         """
-        script = self._script("backward" if backward else "forward")
+        check_generation(sampling, beams, count, stop)
+        codec = self._codec("backward" if backward else "forward")
         limit = self.config.generation.max_tokens if max_tokens is None else max_tokens
-        if count > 1 and beams is None and (sampling is None or sampling.temperature == 0):
-            raise ConfigError(
-                f"count {count}: the most probable text is one; draw at random (temperature), or use beams"
-            )
-        if beams is None:
-            return generation.generate(
-                self.model, script, prompts, max_tokens=limit, sampling=sampling, count=count, stop=stop
-            )
-        if sampling is not None or stop:
-            raise ConfigError("beams: a search draws nothing at random and has no text to stop at; leave those out")
-        if count > beams.width:
-            raise ConfigError(f"count {count}: a search of {beams.width} beams finds no more than {beams.width} texts")
-        return beam_search(self.model, script, prompts, max_tokens=limit, beams=beams, count=count)
+        if beams is not None:
+            return beam_search(self.model, codec, prompts, max_tokens=limit, beams=beams, count=count)
+        return generation.generate(
+            self.model, codec, prompts, max_tokens=limit, sampling=sampling, count=count, stop=stop
+        )
 
     def stream(
         self,
@@ -98,46 +96,43 @@ class TrainedModel:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
-        """The completion of one prompt as it comes, in whole characters; arguments as `generate`.
+        """Yield the completion of one prompt while it is written, in whole characters; arguments as `generate`.
 
         >>> "".join(model.stream("a")) == model.generate(["a"])[0].completion
         True
         """
+        check_generation(sampling, None, 1, stop)
         limit = self.config.generation.max_tokens if max_tokens is None else max_tokens
-        script = self._script("forward")
-        return generation.stream(self.model, script, prompt, max_tokens=limit, sampling=sampling, stop=stop)
+        codec = self._codec("forward")
+        return generation.stream(self.model, codec, prompt, max_tokens=limit, sampling=sampling, stop=stop)
 
     def score(
-        self,
-        texts: Iterable[str] | Iterable[Block],
-        direction: Literal["forward", "backward", "both"] = "forward",
-        each: bool = False,
+        self, texts: Texts, direction: Literal[Direction, "both"] = "forward", each: bool = False
     ) -> Iterator[Score]:
-        """How probable each text is, one after the other, in memory that does not grow with their number.
+        """Score the texts one after the other, in memory that does not grow with their number.
 
         Args:
-            texts: a line each, or blocks of lines as `read_lines_of` gives them.
-            direction: both: the mean of the two log-probabilities.
-            each: give every token's own, too; of one direction.
+            texts: lines, or blocks of lines as `read_lines_of` gives them.
+            direction: both gives the mean of the two directions' log-probabilities.
+            each: give the log-probability of every token, too; only with one direction.
 
-        >>> [(each.line, each.tokens) for each in model.score(["a b", "c"])]  # end tokens counted
+        >>> [(each.line, each.tokens) for each in model.score(["a b", "c"])]  # end tokens included
         [(1, 3), (2, 2)]
 
         Raises:
-            ConfigError: a direction that the run does not have, or `each` of both.
-            DataError: a run on ids, and a text that is not ids.
+            ConfigError: the run does not have the direction, or `each` is asked of both.
         """
         if direction == "both" and each:
-            raise ConfigError("a token's own log-probability is one direction's: forward or backward")
-        script = self._script("forward" if direction == "forward" else "backward")
+            raise ConfigError("direction both: a token's log-probability is that of one direction; name one")
+        codec = self._codec("forward" if direction == "forward" else "backward")
         length = self.config.batching.max_length
-        return scoring.score(self.model, script, _blocks(texts), direction=direction, each=each, max_length=length)
+        return scoring.score(self.model, codec, _blocks(texts), direction=direction, each=each, max_length=length)
 
-    def embed(self, texts: Iterable[str] | Iterable[Block], path: str | Path) -> int:
-        """Write the vectors of each text to an .npz file that `numpy.load` reads; returns how many texts there were.
+    def embed(self, texts: Texts, path: str | Path) -> int:
+        """Write the vectors of each text to an .npz file that `numpy.load` reads; returns the number of texts.
 
-        The file holds `ids` (T,), `lengths` (texts,), `output` (T, D*H), the last layer's state after each token, and
-        `h_n` (texts, num_layers*D, H), T being the tokens of all texts; see `lmtrain.inference.vectors.Vectors`.
+        The file holds `ids` (T,), `lengths` (texts,), `output` (T, D*H) and `h_n` (texts, num_layers*D, H), of all
+        texts: see `lmtrain.inference.vectors.Vectors`.
 
         >>> model.embed(["a b", "c"], "vectors.npz")
         2
@@ -145,39 +140,36 @@ class TrainedModel:
         (3, 16)
 
         Raises:
-            ConfigError: the file is there already, or the run's layers differ in size.
-            DataError: a run on ids, and a text that is not ids.
+            ConfigError: the file already exists, or the run's layers differ in size.
         """
-        return save_vectors(path, embed(self.model, self._script("forward"), _blocks(texts)))
+        return save_vectors(path, embed(self.model, self._codec("forward"), _blocks(texts)))
 
     def export(
         self, path: str | Path, format: Literal["onnx", "safetensors"] = "onnx", int8: bool = False
     ) -> list[str]:
-        """Write the model for other programs into a new folder, with its tokenizer.json; returns what to tell of it.
+        """Write the model for other programs into a new folder, with its tokenizer.json; returns lines that say so.
 
         Args:
-            format: onnx: model.onnx, one step of the forward direction with its state in and out (`onnx_model` has its
-                inputs and outputs). safetensors: model.safetensors, weights by the names of torch.nn (`torch_weights`).
-            int8: with onnx: products in 8-bit whole numbers; size, speed and change in perplexity are measured.
+            format: onnx writes model.onnx, one step of the forward direction (`onnx_model` lists inputs and outputs);
+                safetensors writes model.safetensors, weights by the names of torch.nn (see `torch_weights`).
+            int8: only with onnx: weights in 8 bits; the change of size, speed and perplexity is measured.
 
         >>> model.export("weights", "safetensors")
         ['weights/model.safetensors: 24 tensors']
 
         Raises:
-            ConfigError: the folder is there already, a package is missing, or a model that has no such form.
+            ConfigError: the folder already exists, a package is missing, or the model has no such form.
+            StorageError: the folder can not be written.
         """
-        first_rows = self._first_rows(COMPARED_TOKENS) if int8 else ()
-        return export_model(self.model, self.tokenizer, Path(path), format, int8, first_rows)
+        return export_model(self.model, self.tokenizer, Path(path), format, int8, self._first_rows(COMPARED_TOKENS))
 
     def _first_rows(self, tokens: int) -> Iterator[list[int]]:
-        """The first rows of the text that `evaluate` reads, each with its start and its end; a stream is one row."""
-        script = self._script("forward")
-        row, stream = [script.start], script.stream
+        """The first rows of the text that `evaluate` reads, with their start and end tokens; a stream is one row."""
+        codec = self._codec("forward")
+        row, stream = [codec.start], codec.stream
         try:
             for block in self._source(None).blocks():
-                for text in block.texts:
-                    if not stream and not text.strip():
-                        continue
+                for text in block.texts if stream else filter(str.strip, block.texts):
                     ids = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
                     row, tokens = [*row, *ids], tokens - len(ids)
                     if not stream or tokens <= 0:
@@ -186,30 +178,29 @@ class TrainedModel:
                     if tokens <= 0:
                         return
         except (ConfigError, DataError):
-            return  # a run that was copied elsewhere, without its text
+            return  # the run was copied elsewhere, without its text
         if len(row) > 1:
             yield row
 
     def fill(self, text: str, top: int = 5, tokens: int = 1) -> list[Filling]:
-        """The best fillings of the blank `____`, best first, of up to so many tokens.
+        """Find the `top` best fillings of the blank `____`, of up to `tokens` tokens, best first; see `fill_blank`.
 
         >>> best, second = model.fill("a ____ b", top=2)
         >>> best.filled == f"a {best.text} b", best.probability >= second.probability
         (True, True)
 
         Raises:
-            ConfigError: no blank or several, or a run of one direction.
-            DataError: a run on ids, and a text that is not ids.
+            ConfigError: the text holds no blank or several, or the run has one direction.
         """
         return fill_blank(self.model, self.tokenizer, text, top=top, tokens=tokens)
 
-    def _script(self, direction: Literal["forward", "backward"]) -> PromptCodec:
+    def _codec(self, direction: Direction) -> PromptCodec:
         if direction == "backward" and not self.model.bidirectional:
             raise ConfigError("this run reads in one direction; backward takes two (model.bidirectional: true)")
         return PromptCodec(self.tokenizer, self.config.batching.mode == "stream", direction)
 
     def unknown_tokens(self, text: str) -> list[str]:
-        """The words or characters of a text that the vocabulary does not know; in a stream a newline is an end token.
+        """The words or characters of a text that are not in the vocabulary; a newline is none: it may be an end token.
 
         >>> model.unknown_tokens("a zebra b")
         ['zebra']
@@ -228,28 +219,26 @@ class TrainedModel:
         cache: Cache | None = None,
         dynamic: Dynamic | None = None,
     ) -> Evaluation:
-        """Perplexity on the files named, else on the run's test set, else on its validation set.
+        """Compute the perplexity on the named files, else on the run's test set, else on its validation set.
 
-        A text that goes on (stream, carry_state) is read in one column, its state carried from end to end.
-
-        Args:
-            batch_size: rows at once, of a text whose rows begin anew; the figures do not depend on it.
-            cache, dynamic: score a text that goes on in these ways, too; the result has them beside the plain figures.
+        A run that carries its state from row to row (batching.mode: stream, or carry_state) reads the text as one row.
+        Only such a run takes `cache` and `dynamic`, and gives `Evaluation.adapted`; only another one takes `batch_size`
+        (rows per batch, on which the figures do not depend).
 
         >>> sorted(model.evaluate(["valid.txt"]).tallies)
         ['backward', 'fill', 'forward']
 
         Raises:
-            ConfigError: what does not go with how this run reads text.
-            DataError: a fault of the text, or no text at all.
+            ConfigError: the arguments contradict how this run reads text.
+            DataError: the text has a fault, or is missing.
         """
-        goes_on = self.config.batching.goes_on
-        if goes_on and batch_size is not None:
+        carries_state = self.config.batching.carries_state
+        if carries_state and batch_size is not None:
             raise ConfigError("batch_size: this run carries its state from row to row, and reads one row at a time")
-        if not goes_on and (cache is not None or dynamic is not None):
+        if not carries_state and (cache is not None or dynamic is not None):
             raise ConfigError(
-                "cache and dynamic evaluation want a text that goes on, and this run begins anew at each line "
-                "(batching.mode: stream, or batching.carry_state: true, would not)"
+                "cache and dynamic evaluation need a state that is carried from line to line, and this run starts each "
+                "line anew; train with batching.mode: stream, or batching.carry_state: true"
             )
         with tempfile.TemporaryDirectory(prefix="lmtrain-") as scratch:
             store = open_store(self._source(paths), self.tokenizer, scratch)
@@ -267,27 +256,24 @@ class TrainedModel:
             return result
 
     def worst_lines(self, paths: Sequence[str] | None = None, count: int = 10) -> list[tuple[str, Score, str]]:
-        """The lines that cost most nats a token, worst first: where each stands, its score, its text.
+        """Find the `count` lines with the most nats per token, worst first: place of each, its score, its text.
 
-        Each line is read by itself, of the files that `evaluate` would read; blank ones are left out.
+        Lines come from the files that `evaluate` would read; each is scored by itself, and blank ones are left out.
 
         >>> [place.partition(":")[0] for place, _, _ in model.worst_lines(["valid.txt"], 2)]
         ['valid.txt', 'valid.txt']
-
-        Raises:
-            ConfigError, DataError: as `evaluate`.
         """
 
         def lines() -> Iterator[tuple[str, Score, str]]:
             for block in self._source(paths).blocks():
-                for text, found in zip(block.texts, self.score([block]), strict=True):
+                for text, score in zip(block.texts, self.score([block]), strict=True):
                     if text.strip():
-                        yield f"{block.path}:{found.line}", found, text
+                        yield f"{block.path}:{score.line}", score, text
 
         return heapq.nlargest(count, lines(), key=lambda line: line[1].nats_per_token)
 
     def read(self, path: str) -> Iterator[Block]:
-        """The lines of a file, as this run reads its own, for `score` and `embed`; raises DataError with the place."""
+        """Read the lines of a file as the run reads its own, for `score` and `embed`; a DataError names the place."""
         return self._source([path]).blocks()
 
     def _source(self, paths: Sequence[str] | None) -> Source:
@@ -298,15 +284,14 @@ class TrainedModel:
         try:
             own = source_of(self.config, "test") or source_of(self.config, "valid")
         except DataError as error:
-            seen = "the run's own file, seen from this directory; name a file to evaluate"
-            raise DataError(f"{error} ({seen})") from None
+            raise DataError(f"{error} (the run's own file, seen from here; name a file to evaluate)") from None
         if own is None:
             raise ConfigError("the run names neither a test nor a validation set; name a file to evaluate")
         return own
 
 
-def _blocks(texts: Iterable[str] | Iterable[Block]) -> Iterator[Block]:
-    """Texts in blocks; blocks as they are."""
+def _blocks(texts: Texts) -> Iterator[Block]:
+    """Gather texts in blocks; blocks are passed on."""
     lines: list[str] = []
     first = 1
     for text in texts:
@@ -315,27 +300,26 @@ def _blocks(texts: Iterable[str] | Iterable[Block]) -> Iterator[Block]:
             continue
         lines.append(normalise(text))
         if len(lines) == LINES_AT_ONCE:
-            yield Block("texts", first, lines)
+            yield Block("texts", range(first, first + len(lines)), lines)
             first, lines = first + len(lines), []
     if lines:
-        yield Block("texts", first, lines)
+        yield Block("texts", range(first, first + len(lines)), lines)
 
 
 def load(
-    run: str | Path | RunDirectory | None = None,
-    device: str = "auto",
-    notify: Callable[[str], None] = lambda line: None,
+    run: str | Path | RunDirectory | None = None, device: str = "auto", notify: Callable[[str], None] = lambda _: None
 ) -> TrainedModel:
-    """Load a trained run: the directory named, else the newest under `runs/`.
+    """Load the best model of a run.
 
     Args:
+        run: a run directory, as `train` writes it; left out, the newest under `runs/`.
         device: auto, cpu or cuda.
-        notify: called with a line on anything the user should know, such as a damaged checkpoint passed over.
+        notify: is called with a line on anything the user should know, such as a damaged checkpoint that is skipped.
 
     Raises:
-        ConfigError: no run to be found, or no such device.
-        ArtefactError: not a run, or one that is damaged.
+        ConfigError: no run is found, or no such device.
+        ArtefactError: the directory is not a run, or it is damaged.
     """
-    found = run if isinstance(run, RunDirectory) else find_run(run)
-    loaded = load_run(found, choose_device(device), notify)
+    directory = run if isinstance(run, RunDirectory) else find_run(run)
+    loaded = load_run(directory, choose_device(device), notify)
     return TrainedModel(loaded.run.path, loaded.config, loaded.tokenizer, loaded.model, loaded.step)

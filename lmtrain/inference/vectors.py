@@ -1,6 +1,6 @@
-"""Lines as vectors: the states of the recurrent layers, token by token and at each line's ends.
+"""Lines become vectors: the hidden states of the recurrent layers after each token and at the end of each line.
 
-Shapes: D directions, H size of the layers, T tokens of all lines together.
+Shapes: D directions, H hidden size, T tokens of all lines of a block.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from lmtrain.data.batches.rows import gather_batch, sorted_parts
 from lmtrain.data.text.reading import Block
 from lmtrain.data.tokenizers.framing import encode_block, frame_texts
 from lmtrain.errors import ConfigError, StorageError
+from lmtrain.inference.options import check_new
 from lmtrain.inference.prompts import PromptCodec
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.objectives import Direction
 from lmtrain.model.packing import pack_rows
 from lmtrain.system.files import reason_of
 
-READ_TOKENS = 8192  # padded tokens a batch
+READ_TOKENS = 8192  # padded tokens per batch
 
 Floats = NDArray[np.float32]
 
 
 class Vectors(NamedTuple):
-    """The vectors of a block of lines; `save_vectors` writes those of all lines, one after the other."""
+    """The vectors of a block of lines; `save_vectors` writes the blocks one after the other."""
 
     ids: Ints  # (T,) token ids
     lengths: Ints  # (lines,) tokens of each line
@@ -43,30 +44,26 @@ class Vectors(NamedTuple):
 
 
 @torch.inference_mode()
-def embed(model: LanguageModel, script: PromptCodec, blocks: Iterable[Block]) -> Iterator[Vectors]:
-    """The vectors of every line, a block at a time.
+def embed(model: LanguageModel, codec: PromptCodec, blocks: Iterable[Block]) -> Iterator[Vectors]:
+    """Compute the vectors of every line, a block at a time.
 
-    The forward stack reads `<bos> t1 .. tn`, the backward one `<eos> tn .. t1`, as in training. So of a line
-    output[-1, :H] is the forward last layer's h_n, and output[0, H:] the backward one's.
-
-    Raises:
-        ConfigError: layers that differ in size have no h_n of one shape.
-        DataError: kind ids, and a line that is not ids, with its place.
+    The forward stack reads `<bos> t1 .. tn`, the backward one `<eos> tn .. t1`, as in training. For one line
+    output[-1, :H] therefore equals h_n of the last forward layer, and output[0, H:] that of the last backward layer.
     """
-    if len(set(model.recurrence.hidden_sizes)) > 1:
-        raise ConfigError(f"layers of the sizes {list(model.recurrence.hidden_sizes)} have no h_n of one shape")
-    tokenizer = script.tokenizer
-    starts: dict[Direction, int] = {"forward": script.start}
+    if len(set(sizes := model.recurrence.hidden_sizes)) > 1:
+        raise ConfigError(f"layers of the sizes {list(sizes)} have no h_n of one shape; use a run of equal layers")
+    tokenizer = codec.tokenizer
+    starts: dict[Direction, int] = {"forward": codec.start}
     if model.bidirectional:
         starts["backward"] = tokenizer.eos_id
     for block in blocks:
         flat, lengths = encode_block(tokenizer, block, block.texts)
-        place = np.arange(len(flat)) - np.repeat(lengths.cumsum() - lengths, lengths)
-        mirrored = np.repeat(lengths.cumsum(), lengths) - 1 - place  # each line's tokens, last one first
+        position = np.arange(len(flat)) - np.repeat(lengths.cumsum() - lengths, lengths)  # (T,) within its line
+        mirrored = np.repeat(lengths.cumsum(), lengths) - 1 - position  # (T,) each line's tokens, last one first
         outputs, ends = [], []
         for direction, start in starts.items():
-            read = flat if direction == "forward" else flat[mirrored]
-            output, end = _read(model, direction, read, lengths, start, tokenizer.pad_id)
+            ids = flat if direction == "forward" else flat[mirrored]
+            output, end = _read(model, direction, ids, lengths, start, tokenizer.pad_id)
             outputs.append(output if direction == "forward" else output[mirrored])
             ends.append(end)
         h_n = np.stack(ends, 2).reshape(len(lengths), -1, ends[0].shape[2])  # (lines, layers, D, H) first
@@ -76,9 +73,10 @@ def embed(model: LanguageModel, script: PromptCodec, blocks: Iterable[Block]) ->
 def _read(
     model: LanguageModel, direction: Direction, flat: Ints, lengths: Ints, start: int, pad_id: int
 ) -> tuple[Floats, Floats]:
-    """One stack over lines whose tokens come in its reading order: (T, H) after each, (lines, layers, H) at the end."""
+    """Run one stack over ids `flat` (T,), those of each line in the stack's reading order: states of the last layer
+    after each token (T, H), and of all layers at the end of each line (lines, layers, H)."""
     device, stack = model.embedding.weight.device, model.stack(direction)
-    framed, ends = frame_texts(flat, lengths, pad_id, start)  # the token behind a line is not read
+    framed, ends = frame_texts(flat, lengths, pad_id, start)  # the token after a line is not read
     begins, size = ends - lengths - 2, model.recurrence.hidden_sizes[-1]
     output = np.empty((len(framed), size), np.float32)
     last = np.empty((len(lengths), len(stack.hidden_sizes), size), np.float32)
@@ -96,19 +94,13 @@ def _read(
 
 
 def save_vectors(path: str | Path, blocks: Iterable[Vectors]) -> int:
-    """Write the vectors of all lines to an .npz file, in memory that does not grow with them; returns the lines.
+    """Write the vectors of all lines to a new .npz file, in memory that does not grow with them; returns their number.
 
-    `numpy.load` reads it: ids (T,), lengths (lines,), output (T, D*H), h_n (lines, num_layers*D, H).
-
-    Raises:
-        ConfigError: the file is there already.
-        StorageError: no room, or another fault of the file system; nothing is left of the file.
+    Raises StorageError if the file can not be written; nothing of it is left then.
     """
     target = Path(path)
-    try:
-        handle = open(target, "xb")  # noqa: SIM115  # the place is taken before the work begins
-    except FileExistsError:
-        raise ConfigError(f"{target}: is there already; name a new file") from None
+    check_new(target, "file")
+    handle = open(target, "xb")  # noqa: SIM115  # before the work begins, not after
     try:
         with handle, tempfile.TemporaryDirectory(prefix="lmtrain-", dir=target.parent) as scratch:
             return _write(handle, Path(scratch), blocks)
@@ -120,7 +112,7 @@ def save_vectors(path: str | Path, blocks: Iterable[Vectors]) -> int:
 
 
 def _write(target: IO[bytes], scratch: Path, blocks: Iterable[Vectors]) -> int:
-    """Gather each member in a file of its own, as how long it gets is known at its end, and then all in one."""
+    """Write each member to a file of its own first, since its header needs its length, and then all to one archive."""
     kinds: dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]] = {}
     counts = dict.fromkeys(Vectors._fields, 0)
     with ExitStack() as stack:
@@ -131,11 +123,7 @@ def _write(target: IO[bytes], scratch: Path, blocks: Iterable[Vectors]) -> int:
                 kinds[name], counts[name] = (values.dtype, values.shape[1:]), counts[name] + len(values)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name, (dtype, shape) in kinds.items():
-            header = {
-                "descr": np.lib.format.dtype_to_descr(dtype),
-                "fortran_order": False,
-                "shape": (counts[name], *shape),
-            }
+            header = {"descr": dtype.str, "fortran_order": False, "shape": (counts[name], *shape)}
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member, open(scratch / name, "rb") as content:
                 np.lib.format.write_array_header_2_0(member, header)
                 shutil.copyfileobj(content, member)

@@ -1,1 +1,1 @@
-"""What a run keeps on disk, and how it is read back."""
+"""The files of a run: where they lie, who writes them, and how a trained model is loaded from them."""

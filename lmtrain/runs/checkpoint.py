@@ -1,12 +1,13 @@
-"""Checkpoints on disk: whole or not there, never half, never a pickle.
+"""What a checkpoint holds, and how it is written and read. A checkpoint is never half written and never a pickle.
 
-A checkpoint is a directory `step-00000500` with `model.safetensors`, `training.safetensors`, `state.json` and
-`manifest.json`, which holds the size and SHA-256 of the others and, as a seal, its own. It is written beside its
-place, synced, renamed into place, and the parent synced: a process killed at any instant, or a power cut, leaves the
-checkpoints before it whole.
+A checkpoint is a directory such as `step-00000500` with `model.safetensors`, `training.safetensors`, `state.json` and
+`manifest.json`. The manifest holds the size in bytes and the SHA-256 of each other file, and its own SHA-256 as a seal.
+`save` writes the directory under a temporary name, syncs it, renames it, and syncs the parent directory. A process that
+is killed at any moment, or a power cut, therefore leaves the earlier checkpoints whole.
 
-What a directory claims is looked at before its tensors are read: no file is larger than its manifest says, and the
-header of a safetensors file names every tensor's shape. That takes no torch, little memory and little time.
+`read_headers` checks what a checkpoint claims before any tensor is read: no file is larger than its manifest says, and
+the header of a safetensors file names the shape of every tensor. The check needs no torch, little memory and little
+time.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import operator
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lmtrain.errors import ArtefactError, StorageError
+from lmtrain.system.console import Notify
 from lmtrain.system.files import (
     LARGEST_JSON_BYTES,
     dump_json,
@@ -39,54 +41,57 @@ from lmtrain.system.files import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
+
 CHECKPOINT_FORMAT = 1
-FILES = ("model.safetensors", "training.safetensors", "state.json")
-REPLACED = ".replaced"  # a checkpoint that stood where a new one is being put
+MODEL_FILE, TRAINING_FILE, STATE_FILE = "model.safetensors", "training.safetensors", "state.json"
+FILES = (MODEL_FILE, TRAINING_FILE, STATE_FILE)
+INFERENCE_FILES = (MODEL_FILE, STATE_FILE)  # those that inference reads
+REPLACED = ".replaced"  # suffix of an old checkpoint while a new one of the same step takes its place
 
 
 class NewerFormatError(ArtefactError):
-    """A checkpoint that a later lmtrain wrote: nothing to pass over, but a reason to stop."""
+    """A later lmtrain wrote this checkpoint. It is not damaged, so loading stops instead of trying an older one."""
 
 
 class TensorSpec(NamedTuple):
-    """What a file's header says of a tensor."""
+    """What the header of a file says about a tensor."""
 
-    dtype: str  # as safetensors names it: F32
+    dtype: str  # as safetensors writes it: F32
     shape: tuple[int, ...]
 
 
 class Checkpoint(NamedTuple):
-    """What a save keeps."""
+    """What a checkpoint holds."""
 
     step: int
     model: dict[str, Tensor]
-    training: dict[str, Tensor]  # optimizer and random state
-    state: dict[str, Any]  # JSON: counters, place in the data, metric files
+    training: dict[str, Tensor]  # optimizer state, random state, carried hidden states, weights beside their average
+    state: dict[str, Any]  # JSON: counters, position in the data, lengths of the metric files
 
 
-def home_of(checkpoints: Path, step: int) -> Path:
-    """The directory of a step's checkpoint."""
+def directory_of(checkpoints: Path, step: int) -> Path:
+    """Return the directory of the checkpoint of a step."""
     return checkpoints / f"step-{step:08d}"
 
 
 def steps(checkpoints: Path) -> list[int]:
-    """The steps of which there is a checkpoint directory, newest first, whole or not."""
+    """List the steps that have a checkpoint directory, whole or damaged, newest first."""
     numbers = [int(name) for path in checkpoints.glob("step-*") if re.fullmatch("[0-9]{8,18}", name := path.name[5:])]
-    return sorted((step for step in numbers if home_of(checkpoints, step).exists()), reverse=True)
+    return sorted((step for step in numbers if directory_of(checkpoints, step).exists()), reverse=True)
 
 
 def save(checkpoints: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; when this returns, it lasts.
+    """Write a checkpoint to the disk itself, so that it survives a power cut once this function returns.
 
-    Raises:
-        StorageError: no room, or another fault of the file system; nothing half-written is left.
+    If the disk is full, or the file system has another fault, it raises StorageError and leaves nothing half written.
     """
     import safetensors.torch
 
     contents = {
-        "model.safetensors": safetensors.torch.save(_plain(checkpoint.model)),
-        "training.safetensors": safetensors.torch.save(_plain(checkpoint.training)),
-        "state.json": dump_json(checkpoint.state),
+        MODEL_FILE: safetensors.torch.save(_on_cpu(checkpoint.model)),
+        TRAINING_FILE: safetensors.torch.save(_on_cpu(checkpoint.training)),
+        STATE_FILE: dump_json(checkpoint.state),
     }
     manifest = {
         "format": CHECKPOINT_FORMAT,
@@ -94,18 +99,18 @@ def save(checkpoints: Path, checkpoint: Checkpoint) -> None:
         "files": {name: {"bytes": len(data), "sha256": hash_of(data)} for name, data in contents.items()},
     }
     contents["manifest.json"] = sealed(manifest)
-    home = home_of(checkpoints, checkpoint.step)
-    beside = home.with_name(f".{home.name}.new")
+    directory = directory_of(checkpoints, checkpoint.step)
+    temporary = directory.with_name(f".{directory.name}.new")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         for name, data in contents.items():
-            write_synced(beside / name, data)
-        sync_directory(beside)
-        replaced = home.with_name(f".{home.name}{REPLACED}")
-        if home.exists():  # the same step again: at the end of a run, or after a broken one was passed over
-            home.rename(replaced)
-        beside.rename(home)
+            write_synced(temporary / name, data)
+        sync_directory(temporary)
+        replaced = directory.with_name(f".{directory.name}{REPLACED}")
+        if directory.exists():  # the last step of a run is saved twice, and a damaged checkpoint is written again
+            directory.rename(replaced)
+        temporary.rename(directory)
         sync_directory(checkpoints)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
@@ -113,37 +118,36 @@ def save(checkpoints: Path, checkpoint: Checkpoint) -> None:
             remove_leftovers(checkpoints)
         needed = sum(map(len, contents.values()))
         raise StorageError(
-            f"{home}: the save failed: {reason_of(error)}{space_note(checkpoints, needed)}; what was saved before is "
-            "whole, and --resume goes on from it"
+            f"{directory}: the save failed: {reason_of(error)}{space_note(checkpoints, needed)}; earlier checkpoints "
+            "are whole, and --resume continues from them"
         ) from None
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def remove(checkpoints: Path, step: int) -> None:
-    """Remove a checkpoint; killed in between, it leaves nothing that looks like one.
+    """Remove a checkpoint; raises StorageError if the file system refuses.
 
-    Raises:
-        StorageError: it can't be removed.
+    A process that is killed meanwhile leaves nothing that looks like a checkpoint.
     """
-    home = home_of(checkpoints, step)
-    doomed = home.with_name(f".{home.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
+    directory = directory_of(checkpoints, step)
+    renamed = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(renamed, ignore_errors=True)
     try:
-        home.rename(doomed)
+        directory.rename(renamed)
     except OSError as error:
-        raise StorageError(f"{home}: can't be removed: {reason_of(error)}") from None
-    shutil.rmtree(doomed, ignore_errors=True)
+        raise StorageError(f"{directory}: can't be removed: {reason_of(error)}") from None
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Tidy up after killed saves and removals: what was about to be replaced comes back, the rest goes."""
+    """Remove what killed saves and removals left, after putting back a checkpoint whose replacement never came."""
     for path in checkpoints.glob(f".step-*{REPLACED}"):
-        home = path.with_name(path.name[1:].removesuffix(REPLACED))
-        if not home.exists():
-            path.rename(home)
+        directory = path.with_name(path.name[1:].removesuffix(REPLACED))
+        if not directory.exists():
+            path.rename(directory)
     for path in checkpoints.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in checkpoints.parent.glob(".*.new"):
@@ -151,50 +155,83 @@ def remove_leftovers(checkpoints: Path) -> None:
 
 
 def read_headers(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> dict[str, dict[str, TensorSpec]]:
-    """What the named parts of a checkpoint claim to be: of each safetensors file the kinds of its tensors by name.
+    """Check the sizes of the named files of a checkpoint, and read what their headers say.
+
+    Returns:
+        For each safetensors file among them, the type and shape of each tensor by name.
 
     Raises:
-        ArtefactError: no whole manifest, or a file that is not of its size, or no safetensors file.
+        ArtefactError: the manifest is damaged, or a file has another size, or is not a safetensors file.
     """
-    home = home_of(checkpoints, step)
-    kinds = {}
-    files = _manifest(home, step)
+    directory = directory_of(checkpoints, step)
+    headers = {}
+    files = _read_manifest(directory, step)
     for name in parts:
-        path = home / name
+        path = directory / name
         with open_regular(path) as handle:
             if os.fstat(handle.fileno()).st_size != files[name]["bytes"]:
                 raise ArtefactError(f"{path}: damaged: not the bytes that were saved")
             if path.suffix == ".safetensors":
-                kinds[name] = read_header(path, handle, files[name]["bytes"])
-    return kinds
+                headers[name] = read_header(path, handle, files[name]["bytes"])
+    return headers
 
 
 def load(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> Checkpoint:
-    """Read a checkpoint, or the named parts of it, and verify every byte of them.
-
-    Raises:
-        ArtefactError: anything that is not as it was saved.
-    """
-    home = home_of(checkpoints, step)
+    """Read a checkpoint, or only the named files of it; raises ArtefactError if any byte is not as it was saved."""
+    directory = directory_of(checkpoints, step)
     read_headers(checkpoints, step, parts)
-    files = _manifest(home, step)
+    files = _read_manifest(directory, step)
     contents = {}
     for name in parts:
-        data = read_bytes(home / name, files[name]["bytes"])
+        data = read_bytes(directory / name, files[name]["bytes"])
         if hash_of(data) != files[name]["sha256"]:
-            raise ArtefactError(f"{home / name}: damaged: not the bytes that were saved")
+            raise ArtefactError(f"{directory / name}: damaged: not the bytes that were saved")
         contents[name] = data
-    state = parse_json(home / "state.json", contents["state.json"]) if "state.json" in contents else {}
+    state = parse_json(directory / STATE_FILE, contents[STATE_FILE]) if STATE_FILE in contents else {}
 
     def tensors(name: str) -> dict[str, Tensor]:
-        return tensors_in(home / name, contents[name]) if name in contents else {}
+        return parse_tensors(directory / name, contents[name]) if name in contents else {}
 
-    return Checkpoint(step, tensors("model.safetensors"), tensors("training.safetensors"), state)
+    return Checkpoint(step, tensors(MODEL_FILE), tensors(TRAINING_FILE), state)
 
 
-def _manifest(home: Path, step: int) -> dict[str, Any]:
-    """Size and hash of each file of a checkpoint."""
-    path = home / "manifest.json"
+def load_first_whole(
+    candidates: Iterable[int], read: Callable[[int], T], notify: Notify = lambda line: None
+) -> T | None:
+    """Read the first checkpoint that is whole, and tell the user which damaged ones were skipped before it.
+
+    Args:
+        candidates: the steps to try, in this order.
+        read: reads the checkpoint of a step, and raises ArtefactError if the checkpoint can't be used.
+
+    Returns:
+        What `read` returned; None if there are no steps.
+
+    Raises:
+        ArtefactError: there are checkpoints, and none can be used.
+        NewerFormatError: a later lmtrain wrote one of those that were tried.
+    """
+    faults: list[str] = []
+    for step in candidates:
+        try:
+            result = read(step)
+        except NewerFormatError:
+            raise
+        except ArtefactError as error:
+            faults.extend(error.faults)
+            continue
+        for fault in faults:
+            notify(f"skipped: {fault}")
+        return result
+    if not faults:
+        return None
+    remedy = "no checkpoint can be used: restore the run from a backup, or train a new one"
+    raise ArtefactError(*faults[:-1], f"{faults[-1]}; {remedy}")
+
+
+def _read_manifest(directory: Path, step: int) -> dict[str, Any]:
+    """Read the size and hash of each file of a checkpoint."""
+    path = directory / "manifest.json"
     manifest = read_sealed(path)
     format, files = manifest.get("format"), manifest.get("files")
     if type(format) is int and format > CHECKPOINT_FORMAT:
@@ -204,15 +241,18 @@ def _manifest(home: Path, step: int) -> dict[str, Any]:
     if set(files) != set(FILES):
         raise ArtefactError(f"{path}: names other files than {', '.join(FILES)}")
     for name, entry in files.items():
-        right = isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
-        if not right or type(entry.get("bytes")) is not int or entry["bytes"] < 0:
+        has_hash = isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+        if not has_hash or type(entry.get("bytes")) is not int or entry["bytes"] < 0:
             raise ArtefactError(f"{path}: {name}: no size or hash")
     return files
 
 
 def read_header(path: Path, handle: IO[bytes], size: int) -> dict[str, TensorSpec]:
-    """The tensors of an open safetensors file of so many bytes, https://huggingface.co/docs/safetensors: eight bytes
-    that say how long the JSON behind them is, which says where in the rest each tensor lies."""
+    """Read the type and shape of each tensor from the header of an open safetensors file of `size` bytes.
+
+    The file begins with the length of the header in eight bytes. The header is JSON, and says for each tensor where it
+    lies in the rest of the file: https://huggingface.co/docs/safetensors. Anything else raises ArtefactError.
+    """
     length = int.from_bytes(handle.read(8), "little")
     if length > min(size, LARGEST_JSON_BYTES):
         raise ArtefactError(f"{path}: not a safetensors file")
@@ -227,8 +267,8 @@ def read_header(path: Path, handle: IO[bytes], size: int) -> dict[str, TensorSpe
         raise ArtefactError(f"{path}: not a safetensors file") from None
 
 
-def tensors_in(path: Path, data: bytes) -> dict[str, Tensor]:
-    """The tensors in a safetensors file's bytes; raises ArtefactError."""
+def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    """Return the tensors in the bytes of a safetensors file, by name; raises ArtefactError if it is not such a file."""
     import safetensors.torch
 
     try:

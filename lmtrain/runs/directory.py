@@ -1,9 +1,8 @@
-"""The run directory: its layout, the lock on it, and what of it can be judged before torch is imported.
+"""Finds, creates and locks run directories, and checks the files of a run before torch is imported.
 
 runs/NAME/
-  config.yaml  environment.json  tokenizer.json  counts.safetensors  metrics.jsonl  events.out.tfevents...
-  checkpoints/step-00000500/
-  best.json  last.json
+  config.yaml  environment.json  tokenizer.json  ngram_counts.safetensors  metrics.jsonl  changes.jsonl
+  events.out.tfevents...  checkpoints/step-00000500/  best.json  last.json
 """
 
 from __future__ import annotations
@@ -18,18 +17,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lmtrain import __version__
 from lmtrain.config import Config, dump_config, load_config
+from lmtrain.config.located_yaml import parse_yaml, read_config_text
+from lmtrain.config.schema import RENAMED_KEYS
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, StorageError
 from lmtrain.runs import checkpoint
+from lmtrain.runs.checkpoint import INFERENCE_FILES
 from lmtrain.system.files import read_json, read_text, write_atomically
-
-USED = ("model.safetensors", "state.json")  # what a trained model is made of
 
 
 class RunDirectory:
-    """Where the files of one run are."""
+    """The directory of one run, and its files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +38,7 @@ class RunDirectory:
         self._config_and_tokenizer: tuple[Config, Tokenizer] | None = None
 
     def holds_run(self) -> bool:
-        """Whether training was ever started here."""
+        """Tell whether a training run was ever started in this directory."""
         return (self.path / "config.yaml").exists()
 
     @contextmanager
@@ -61,7 +62,7 @@ class RunDirectory:
             os.close(descriptor)
 
     def write_start(self, config: Config, tokenizer: Tokenizer, environment: dict[str, Any]) -> None:
-        """What a run has from its first moment on; the config comes last, since it makes the directory a run."""
+        """Write the files of a new run. The config comes last, since a directory with a config counts as a run."""
         self.checkpoints.mkdir(exist_ok=True)
         write_atomically(self.path / "tokenizer.json", tokenizer.dumps().encode())
         self.write_environment(environment)
@@ -75,19 +76,19 @@ class RunDirectory:
         write_atomically(self.path / "environment.json", text.encode(errors="backslashreplace"))
 
     def launch(self) -> str | None:
-        """What torchrun called the processes that began this run; None where it was one alone, or nobody knows."""
+        """Return torchrun's name for the processes that began this run; None if there is none, or it is not known."""
         try:
             launch = read_json(self.path / "environment.json").get("launch")
         except ArtefactError:
             return None
         return launch if isinstance(launch, str) else None
 
-    def point(self, name: str, content: dict[str, Any]) -> None:
-        """Write `best` or `last`.json."""
+    def write_pointer(self, name: str, content: dict[str, Any]) -> None:
+        """Write `best.json` or `last.json`, which say the step of the best and of the last checkpoint."""
         write_atomically(self.path / f"{name}.json", (json.dumps(content) + "\n").encode())
 
-    def pointed(self, name: str) -> int | None:
-        """The step that `best` or `last`.json names; None where there is no such file, or none that can be read."""
+    def read_pointer(self, name: str) -> int | None:
+        """Return the step that `best.json` or `last.json` names; None if the file is missing or damaged."""
         try:
             step = read_json(self.path / f"{name}.json").get("step")
         except ArtefactError:
@@ -95,10 +96,9 @@ class RunDirectory:
         return step if type(step) is int and step >= 0 else None
 
     def refuse_links(self) -> None:
-        """A run directory holds files and directories only.
+        """Raise ArtefactError if there is anything in the directory but regular files and directories.
 
-        Raises:
-            ArtefactError: a link (what it points to could be read or overwritten), a FIFO, a device.
+        What a link points to could be read or overwritten, and a FIFO or a device could block.
         """
         for folder, names, files in os.walk(self.path):
             for name in (*names, *files):
@@ -107,59 +107,57 @@ class RunDirectory:
                     raise ArtefactError(f"{path}: not a regular file; a run directory holds nothing else")
 
     def config_and_tokenizer(self) -> tuple[Config, Tokenizer]:
-        """The run's configuration and tokenizer, after a look at all that takes neither torch nor much time.
+        """Return the run's configuration and tokenizer, after every check that needs neither torch nor much time.
 
         Raises:
-            ArtefactError: a link, a broken config or tokenizer, or checkpoints none of which could be used.
+            ArtefactError: there is a link, the config or tokenizer is damaged, or no checkpoint can be used.
         """
         if self._config_and_tokenizer is None:
             self.refuse_links()
-            self._config_and_tokenizer = self._config(), self._tokenizer()
-            problems: list[str] = []
-            for step in self.candidates():
-                try:
-                    checkpoint.read_headers(self.checkpoints, step, USED)
-                    break
-                except checkpoint.NewerFormatError:
-                    raise
-                except ArtefactError as error:
-                    problems.extend(error.faults)
-            else:
-                if problems:
-                    raise unusable(problems)
+            refuse_old_version(self.path)
+            tokenizer_file = self.path / "tokenizer.json"
+            self._config_and_tokenizer = self._config(), parse_tokenizer(read_text(tokenizer_file), str(tokenizer_file))
+            checkpoint.load_first_whole(
+                self.candidates(), lambda step: checkpoint.read_headers(self.checkpoints, step, INFERENCE_FILES)
+            )
         return self._config_and_tokenizer
 
     def candidates(self) -> list[int]:
-        """The steps whose models may be used, the best first, then the last, then the others, newest first."""
-        wanted = [step for step in (self.pointed("best"), self.pointed("last")) if step is not None]
-        return list(dict.fromkeys([*wanted, *checkpoint.steps(self.checkpoints)]))
-
-    def _tokenizer(self) -> Tokenizer:
-        path = self.path / "tokenizer.json"
-        return parse_tokenizer(read_text(path), str(path))
+        """List the steps whose weights inference may load: the best, then the last, then the others, newest first."""
+        pointed = [step for step in (self.read_pointer("best"), self.read_pointer("last")) if step is not None]
+        return list(dict.fromkeys([*pointed, *checkpoint.steps(self.checkpoints)]))
 
     def _config(self) -> Config:
-        path = self.path / "config.yaml"
         try:
-            return load_config(path, check_files=False)
+            return load_config(self.path / "config.yaml", check_files=False)
         except ConfigError as error:
             raise ArtefactError(*error.faults) from None
 
 
-def unusable(problems: list[str]) -> ArtefactError:
-    """What to raise where every checkpoint has its problem."""
-    mend = "no checkpoint can be used: take a copy of the run, or train a new one"
-    return ArtefactError(*problems[:-1], f"{problems[-1]}; {mend}")
+def refuse_old_version(run: Path) -> None:
+    """Raise ArtefactError where environment.json names lmtrain 0.1 or, if it names none, config.yaml has old keys."""
+    made_by: Any = None
+    with suppress(ArtefactError):
+        made_by = read_json(run / "environment.json").get("lmtrain")
+    if not isinstance(made_by, str):
+        with suppress(ConfigError):
+            places = parse_yaml(read_config_text(str(run / "config.yaml")), "").places
+            made_by = next(("0.1.0" for old_key in RENAMED_KEYS if tuple(old_key.split(".")) in places), None)
+    if str(made_by).startswith("0.1."):
+        old, new = f"lmtrain {made_by[:20]}", f"lmtrain {__version__}"
+        raise ArtefactError(
+            f"{run}: was made by {old}; {new} does not read its runs: use {old} for it, or train it anew"
+        )
 
 
 def create_run(config: Config, run_dir: str | None) -> RunDirectory:
-    """A new run directory: the one named, or `runs_dir/name` with -2, -3 ... where that is taken.
+    """Create a new run directory: `run_dir`, or `runs_dir/name` with -2, -3 ... if that name is taken.
 
     Raises:
-        ConfigError: the directory named has something in it.
+        ConfigError: `run_dir` is not empty.
     """
     if run_dir is not None:
-        refuse_full(run_dir)
+        refuse_nonempty(run_dir)
         path = Path(run_dir)
         path.mkdir(parents=True, exist_ok=True)
         return RunDirectory(path)
@@ -167,46 +165,46 @@ def create_run(config: Config, run_dir: str | None) -> RunDirectory:
     runs.mkdir(parents=True, exist_ok=True)
     while True:
         number = max(_numbers(config), default=0) + 1
-        with suppress(FileExistsError):  # another process was quicker
+        with suppress(FileExistsError):  # another process was quicker: try the next number
             path = _numbered(config, number)
             path.mkdir()
             return RunDirectory(path)
 
 
 def refuse_read_only(path: str | Path) -> None:
-    """Raises StorageError, before anything long is begun, where no run could be written."""
-    standing = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if place.exists())
-    if not os.access(standing, os.W_OK):
-        why = "read-only file system" if os.statvfs(standing).f_flag & os.ST_RDONLY else "permission denied"
-        raise StorageError(f"{standing}: {why}; a run is written there: name another place")
+    """Raise StorageError if no run can be written at this path; call it before anything that takes long."""
+    existing = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        why = "read-only file system" if os.statvfs(existing).f_flag & os.ST_RDONLY else "permission denied"
+        raise StorageError(f"{existing}: {why}: the run can't be written there; name another directory")
 
 
-def refuse_full(run_dir: str | Path) -> None:
-    """Nothing is ever overwritten: raises ConfigError where a directory named for a new run has something in it."""
+def refuse_nonempty(run_dir: str | Path) -> None:
+    """Raise ConfigError if the directory named for a new run is not empty, since a run overwrites nothing."""
     path = Path(run_dir)
-    if path.exists() and (not path.is_dir() or not _as_good_as_empty(path)):
-        mend = "go on with --resume, or name another" if RunDirectory(path).holds_run() else "name another"
-        raise ConfigError(f"--run-dir {run_dir}: not empty; nothing is overwritten: {mend}")
+    if path.exists() and (not path.is_dir() or not _is_unused(path)):
+        remedy = "continue the run with --resume, or name another" if RunDirectory(path).holds_run() else "name another"
+        raise ConfigError(f"--run-dir {run_dir}: not empty; nothing is overwritten: {remedy}")
 
 
-def _as_good_as_empty(path: Path) -> bool:
-    """Nothing in it, or only what a run has that was killed before it had begun."""
-    begun = {".lock", "checkpoints", "tokenizer.json", "environment.json"}
+def _is_unused(path: Path) -> bool:
+    """Tell whether a directory is empty, or holds only what a run has written before its config."""
+    early_files = {".lock", "checkpoints", "tokenizer.json", "environment.json"}
     names = {entry.name for entry in path.iterdir() if not (entry.name.startswith(".") and entry.suffix == ".new")}
-    return names <= begun and not list(path.glob("checkpoints/*")) and (not names or ".lock" in names)
+    return names <= early_files and not list(path.glob("checkpoints/*")) and (not names or ".lock" in names)
 
 
 def find_resumable(config: Config, run_dir: str | None) -> RunDirectory | None:
-    """The run that `--resume` goes on with: the one named, or the last of `runs_dir/name`, -2, -3 ...; or None."""
+    """Find the run that `--resume` continues: `run_dir`, or the last of `runs_dir/name`, -2, -3 ...; or else None."""
     if run_dir is not None:
         run = RunDirectory(Path(run_dir))
         return run if run.holds_run() else None
-    found = (RunDirectory(_numbered(config, number)) for number in sorted(_numbers(config), reverse=True))
-    return next((run for run in found if run.holds_run()), None)
+    runs = (RunDirectory(_numbered(config, number)) for number in sorted(_numbers(config), reverse=True))
+    return next((run for run in runs if run.holds_run()), None)
 
 
 def _numbers(config: Config) -> list[int]:
-    """The numbers of the directories `name`, `name-2`, `name-3` ... that there are; `name` itself is 1."""
+    """List the numbers of the existing directories `name`, `name-2`, `name-3` ...; `name` itself is number 1."""
     names = [path.name for path in Path(config.runs_dir).glob("*")]
     suffixes = (name.removeprefix(f"{config.name}-") for name in names if name.startswith(f"{config.name}-"))
     numbers = [int(suffix) for suffix in suffixes if re.fullmatch("[1-9][0-9]{0,8}", suffix)]
@@ -218,11 +216,11 @@ def _numbered(config: Config, number: int) -> Path:
 
 
 def find_run(run: str | Path | None, runs_dir: str = "runs") -> RunDirectory:
-    """The run named, or the newest under `runs_dir` that has a checkpoint.
+    """Find the run with this path, or the newest run under `runs_dir` that has a checkpoint.
 
     Raises:
-        ConfigError: none named and none to be found.
-        ArtefactError: what is named is not a run.
+        ConfigError: no run is named, and there is none under `runs_dir`.
+        ArtefactError: the path is not that of a run.
     """
     if run is None:
         saved = [path for path in Path(runs_dir).glob("*/last.json") if path.is_file()]
@@ -237,9 +235,3 @@ def find_run(run: str | Path | None, runs_dir: str = "runs") -> RunDirectory:
     if not found.holds_run():
         raise ArtefactError(f"{run}: not a run directory (no config.yaml in it)")
     return found
-
-
-def check_tokenizer(tokenizer: Tokenizer, state: dict[str, Any], name: str) -> None:
-    """The weights belong to one vocabulary; raises ArtefactError where this is another."""
-    if state.get("tokenizer") != tokenizer.fingerprint():
-        raise ArtefactError(f"{name}: was trained with another tokenizer than the run's tokenizer.json")

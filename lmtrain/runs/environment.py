@@ -1,4 +1,4 @@
-"""What the result of a run depends on beside its configuration, for `environment.json`."""
+"""What the result of a run depends on beside its configuration; a run keeps it in `environment.json`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from lmtrain import __version__
+
 
 def environment(device: torch.device, processes: int = 1, launch: str | None = None) -> dict[str, Any]:
-    """What a run's result depends on beside its config: versions, device, threads, command, git commit.
+    """Describe this process: versions, device, number of threads, command and git commit.
 
     Args:
-        processes, launch: that train together, and what torchrun calls them.
+        processes: how many processes train together.
+        launch: torchrun's name for them; None if torchrun did not start them.
     """
     return {
-        "lmtrain": version("lmtrain"),
+        "lmtrain": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -33,7 +35,7 @@ def environment(device: torch.device, processes: int = 1, launch: str | None = N
 
 
 def _git_commit() -> str | None:
-    """The commit of the working directory, where it is a git checkout; the run goes on without."""
+    """Return the git commit of the working directory; None if that is not a git checkout, or git is missing or slow."""
     command = ["git", "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

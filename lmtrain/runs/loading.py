@@ -1,8 +1,7 @@
-"""From a run directory to its trained model."""
+"""Loads the trained model of a run directory, with the configuration and the tokenizer that belong to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,49 +11,66 @@ from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.runs import checkpoint
-from lmtrain.runs.directory import USED, RunDirectory, check_tokenizer, unusable
+from lmtrain.runs.checkpoint import INFERENCE_FILES, MODEL_FILE, Checkpoint, TensorSpec
+from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.ngram_counts import COUNTS_FILE, read_counts
 from lmtrain.runs.weights import build_model, check_finite, check_weights, load_weights, weight_specs
+from lmtrain.system.console import Notify
 
 
 class LoadedRun(NamedTuple):
-    """A trained model as it comes out of its run."""
+    """A trained model and what it needs, as loaded from a run directory."""
 
     run: RunDirectory
     config: Config
     tokenizer: Tokenizer
     model: LanguageModel
-    step: int
+    step: int  # of the checkpoint that the weights come from
 
 
-def load_run(run: RunDirectory, device: torch.device, notify: Callable[[str], None]) -> LoadedRun:
-    """The run's best model, else its last one, in evaluation mode; a damaged checkpoint is passed over and named.
+def load_run(run: RunDirectory, device: torch.device, notify: Notify) -> LoadedRun:
+    """Load the best model of a run, or else its last one, in evaluation mode; damaged checkpoints are skipped.
+
+    Args:
+        notify: is called with a line on each damaged checkpoint.
 
     Raises:
-        ArtefactError: no checkpoint that is whole, or files that don't fit together.
+        ArtefactError: no checkpoint is whole, or the files of the run don't belong together.
     """
     config, tokenizer = run.config_and_tokenizer()
-    wanted = weight_specs(config, tokenizer.vocab_size)
-    problems: list[str] = []
-    if not run.candidates():
-        raise ArtefactError(f"{run.path}: no checkpoint yet; train it further with --resume")
-    for step in run.candidates():
-        name = str(checkpoint.home_of(run.checkpoints, step) / "model.safetensors")
-        try:
-            check_weights(checkpoint.read_headers(run.checkpoints, step, USED)["model.safetensors"], wanted, name)
-            saved = checkpoint.load(run.checkpoints, step, USED)
-            check_finite(saved.model, name)
-            check_tokenizer(tokenizer, saved.state, name)
-        except checkpoint.NewerFormatError:
-            raise
-        except ArtefactError as error:
-            problems.extend(error.faults)
-            continue
-        for problem in problems:
-            notify(f"passed over: {problem}")
-        model = build_model(config, tokenizer.vocab_size)
-        load_weights(model, saved.model)
-        if config.model.ngram_counts is not None:
-            model.load_counts(read_counts(run.path / COUNTS_FILE, saved.state.get("counts"), config, tokenizer))
-        return LoadedRun(run, config, tokenizer, model.to(device).eval(), step)
-    raise unusable(problems)
+    specs = weight_specs(config, tokenizer.vocab_size)
+    saved = checkpoint.load_first_whole(
+        run.candidates(), lambda step: read_weights(run, tokenizer, step, specs), notify
+    )
+    if saved is None:
+        raise ArtefactError(f"{run.path}: no checkpoint yet; train the run further with --resume")
+    model = build_model(config, tokenizer.vocab_size)
+    load_weights(model, saved.model)
+    if config.model.ngram_counts is not None:
+        model.load_counts(read_counts(run.path / COUNTS_FILE, saved.state.get("counts"), config, tokenizer))
+    return LoadedRun(run, config, tokenizer, model.to(device).eval(), saved.step)
+
+
+def read_weights(run: RunDirectory, tokenizer: Tokenizer, step: int, specs: dict[str, TensorSpec]) -> Checkpoint:
+    """Read the weights and the state of a checkpoint, and check that they belong to the run.
+
+    Their shapes are checked before memory is taken for them.
+
+    Args:
+        specs: the weights that the run's configuration asks for, from `weight_specs`.
+
+    Returns:
+        The checkpoint without its training tensors.
+
+    Raises:
+        ArtefactError: a file is damaged, or belongs to another configuration or tokenizer.
+    """
+    directory = checkpoint.directory_of(run.checkpoints, step)
+    weights_file = str(directory / MODEL_FILE)
+    headers = checkpoint.read_headers(run.checkpoints, step, INFERENCE_FILES)
+    check_weights(headers[MODEL_FILE], specs, weights_file)
+    saved = checkpoint.load(run.checkpoints, step, INFERENCE_FILES)
+    check_finite(saved.model, weights_file)
+    if saved.state.get("tokenizer") != tokenizer.fingerprint():
+        raise ArtefactError(f"{directory}: was trained with another tokenizer than the run's tokenizer.json")
+    return saved

@@ -1,4 +1,4 @@
-"""The trained model of a run: from its configuration and its checkpoints to a `LanguageModel`."""
+"""Builds the model that a configuration describes, and checks and loads its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lmtrain.runs.checkpoint import TensorSpec
 
 
 def build_model(config: Config, vocab_size: int) -> LanguageModel:
-    """The model that a configuration describes, with fresh weights."""
+    """Build the model that a configuration describes, with freshly initialised weights."""
     model = config.model
     return LanguageModel(
         vocab_size,
@@ -43,61 +43,65 @@ def build_model(config: Config, vocab_size: int) -> LanguageModel:
 
 
 def named_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The model's weights by name; tied ones once."""
+    """Return the weights of a model by name; tied weights occur once."""
     return dict(model.named_parameters())
 
 
-class _NoStartValues(TorchFunctionMode):
-    """Start values are left out: for weights without memory PyTorch imports its compiler to compute them, seconds."""
+class _SkipInitialisation(TorchFunctionMode):
+    """While this mode is active, the functions of `torch.nn.init` do nothing.
+
+    For weights without memory PyTorch imports its compiler to compute start values, which takes seconds.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
+        keywords = kwargs or {}
         if getattr(function, "__module__", None) == "torch.nn.init":
-            return given["tensor"] if "tensor" in given else args[0]
-        return function(*args, **given)
+            return keywords["tensor"] if "tensor" in keywords else args[0]
+        return function(*args, **keywords)
 
 
 def weight_specs(config: Config, vocab_size: int) -> dict[str, TensorSpec]:
-    """What the weights of a configuration's model look like, without any memory for them."""
-    with torch.device("meta"), _NoStartValues():
-        own = named_weights(build_model(config, vocab_size))
-    return {name: TensorSpec("F32", tuple(weight.shape)) for name, weight in own.items()}
+    """Return the type and shape of each weight of a configuration's model, without taking memory for the weights."""
+    with torch.device("meta"), _SkipInitialisation():
+        weights = named_weights(build_model(config, vocab_size))
+    return {name: TensorSpec("F32", tuple(weight.shape)) for name, weight in weights.items()}
 
 
 def count_weights(config: Config, vocab_size: int) -> int:
-    """How many numbers there are to learn; tied ones once."""
-    return sum(prod(kind.shape) for kind in weight_specs(config, vocab_size).values())
+    """Count the trainable numbers of a configuration's model; tied weights count once."""
+    return sum(prod(spec.shape) for spec in weight_specs(config, vocab_size).values())
 
 
-def check_weights(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], name: str) -> None:
-    """Hold saved weights against a configuration's before they are read.
+def check_weights(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], path: str) -> None:
+    """Compare the header of saved weights with what a configuration asks for, before the weights are read.
 
     Raises:
-        ArtefactError: a tensor missing, unknown, of another shape or type.
+        ArtefactError: a tensor is missing or unknown, or has another shape or type; `path` names the file.
     """
     if wanted.keys() != found.keys():
-        odd = sorted(wanted.keys() ^ found.keys())
-        raise ArtefactError(f"{name}: {'missing' if odd[0] in wanted else 'unknown'} tensor {odd[0][:100]!r}")
-    for key, kind in wanted.items():
-        if found[key] != kind:
+        name = min(wanted.keys() ^ found.keys())
+        raise ArtefactError(f"{path}: {'missing' if name in wanted else 'unknown'} tensor {name[:100]!r}")
+    for name, spec in wanted.items():
+        if found[name] != spec:
             raise ArtefactError(
-                f"{name}: tensor {key!r} is {_words(found[key])}, the run's config and tokenizer want {_words(kind)}"
+                f"{path}: tensor {name!r} is {_describe(found[name])}, the run's config and tokenizer need "
+                f"{_describe(spec)}"
             )
 
 
-def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
-    """Raises ArtefactError where a saved weight is no number."""
-    for key, saved in tensors.items():
-        if not bool(torch.isfinite(saved).all()):
-            raise ArtefactError(f"{name}: tensor {key!r} holds values that are not finite")
+def check_finite(tensors: Mapping[str, Tensor], path: str) -> None:
+    """Raise ArtefactError, with the file's path, if a saved weight is infinite or NaN."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ArtefactError(f"{path}: tensor {name!r} holds values that are not finite")
 
 
-def _words(kind: TensorSpec) -> str:
-    return f"{kind.shape} {kind.dtype}"
+def _describe(spec: TensorSpec) -> str:
+    return f"{spec.shape} {spec.dtype}"
 
 
 @torch.no_grad()
 def load_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
-    """Put saved weights, checked before, into a model."""
-    for key, parameter in named_weights(model).items():
-        parameter.copy_(tensors[key])
+    """Copy saved weights, which `check_weights` has checked, into a model."""
+    for name, parameter in named_weights(model).items():
+        parameter.copy_(tensors[name])

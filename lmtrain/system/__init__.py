@@ -1,1 +1,1 @@
-"""The machine below: files, locks, the console, signals, devices and the processes that train together."""
+"""What lmtrain needs of the machine: files, locks, console, progress, signals, devices, workers and processes."""

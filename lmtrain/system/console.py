@@ -1,20 +1,24 @@
-"""Lines for people: what a terminal may be shown, and how standard error is told."""
+"""Lines on standard error, and the text that a file or a terminal can hold."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 from lmtrain.errors import escape
 
+Notify = Callable[[str], None]
+"""A function that shows one line to the user."""
+
 
 def is_text(text: str) -> bool:
-    """Whether this can stand in a file of UTF-8: no NUL, no half of a surrogate pair."""
+    """Tell whether a UTF-8 text file can hold this string: it has no NUL and no half of a surrogate pair."""
     return "\0" not in text and (text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text))
 
 
 def decode_utf8(data: bytes, name: str) -> str:
-    """A small file of UTF-8, a BOM left out; raises ValueError with the place."""
+    """Decode a small UTF-8 file without its byte order mark; raises ValueError with file, line and column."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -24,6 +28,6 @@ def decode_utf8(data: bytes, name: str) -> str:
 
 
 def say(line: str) -> None:
-    """A line on standard error; nothing ends because nobody listens any more."""
+    """Print a line on standard error. If nobody reads standard error any more, the program continues."""
     with suppress(OSError, ValueError):
         print(escape(line), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Single files of ours: written whole or not at all, read within bounds and never through a link."""
+"""Reads and writes single files: a write is whole or does nothing, a read has a size limit and follows no link."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ LARGEST_TEXT_BYTES = 256 << 20
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash either the old content or the new one is there, whole.
+    """Write a file so that after a crash it holds either the whole old content or the whole new one.
 
-    Raises:
-        StorageError: no room, or another fault of the file system; the old content is there.
+    If the disk is full, or the file system has another fault, it raises StorageError and the old content stays.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")  # two processes may write the same cache file
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")  # two processes may write the same cache file
     try:
-        write_synced(beside, content)
-        beside.rename(path)
+        write_synced(temporary, content)
+        temporary.rename(path)
         sync_directory(path.parent)
     except OSError as error:
         with suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
         raise StorageError(
             f"{path}: can't be written: {reason_of(error)}{space_note(path.parent, len(content))}"
         ) from None
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file to the disk itself, never through a link; raises OSError."""
+    """Write a new file to the disk itself, in place of an old one or of a link; raises OSError."""
     path.unlink(missing_ok=True)
     with open(path, "xb") as handle:
         handle.write(content)
@@ -46,7 +45,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames within a directory last through a power cut."""
+    """Write a directory to the disk itself, so that renames in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -55,12 +54,12 @@ def sync_directory(path: Path) -> None:
 
 
 def reason_of(error: OSError) -> str:
-    """What the system says, for a message."""
+    """Return the system's reason for an error, for use in a message."""
     return (error.strerror or str(error)).lower()
 
 
 def space_note(directory: Path, needed: int) -> str:
-    """What a write takes and what there is, for a message."""
+    """Return how many bytes a write needs and how many are free, for use in a message."""
     try:
         system = os.statvfs(directory)
     except OSError:
@@ -69,45 +68,37 @@ def space_note(directory: Path, needed: int) -> str:
 
 
 def dump_json(value: Any) -> bytes:
-    """JSON as our files have it."""
+    """Return the bytes of a JSON file, indented by one space and with a final newline."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def hash_of(data: bytes) -> str:
-    """SHA-256."""
+    """Return the SHA-256 of these bytes in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sealed(value: dict[str, Any]) -> bytes:
-    """A JSON object with the SHA-256 of its own text."""
+    """Return the bytes of a JSON object to which the SHA-256 of its own text is added as `sha256`."""
     return dump_json({**value, "sha256": hash_of(dump_json(value))})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `sealed` made.
-
-    Raises:
-        ArtefactError: missing, or a single byte is not as it was.
-    """
+    """Read a JSON object that `sealed` made; raises ArtefactError if a byte of it was changed."""
     data = read_bytes(path, LARGEST_JSON_BYTES)
     value = parse_json(path, data)
     value.pop("sha256", None)
     try:
-        right = data == sealed(value)
+        intact = data == sealed(value)
     except (ValueError, RecursionError):  # half a surrogate pair, or nested too deep
-        right = False
-    if not right:
+        intact = False
+    if not intact:
         raise ArtefactError(f"{path}: damaged: not the bytes that were saved")
     return value
 
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[IO[bytes]]:
-    """A regular file, no link.
-
-    Raises:
-        ArtefactError: something else, or it can't be read.
-    """
+    """Open a regular file for reading; raises ArtefactError for a link, another kind of file, or a fault in reading."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise ArtefactError(f"{path}: not a regular file")
@@ -117,21 +108,17 @@ def open_regular(path: Path) -> Iterator[IO[bytes]]:
         raise ArtefactError(f"{path}: {reason_of(error)}") from None
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """The bytes of a regular file.
-
-    Raises:
-        ArtefactError: it has more than `most`.
-    """
+def read_bytes(path: Path, largest: int) -> bytes:
+    """Read a regular file; raises ArtefactError if it can't be read, or has more than `largest` bytes."""
     with open_regular(path) as handle:
         size = os.fstat(handle.fileno()).st_size
-        if size > most:
-            raise ArtefactError(f"{path}: {size:,} bytes are more than there should be ({most:,})")
+        if size > largest:
+            raise ArtefactError(f"{path}: {size:,} bytes; such a file has at most {largest:,}")
         return handle.read(size)
 
 
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    """The JSON object in a file's bytes; raises ArtefactError."""
+    """Return the JSON object in the bytes of a file; raises ArtefactError if there is none."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -142,16 +129,12 @@ def parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object out of a run directory.
-
-    Raises:
-        ArtefactError: missing, not a regular file, or not a JSON object.
-    """
+    """Read a JSON object from a regular file of at most 16 MiB; raises ArtefactError if there is none."""
     return parse_json(path, read_bytes(path, LARGEST_JSON_BYTES))
 
 
 def read_text(path: Path) -> str:
-    """A text file out of a run directory; raises ArtefactError as `read_json`."""
+    """Read a regular UTF-8 file of at most 256 MiB; raises ArtefactError if there is none."""
     try:
         return read_bytes(path, LARGEST_TEXT_BYTES).decode()
     except UnicodeDecodeError:

@@ -1,8 +1,8 @@
-"""The processes that train one model together, and how they come to agree.
+"""The processes that train one model together, and how they exchange values and faults.
 
-`torchrun` starts them, on one machine or several (https://docs.pytorch.org/docs/stable/elastic/run.html), and tells
-each its place in the environment: its rank, 0 .. world size - 1. Rank 0 writes the run; all others only compute. A
-fault in one of them ends all, and one of them tells of it. No exchange lasts longer than a timeout.
+`torchrun` starts the processes, on one machine or several (https://docs.pytorch.org/docs/stable/elastic/run.html), and
+sets the rank of each, 0 .. world size - 1, in its environment. Rank 0 writes the run; the other ranks only compute. A
+fault in one process ends all of them, and one process reports it. No exchange lasts longer than a timeout.
 """
 
 from __future__ import annotations
@@ -24,78 +24,73 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-GIVEN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TIMEOUT = "LMTRAIN_TIMEOUT_S"
-TIMEOUT_S = 600.0  # longest that one process waits for another, unless the environment says otherwise
-LOOK_AGAIN_S, LINGER_S = 0.05, 1.0
-# what is raised where a connection breaks: gloo has no class of error for that
-SIGNS = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout")
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TIMEOUT_VARIABLE = "LMTRAIN_TIMEOUT_S"
+TIMEOUT_S = 600.0  # the longest that one process waits for another, if the environment sets no other timeout
+POLL_S, GRACE_S = 0.05, 1.0
+REPORTS = "reports"  # the store's counter of processes that reported a fault
+# words in the RuntimeErrors that PyTorch raises when a connection breaks; gloo has no class of error for that
+CONNECTION_FAULTS = (
+    "gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "timed out", "timeout",
+)  # fmt: skip
 
 
 class SingleProcess:
-    """One process, with nobody to agree with: what `ProcessGroup` does among several, at no cost."""
+    """A process that trains alone. `ProcessGroup` has the same methods for several processes."""
 
     rank = 0
     world_size = 1
-    together = False  # whether torchrun started this process, be it as the only one
-    restarted = False  # whether it started these processes anew after a fault
-    launch: str | None = None  # a name for all that one torchrun starts
+    under_torchrun = False  # torchrun started this process, perhaps as the only one
+    restarted = False  # torchrun started these processes again after a fault
+    launch: str | None = None  # a name for all processes that one torchrun starts
 
-    def agree(self, action: Callable[[], T], *, rank_0_first: bool = False) -> T:
-        """Run an action in every process, to go on only if it failed in none.
+    def run_in_all(self, action: Callable[[], T], *, rank_0_first: bool = False) -> T:
+        """Run an action in every process, and return its result if it failed in none.
 
         Args:
-            rank_0_first: the others wait until it is done there, however long that takes.
+            rank_0_first: the other processes wait until rank 0 is done, however long that takes.
 
         Raises:
-            LmtrainError: in the lowest rank in which it failed, what the action raised.
-            PeerError: in all others.
+            LmtrainError: what the action raised, in the lowest rank in which it failed.
+            PeerError: in all other ranks.
         """
         return action()
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """The values of each process, by rank."""
+        """Return the values of each process, by rank; every process gives the same number of values."""
         return [list(values)]
 
-    def exchange(self, value: Any) -> list[Any]:
-        """What each process has to say, as JSON has it, by rank."""
-        return [value]
-
-    def share(self, value: Any) -> Any:
-        """What rank 0 has to say, as JSON has it."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the value that rank 0 gives, which can be anything that JSON can hold."""
         return value
 
-    def share_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of rank 0, on CPU in the others."""
+    def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors that rank 0 gives; in the other processes they lie on the CPU."""
         return tensors
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
-        """A tensor on CPU, of one shape in all processes, of each of them."""
+        """Return the tensor of each process, by rank; all lie on the CPU and have the same shape."""
         return [tensor]
 
     @contextmanager
     def communicating(self) -> Iterator[None]:
-        """While this lasts, a broken connection is told as such.
-
-        Raises:
-            StorageError: another process is gone, or has not answered in time.
-        """
+        """Within this context, a broken connection raises StorageError: another process ended, or did not answer."""
         yield
 
     def threads(self) -> int | None:
-        """CPU threads that are this process's share of the machine; None: as many as PyTorch takes."""
+        """Return how many CPU threads this process should use; None for PyTorch's own choice."""
         return None
 
 
 class ProcessGroup(SingleProcess):
-    """This process among those that torchrun started.
+    """This process as one of those that torchrun started.
 
     Raises:
-        ConfigError: the environment is not as torchrun makes it.
-        StorageError: the others can't be reached.
+        ConfigError: the environment variables are not as torchrun sets them.
+        StorageError: the other processes can't be reached.
     """
 
-    together = True
+    under_torchrun = True
 
     def __init__(self) -> None:
         import torch
@@ -105,21 +100,23 @@ class ProcessGroup(SingleProcess):
         environment = os.environ
         try:
             self.rank, self.world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-            port, timeout_s = int(environment["MASTER_PORT"]), float(environment.get(TIMEOUT, TIMEOUT_S))
+            port, timeout_s = int(environment["MASTER_PORT"]), float(environment.get(TIMEOUT_VARIABLE, TIMEOUT_S))
             self.local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
             attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
             if not (0 <= self.rank < self.world_size and 0 < port < 1 << 16 and 0 < timeout_s < 1e7):
                 raise ValueError
         except ValueError:
-            said = ", ".join(f"{name}={environment.get(name, '')[:40]}" for name in (*GIVEN, TIMEOUT))
-            raise ConfigError(f"{said}: not as torchrun sets them; unset them, or start with torchrun") from None
+            names = (*TORCHRUN_VARIABLES, TIMEOUT_VARIABLE)
+            variables = ", ".join(f"{name}={environment.get(name, '')[:40]}" for name in names)
+            raise ConfigError(f"{variables}: not as torchrun sets them; unset them, or start with torchrun") from None
+        self.name = f"rank {self.rank} on {socket.gethostname()}"  # in messages
         self.restarted = attempt > 0
-        name = environment.get("TORCHELASTIC_RUN_ID", "none")
-        self.launch = name if name != "none" else f"agent {os.getppid()}"
-        self._agreements = 0
-        self._agreed: LmtrainError | None = None  # the fault that all know of
+        run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+        self.launch = run_id if run_id != "none" else f"agent {os.getppid()}"
+        self._actions = 0  # how many actions `run_in_all` has run
+        self._known_fault: LmtrainError | None = None  # a fault that all other processes know of
         host = environment["MASTER_ADDR"]
-        agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself keeps the store
+        agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the agent of torchrun keeps the store
         timeout = timedelta(seconds=timeout_s)
         with self.communicating():
             try:
@@ -128,7 +125,7 @@ class ProcessGroup(SingleProcess):
             except RuntimeError as error:
                 why = "the port is in use" if "EADDRINUSE" in str(error) else "can't be reached"
                 raise StorageError(f"{host[:100]}:{port}: {why}; see torchrun --master-port") from None
-            # a store may outlive processes that were started anew: each attempt has its own part of it
+            # the store may outlive processes that torchrun restarts, so each attempt has its own prefix in it
             self.store = PrefixStore(f"lmtrain/{attempt}", base)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(
@@ -139,14 +136,9 @@ class ProcessGroup(SingleProcess):
                 timeout=timeout,
             )
 
-    @property
-    def name(self) -> str:
-        """For a message."""
-        return f"rank {self.rank} on {socket.gethostname()}"
-
-    def agree(self, action: Callable[[], T], *, rank_0_first: bool = False) -> T:
-        self._agreements += 1
-        done = [f"done-{self._agreements}-{rank}" for rank in range(self.world_size)]
+    def run_in_all(self, action: Callable[[], T], *, rank_0_first: bool = False) -> T:
+        self._actions += 1
+        done = [f"done-{self._actions}-{rank}" for rank in range(self.world_size)]
         if rank_0_first and self.rank:
             self._wait(done[:1])
         fault: LmtrainError | None = None
@@ -158,31 +150,35 @@ class ProcessGroup(SingleProcess):
         with self.communicating():
             self.store.set(done[self.rank], "")
         self._wait(done)
-        said = self.exchange(None if fault is None else [fault.exit_code, list(fault.faults)])
-        failed = [rank for rank, each in enumerate(said) if each is not None]
+        exit_codes = self._gather_json(None if fault is None else fault.exit_code)
+        failed = [rank for rank, exit_code in enumerate(exit_codes) if exit_code is not None]
         if not failed:
             return result[0]
         if fault is None or self.rank != failed[0]:
-            raise PeerError(said[failed[0]][0])
-        self._agreed = fault
+            raise PeerError(exit_codes[failed[0]])
+        self._known_fault = fault
         if len(failed) < self.world_size:
             fault.faults = tuple(f"{self.name}: {line}" for line in fault.faults)
         raise fault
 
     def _wait(self, keys: list[str]) -> None:
-        """However long it takes, for a store of tokens may be built; whoever ends before then is torchrun's to see."""
+        """Wait until these keys are set, without a timeout, since building a token store may take long.
+
+        If a process ends meanwhile, torchrun notices and ends the others.
+        """
         with self.communicating():
-            while not self.store.check(keys):  # by looking, so that a signal gets through
-                if self.store.check(["told"]):
+            while not self.store.check(keys):  # polled, not waited for, so that a signal gets through
+                if self.store.check([REPORTS]):
                     raise PeerError(LostError.exit_code)
-                time.sleep(LOOK_AGAIN_S)
+                time.sleep(POLL_S)
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         import torch
 
         return [part.tolist() for part in self.gather_tensor(torch.tensor(values, dtype=torch.float64))]
 
-    def exchange(self, value: Any) -> list[Any]:
+    def _gather_json(self, value: Any) -> list[Any]:
+        """Return the value of each process, by rank; a value can be anything that JSON can hold."""
         import torch
 
         data = json.dumps(value).encode()
@@ -190,24 +186,23 @@ class ProcessGroup(SingleProcess):
         padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
         return [json.loads(part.numpy().tobytes()) for part in self.gather_tensor(padded)]
 
-    def share(self, value: Any) -> Any:
-        return self.exchange(value if self.rank == 0 else None)[0]
+    def broadcast(self, value: Any) -> Any:
+        return self._gather_json(value if self.rank == 0 else None)[0]
 
-    def share_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         import torch
         import torch.distributed as distributed
 
-        own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if self.rank == 0}
-        kinds = self.share(
-            {name: [str(each.dtype).removeprefix("torch."), list(each.shape)] for name, each in own.items()}
+        sent = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if self.rank == 0}
+        specs = self.broadcast(
+            {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in sent.items()}
         )
-        shared = {}
-        for name, (dtype, shape) in kinds.items():
-            tensor = own[name] if self.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+        received = {}
+        for name, (dtype, shape) in specs.items():
+            received[name] = sent[name] if self.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
             with self.communicating():
-                distributed.broadcast(tensor, 0)
-            shared[name] = tensor
-        return shared
+                distributed.broadcast(received[name], 0)
+        return received
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
         import torch
@@ -223,56 +218,56 @@ class ProcessGroup(SingleProcess):
         try:
             yield
         except RuntimeError as error:
-            if not any(sign in str(error).lower() for sign in SIGNS):
+            if not any(words in str(error).lower() for words in CONNECTION_FAULTS):
                 raise
             raise LostError(
-                f"{self.name}: lost another process ({str(error).splitlines()[0][-100:]}); what was saved is whole: "
-                "start all again with --resume"
+                f"{self.name}: lost another process ({str(error).splitlines()[0][-100:]}); the checkpoints are whole: "
+                "start all processes again with --resume"
             ) from None
 
     def threads(self) -> int | None:
         return max(1, core_count() // self.local_world_size)
 
-    def tells(self, error: BaseException) -> bool:
-        """Whether it is this process that tells of the fault that ends all."""
-        if isinstance(error, PeerError) or error is self._agreed:
-            return error is self._agreed
-        with suppress(RuntimeError):  # the store is gone with whoever kept it
-            if isinstance(error, LostError):  # whoever caused it had the time to tell
-                self._linger(lambda: self.store.check(["told"]))
-            told = self.store.add("told", 1)
-            if self._keeps_store:
-                self._linger(lambda: self.store.add("told", 0) == self.world_size)
-            return bool(told == 1)
+    def must_report(self, error: BaseException) -> bool:
+        """Tell whether this is the one process that reports the fault that ends all of them."""
+        if isinstance(error, PeerError) or error is self._known_fault:
+            return error is self._known_fault
+        with suppress(RuntimeError):  # the store ended with the process that kept it
+            if isinstance(error, LostError):  # the process that caused this gets time to report first
+                self._wait_briefly(lambda: self.store.check([REPORTS]))
+            count = self.store.add(REPORTS, 1)
+            if self._keeps_store:  # the store ends with this process, so the others get time to ask it
+                self._wait_briefly(lambda: self.store.add(REPORTS, 0) == self.world_size)
+            return bool(count == 1)
         return False
 
-    def _linger(self, until: Callable[[], bool]) -> None:
-        end_s = time.monotonic() + LINGER_S
-        while time.monotonic() < end_s and not until():
-            time.sleep(LOOK_AGAIN_S)
+    def _wait_briefly(self, is_done: Callable[[], bool]) -> None:
+        end_s = time.monotonic() + GRACE_S
+        while time.monotonic() < end_s and not is_done():
+            time.sleep(POLL_S)
 
 
 class LostError(StorageError):
-    """Another process is gone, or has not answered in time."""
+    """Another process has ended, or has not answered in time."""
 
 
 def core_count() -> int:
-    """The processor cores that this process may use."""
+    """Return how many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launched_by_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return all(name in os.environ for name in GIVEN)
+    """Tell whether torchrun started this process."""
+    return all(name in os.environ for name in TORCHRUN_VARIABLES)
 
 
 @contextmanager
 def join_processes() -> Iterator[SingleProcess]:
-    """The processes that train together; one alone where torchrun started none.
+    """Connect the processes that torchrun started; without torchrun, this process trains alone.
 
     Raises:
-        LmtrainError: a fault, in the one process that tells of it.
-        PeerError: in all others.
+        LmtrainError: a fault, in the one process that reports it.
+        PeerError: in all other processes.
     """
     if not launched_by_torchrun():
         yield SingleProcess()
@@ -282,32 +277,32 @@ def join_processes() -> Iterator[SingleProcess]:
         yield processes
     except LmtrainError as error:
         with suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as one is gone; we are leaving
-        if not processes.tells(error):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it once any process has ended
+        if not processes.must_report(error):
             raise PeerError(error.exit_code) from None
         raise
     except Exception as error:
-        processes.tells(error)  # by its traceback
+        processes.must_report(error)  # counts this process, which reports by its traceback
         raise
     import torch.distributed as distributed
 
     distributed.destroy_process_group()
 
 
-def require_equal(processes: SingleProcess, mine: Mapping[str, Any], words: str, kind: type[LmtrainError]) -> None:
-    """Hold what should be the same in all processes against rank 0's.
+def require_equal(processes: SingleProcess, mine: Mapping[str, Any], message: str, kind: type[LmtrainError]) -> None:
+    """Compare the values of this process with those of rank 0, which should be the same in all processes.
 
     Args:
-        words: what it says of a key that differs: `{key}`, `{mine}`, `{first}` are filled in.
+        message: the message on a key that differs; `{key}`, `{mine}` and `{first}` (rank 0's value) are filled in.
 
     Raises:
-        LmtrainError: of that kind, or a PeerError: it is not the same.
+        LmtrainError: a value differs; the error is of this kind, or a PeerError.
     """
-    first = processes.share(dict(mine))
+    first = processes.broadcast(dict(mine))
 
     def check() -> None:
         for key in [*first, *mine]:
             if mine.get(key) != first.get(key):
-                raise kind(words.format(key=key, mine=mine.get(key), first=first.get(key)))
+                raise kind(message.format(key=key, mine=mine.get(key), first=first.get(key)))
 
-    processes.agree(check)
+    processes.run_in_all(check)

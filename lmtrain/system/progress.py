@@ -1,4 +1,4 @@
-"""Where work stands, for whoever watches: nothing, a bar on a terminal, or plain lines now and then."""
+"""Shows how far training is: not at all, as a bar on a terminal, or as plain lines now and then."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,36 +15,28 @@ from lmtrain.errors import escape
 from lmtrain.system.console import say
 
 
-class Progress(Protocol):
-    """Where a run stands, for whoever watches."""
+class Progress:
+    """Base class: the methods that training calls to tell the user how far it is. Here they show nothing."""
 
     def note(self, line: str) -> None:
-        """A line to be kept in sight."""
+        """Show a line that stays visible."""
 
     def reading(self, what: str, done_bytes: int, total_bytes: int) -> None:
-        """So much of some files was read, hashed or learnt from."""
+        """Show how many bytes of some files were read, hashed or learnt from; `what` says which of these."""
 
     def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None:
-        """A step was done; `progress` is the share of the training that is behind, `figures` the latest."""
+        """Show that a step was done; `progress` is the fraction of the training done, `figures` the latest tags."""
 
     def close(self) -> None:
-        """The training is over."""
+        """End the display, when training is over."""
 
 
-class NullProgress:
-    """No progress."""
-
-    def note(self, line: str) -> None: ...
-
-    def reading(self, what: str, done_bytes: int, total_bytes: int) -> None: ...
-
-    def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+class NullProgress(Progress):
+    """Shows nothing."""
 
 
-class Bar:
-    """A tqdm bar, for a terminal: one of bytes while text is read, then one of steps."""
+class Bar(Progress):
+    """Shows a tqdm bar on a terminal: one of bytes while text is read, then one of steps."""
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
@@ -75,7 +67,7 @@ class Bar:
 
     def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None:
         bar = self._begin("steps", unit="step", leave=True)
-        if bar.n == 0 and step > 1:  # resumed
+        if bar.n == 0 and step > 1:  # a resumed run begins here
             bar.initial = bar.n = step - 1
         bar.total = max(step, round(step / progress)) if progress > 0 else None
         if figures:
@@ -90,20 +82,20 @@ class Bar:
         self.bar = None
 
 
-class Lines:
-    """Plain lines now and then, for a file or a pipe."""
+class Lines(Progress):
+    """Writes plain lines now and then, for a file or a pipe."""
 
     EVERY_S = 10.0
 
     def __init__(self) -> None:
         self.what = ""
         self.start_s = self.last_s = time.monotonic()
-        self.first = 0.0  # how much was done at the start
+        self.initial = 0.0  # how much was done when the clock started
 
     def _begin(self, what: str, done: float) -> None:
-        """What is done for the first time starts the clock."""
+        """Start the clock anew when another kind of work begins."""
         if what != self.what:
-            self.what, self.first = what, done
+            self.what, self.initial = what, done
             self.start_s = self.last_s = time.monotonic()
 
     def _is_due(self) -> bool:
@@ -112,9 +104,9 @@ class Lines:
         self.last_s = time.monotonic()
         return True
 
-    def _left(self, done: float, total: float) -> str:
-        more = done - self.first
-        left_s = (time.monotonic() - self.start_s) * (total - done) / more if more > 0 else math.nan
+    def _time_left(self, done: float, total: float) -> str:
+        gained = done - self.initial
+        left_s = (time.monotonic() - self.start_s) * (total - done) / gained if gained > 0 else math.nan
         return f"{int(left_s) // 60}:{int(left_s) % 60:02d} left" if math.isfinite(left_s) else "? left"
 
     def note(self, line: str) -> None:
@@ -123,16 +115,14 @@ class Lines:
     def reading(self, what: str, done_bytes: int, total_bytes: int) -> None:
         self._begin(what, done_bytes)
         if self._is_due():
-            rate = (done_bytes - self.first) / 1e6 / (self.last_s - self.start_s)
-            share, left = done_bytes / max(1, total_bytes), self._left(done_bytes, total_bytes)
-            self.note(f"{what}: {share:.0%}, {rate:.1f} MB/s, {left}")
+            rate = (done_bytes - self.initial) / 1e6 / (self.last_s - self.start_s)
+            fraction, left = done_bytes / max(1, total_bytes), self._time_left(done_bytes, total_bytes)
+            self.note(f"{what}: {fraction:.0%}, {rate:.1f} MB/s, {left}")
 
     def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None:
         self._begin("steps", progress)
         if figures and self._is_due():
-            self.note(f"step {step} ({progress:.0%})  {_figures(figures)}  {self._left(progress, 1)}")
-
-    def close(self) -> None: ...
+            self.note(f"step {step} ({progress:.0%})  {_figures(figures)}  {self._time_left(progress, 1)}")
 
 
 def _figures(figures: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Signals that end a training run, noted so that it can save its state first."""
+"""Notes the signals that end a training run, so that the run can save its state first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from types import FrameType
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """While this lasts, a signal to end is noted, for the loop to act on after its step; a second one is no worse."""
+    """Within this context, SIGINT, SIGTERM and SIGHUP end nothing: their numbers are appended to the list it yields.
+
+    The training loop looks at the list after each step. A second signal changes nothing.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -20,9 +23,9 @@ def noted_signals() -> Iterator[list[int]]:
         before = {
             number: signal.signal(number, note)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN  # nohup stays nohup
+            if signal.getsignal(number) is not signal.SIG_IGN  # nohup ignores SIGHUP, and that stays so
         }
-    except ValueError:  # not the main thread: signals are somebody else's
+    except ValueError:  # not the main thread: the host program handles signals
         yield received
         return
     try:

@@ -1,31 +1,29 @@
-"""The saves of a run and its return from them, as if it had never been stopped."""
+"""Saves the checkpoints of a run, and restores the run from them as if it had never been stopped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lmtrain.config import Config
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
-from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.states import CarriedState
 from lmtrain.runs import checkpoint
-from lmtrain.runs.directory import RunDirectory, unusable
+from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
 from lmtrain.runs.ngram_counts import COUNTS_FILE, dump_counts
 from lmtrain.runs.weights import load_weights, named_weights
 from lmtrain.system.device import random_state, seed_of, set_random_state
 from lmtrain.system.files import hash_of, write_atomically
 from lmtrain.system.processes import SingleProcess
-from lmtrain.training.averaging import Averaging, averaged_weights
+from lmtrain.training.averaging import averaged_weights
 from lmtrain.training.optimization import optimizer_tensors, set_optimizer_tensors
-from lmtrain.training.state import LoadedCheckpoint, TrainingState, newest_whole, part_of, read_saved
+from lmtrain.training.state import LoadedCheckpoint, TrainingState, part_of, read_saved
+from lmtrain.training.step import TrainingStep
 
 # what may differ when a run is resumed: where it ends, what it shows and keeps, where things lie
 MAY_CHANGE = (
@@ -35,52 +33,47 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-class Restored(NamedTuple):
-    """What a checkpoint says beside the tensors, which are back in their places."""
-
-    state: TrainingState
-    lengths: dict[str, int]  # bytes of each metric file
-    environment: dict[str, Any]  # in which the run was begun
-
-
 class Checkpointer:
-    """The checkpoints of one run: what goes into them, what comes out, which are kept."""
+    """The checkpoints of one run: what is saved in them, which are kept, and how the run is restored.
+
+    Args:
+        counts: the counted n-grams of the model, where it has any.
+    """
 
     def __init__(
         self,
         run: RunDirectory,
-        model: LanguageModel,
-        optimizers: list[Optimizer],
-        device: torch.device,
+        step: TrainingStep,
         corpora: Corpora,
         config: Config,
-        averaging: Averaging,
-        carried: CarriedState | None,
         processes: SingleProcess,
         counts: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.run, self.model, self.optimizers, self.device = run, model, optimizers, device
-        self.corpora, self.config, self.averaging, self.carried = corpora, config, averaging, carried
-        self.processes = processes
+        self.run, self.step, self.corpora, self.config, self.processes = run, step, corpora, config, processes
+        self.model, self.device = step.model, step.device
         self._counts = None if counts is None or processes.rank else dump_counts(counts)
         self.counts_digest = None if self._counts is None else hash_of(self._counts)
 
-    def keep_counts(self) -> None:
-        """Write the run's counts where they are not there yet, or damaged; to be called once nothing speaks against
-        going on."""
+    def write_counts(self) -> None:
+        """Write the file of counted n-grams where it is missing or damaged, once nothing prevents the run from
+        starting."""
         path = self.run.path / COUNTS_FILE
         if self._counts is not None and not (path.is_file() and hash_of(path.read_bytes()) == self.counts_digest):
             write_atomically(path, self._counts)
         self._counts = None
 
     def save(self, state: TrainingState, lengths: dict[str, int], begun_in: dict[str, Any]) -> None:
-        """Save the run as it stands, then remove what is older than the newest `keep` and not the best.
+        """Save the run as it stands, then remove checkpoints that are neither among the newest `keep` nor the best.
 
-        Rank 0 does; the other processes give it what they alone have: carried state, random state.
+        Rank 0 saves. The other processes give it what only they have: carried hidden state and random state. The model
+        that is saved is the average of the weights, where there is one; the weights that are trained stand beside it.
 
-        The model saved is the average of the weights, where there is one; what is trained stands beside it.
+        Args:
+            lengths: bytes of each metric file.
+            begun_in: the environment in which the run was begun.
         """
-        state.averaged_steps = self.averaging.steps if self.averaging.active else None
+        averaging = self.step.averaging
+        state.averaged_steps = averaging.steps if averaging.active else None
         content = {
             "training": asdict(state),
             "lengths": lengths,
@@ -91,7 +84,7 @@ class Checkpointer:
         }
         if not all(bool(torch.isfinite(weight).all()) for weight in named_weights(self.model).values()):
             raise DivergedError(f"step {state.step}: a weight is not finite; try a lower optimizer.lr")
-        carried = {} if self.carried is None else self.carried.tensors()
+        carried = {} if self.step.carried is None else self.step.carried.tensors()
         carried = {name: torch.cat(self.processes.gather_tensor(part.cpu())) for name, part in carried.items()}
         random = {
             name if rank == 0 else f"{name}/{rank}": state
@@ -101,61 +94,62 @@ class Checkpointer:
         if self.processes.rank:
             return
         parts = {
-            "optimizer": optimizer_tensors(self.optimizers, self.model),
+            "optimizer": optimizer_tensors(self.step.optimizers, self.model),
             "carried": carried,
-            "weights": averaged_weights(self.model) if self.averaging.active else {},
+            "weights": averaged_weights(self.model) if averaging.active else {},
         }
-        training = {f"{part}/{name}": value for part, own in parts.items() for name, value in own.items()}
+        training = {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
         training |= random
-        saved_model = named_weights(self.model) | self.averaging.averages
+        saved_model = named_weights(self.model) | averaging.averages
         checkpoints = self.run.checkpoints
         checkpoint.save(checkpoints, checkpoint.Checkpoint(state.step, saved_model, training, content))
         self._point(state)
-        saved = [step for step in checkpoint.steps(checkpoints) if step <= state.step]  # newer ones: passed over
+        saved = [step for step in checkpoint.steps(checkpoints) if step <= state.step]  # newer ones were damaged
         for old in set(saved) - {*saved[: self.config.checkpoint.keep], state.best_step}:
             checkpoint.remove(checkpoints, old)
 
     def _point(self, state: TrainingState) -> None:
-        if state.best_step is not None and self.run.pointed("best") != state.best_step:
-            self.run.point("best", {"step": state.best_step, "valid_loss": state.best_loss})
-        self.run.point("last", {"step": state.step})
+        """Have `best.json` and `last.json` name the checkpoints of this state."""
+        if state.best_step is not None and self.run.read_pointer("best") != state.best_step:
+            self.run.write_pointer("best", {"step": state.best_step, "valid_loss": state.best_loss})
+        self.run.write_pointer("last", {"step": state.step})
 
-    def restore(self, notify: Callable[[str], None]) -> Restored | None:
-        """Take up the newest whole checkpoint; None where there is none.
+    def restore(self, notify: Callable[[str], None]) -> LoadedCheckpoint | None:
+        """Restore the run from its newest whole checkpoint; returns it, or None where there is no checkpoint.
 
         Raises:
-            DataError: the training text is not what it was.
-            ArtefactError: there are checkpoints, and none is whole and of this run.
+            DataError: the training text has changed.
+            ArtefactError: there are checkpoints, but none is whole and of this run.
         """
-        saved = self._shared(lambda: self._newest(notify))
+        saved = self._read_and_share(lambda: self._newest(notify))
         if saved is None:
             return None
         self._load(saved)
+        carried = self.step.carried
         try:
-            if self.carried is not None:
-                first, rows = self.processes.rank * self.carried.columns, self.carried.columns
-                carried = part_of(saved.training, "carried")
-                self.carried.load({name: part[first : first + rows] for name, part in carried.items()}, self.device)
-            self._set_random_state(saved)
+            if carried is not None:
+                rows = slice(self.processes.rank * carried.columns, (self.processes.rank + 1) * carried.columns)
+                tensors = part_of(saved.training, "carried")
+                carried.load({name: part[rows] for name, part in tensors.items()}, self.device)
+            self._restore_random_state(saved)
         except (KeyError, RuntimeError, TypeError, ValueError):
             raise ArtefactError(f"{saved.name}/training.safetensors: not of this run") from None
         if self.processes.rank == 0:
-            self._point(saved.state)  # killed between a save and its pointers, a run catches up here
-        self._compare(saved.environment, notify)
+            self._point(saved.state)  # a run that was killed between a save and its pointers catches up here
+        self._note_differences(saved.environment, notify)
         notify(f"resumed from step {saved.state.step}")
-        return Restored(saved.state, saved.lengths, saved.environment)
+        return saved
 
     def _newest(self, notify: Callable[[str], None]) -> LoadedCheckpoint | None:
         """The newest whole checkpoint of this run and of its text; raises as `restore`."""
         checkpoint.remove_leftovers(self.run.checkpoints)
-        problems: list[str] = []
-        saved = newest_whole(self.run, self.config, self.corpora.tokenizer, problems)
+        saved = checkpoint.load_first_whole(
+            checkpoint.steps(self.run.checkpoints),
+            lambda step: read_saved(self.run, self.config, self.corpora.tokenizer, step),
+            notify,
+        )
         if saved is None:
-            if problems:
-                raise unusable(problems)
             return None
-        for problem in problems:
-            notify(f"passed over: {problem}")
         for path in sorted(saved.data.keys() | self.corpora.hashes.keys()):
             if self.corpora.hashes.get(path) != saved.data.get(path):
                 raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
@@ -163,20 +157,21 @@ class Checkpointer:
             raise ArtefactError(f"{saved.name}: was trained with other counts of its text than this lmtrain's")
         return saved
 
-    def _shared(self, read: Callable[[], LoadedCheckpoint | None]) -> LoadedCheckpoint | None:
-        """What rank 0 reads, in every process: the others may be on machines that don't see the run directory."""
+    def _read_and_share(self, read: Callable[[], LoadedCheckpoint | None]) -> LoadedCheckpoint | None:
+        """Read a checkpoint in rank 0 and give it to every process: others may be on machines that can't see the run
+        directory."""
         processes = self.processes
-        saved = processes.agree(lambda: read() if processes.rank == 0 else None, rank_0_first=True)
+        saved = processes.run_in_all(lambda: read() if processes.rank == 0 else None, rank_0_first=True)
         facts = None if saved is None else [saved.name, asdict(saved.state), saved.environment]
-        if (shared := processes.share(facts)) is None:
+        if (shared := processes.broadcast(facts)) is None:
             return None
         name, state, begun_in = shared
-        model = processes.share_tensors({} if saved is None else saved.model)
-        training = processes.share_tensors({} if saved is None else saved.training)
+        model = processes.broadcast_tensors({} if saved is None else saved.model)
+        training = processes.broadcast_tensors({} if saved is None else saved.training)
         return saved or LoadedCheckpoint(name, model, training, TrainingState.from_json(state), {}, begun_in, {})
 
-    def _set_random_state(self, saved: LoadedCheckpoint) -> None:
-        """This process's own, where it was saved; else one that no other process has."""
+    def _restore_random_state(self, saved: LoadedCheckpoint) -> None:
+        """Restore this process's random state; a rank that saved none gets a seed that no other process has."""
         rank = self.processes.rank
         if rank == 0:
             set_random_state(saved.training, self.device)
@@ -188,31 +183,32 @@ class Checkpointer:
             torch.manual_seed(seed_of(self.config.seed, saved.state.step, rank))
 
     def _load(self, saved: LoadedCheckpoint) -> None:
-        """Weights, their average and the optimizer as they were saved."""
-        own, averaged_steps = saved.model, saved.state.averaged_steps
+        """Load the weights, their average and the state of the optimizers."""
+        weights, averaged_steps = saved.model, saved.state.averaged_steps
         try:
             if averaged_steps is not None:
-                own = saved.model | part_of(saved.training, "weights")
-                self.averaging.load(saved.model, averaged_steps)
-            load_weights(self.model, own)
-            set_optimizer_tensors(self.optimizers, self.model, part_of(saved.training, "optimizer"))
-        except (KeyError, RuntimeError, TypeError):
+                weights = saved.model | part_of(saved.training, "weights")
+                self.step.averaging.load(saved.model, averaged_steps)
+            load_weights(self.model, weights)
+            set_optimizer_tensors(self.step.optimizers, self.model, part_of(saved.training, "optimizer"))
+        except (KeyError, RuntimeError, TypeError, ValueError):
             raise ArtefactError(f"{saved.name}/training.safetensors: not of this run") from None
 
     def roll_back(self, step: int, notify: Callable[[str], None]) -> None:
-        """Take up the weights, their average and the optimizer of a step that was saved; all else goes on."""
+        """Load the weights, their average and the optimizer state that were saved at a step; nothing else changes."""
 
         def read() -> LoadedCheckpoint | None:
             try:
                 return read_saved(self.run, self.config, self.corpora.tokenizer, step)
             except ArtefactError as error:
-                notify(f"warning: going on from the weights as they are: {error}")
+                notify(f"warning: continuing with the weights as they are: {error}")
                 return None
 
-        if (saved := self._shared(read)) is not None:
+        if (saved := self._read_and_share(read)) is not None:
             self._load(saved)
 
-    def _compare(self, begun_in: dict[str, Any], notify: Callable[[str], None]) -> None:
+    def _note_differences(self, begun_in: dict[str, Any], notify: Callable[[str], None]) -> None:
+        """Say what differs from the environment in which the run was begun."""
         here = environment(self.device, self.processes.world_size)
         for key in ("torch", "device", "num_threads", "processes"):
             if here[key] != begun_in.get(key):
@@ -223,7 +219,7 @@ class Checkpointer:
 
 
 def check_unchanged(saved: Config, config: Config) -> None:
-    """A resumed run goes on with the settings it was begun with."""
+    """Raise ConfigError with every key that differs from the run's own and may not change in a resume."""
     faults = []
     before, now = flatten_keys(saved.model_dump()), flatten_keys(config.model_dump())
     for key, value in now.items():
@@ -235,7 +231,7 @@ def check_unchanged(saved: Config, config: Config) -> None:
 
 
 def flatten_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model.cell": "lstm", ...}"""
+    """A nested configuration by dotted keys: {"model.cell": "lstm", ...}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

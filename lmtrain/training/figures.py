@@ -14,7 +14,7 @@ LossWeights = Mapping[Objective, float]
 
 
 def weighted_loss(tallies: Mapping[Objective, Tally], weights: LossWeights) -> float:
-    """The loss: each objective's nats per token, times its weight."""
+    """The loss that is reported: the sum over objectives of nats per token times the objective's weight."""
     return math.fsum(
         weight * tallies[objective].nats_per_token
         for objective, weight in weights.items()
@@ -24,28 +24,31 @@ def weighted_loss(tallies: Mapping[Objective, Tally], weights: LossWeights) -> f
 
 @dataclass
 class Window:
-    """What training has summed up since the last row of metrics; plain values, which a checkpoint keeps."""
+    """Sums over the training steps since the last row of metrics. They are plain values, which a checkpoint keeps."""
 
     tallies: dict[Objective, list[float]] = field(default_factory=dict)  # [nats, tokens]
-    places: int = 0  # tokens of the batches, padding counted
+    padded_tokens: int = 0  # of the batches, start and end tokens and padding included
     padding: int = 0
 
-    def add(self, nats: Mapping[Objective, float], events: Mapping[Objective, int], places: int, tokens: int) -> None:
-        """Add one optimizer step, whose batches had so many tokens, and so many places with padding counted."""
+    def add(
+        self, nats: Mapping[Objective, float], events: Mapping[Objective, int], padded_tokens: int, tokens: int
+    ) -> None:
+        """Add the figures of one optimizer step, see `StepFigures`."""
         for objective, value in nats.items():
             sums = self.tallies.setdefault(objective, [0.0, 0])
             sums[0] += value
             sums[1] += events[objective]
-        self.places += places
-        self.padding += places - tokens
+        self.padded_tokens += padded_tokens
+        self.padding += padded_tokens - tokens
 
     def figures(
         self, weights: LossWeights, rate: float, norm: float, elapsed_s: float, waited_s: float
     ) -> dict[str, float]:
-        """A row of training metrics; learning rate and gradient norm are those of the last step.
+        """A row of training metrics by tag.
 
         Args:
-            elapsed_s, waited_s: seconds the steps took, and how many of these they waited for batches.
+            rate, norm: learning rate and gradient norm of the last step.
+            elapsed_s, waited_s: seconds that the steps took, and how many of these they waited for batches.
         """
         tallies = {objective: Tally(nats, int(tokens)) for objective, (nats, tokens) in self.tallies.items()}
         return {
@@ -55,12 +58,12 @@ class Window:
             "train/grad_norm": norm,
             "train/tokens_per_second": tallies["forward"].tokens / max(1e-9, elapsed_s),
             "train/data_wait_fraction": waited_s / max(1e-9, elapsed_s),
-            "train/padding_fraction": self.padding / self.places,
+            "train/padding_fraction": self.padding / self.padded_tokens,
         }
 
 
 def validation_figures(result: Evaluation, weights: LossWeights) -> dict[str, float]:
-    """A row of validation metrics; the last two with two directions only."""
+    """A row of validation metrics by tag; the last two exist with two directions only."""
     figures = {"valid/loss": weighted_loss(result.tallies, weights), "valid/perplexity": result.perplexity}
     if "backward" in result.tallies:
         figures["valid/backward_perplexity"] = result.tallies["backward"].perplexity
@@ -69,5 +72,5 @@ def validation_figures(result: Evaluation, weights: LossWeights) -> dict[str, fl
 
 
 def describe_figures(figures: Mapping[str, float]) -> str:
-    """Validation metrics for people."""
+    """Validation metrics as a line for people."""
     return ", ".join(f"{tag.removeprefix('valid/').replace('_', ' ')} {value:.4f}" for tag, value in figures.items())

@@ -2,9 +2,9 @@
 
 Shapes: a matrix (m, n).
 
-PyTorch has this optimizer (`torch.optim.Muon`); it computes in bf16 whatever the machine, which is three times as slow
-where the processor has no bf16, and iterates on the matrix itself. Here it is the smaller square of products between
-its rows or columns that is iterated on, a quarter of the size where an LSTM's four gates stand above each other.
+PyTorch has this optimizer (`torch.optim.Muon`). It computes in bf16 on every machine, which is three times as slow
+where the processor has no bf16, and it iterates on the matrix itself. This one iterates on the smaller of the two
+squares of products between rows or columns: a quarter of the size where an LSTM's four gates stand above each other.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-ITERATIONS = 3  # of five, PyTorch's number, the last two change no figure here, and take their time
-LINEAR, CUBIC, QUINTIC = 3.4445, -4.7750, 2.0315  # steep at zero, and around 1 for all else
+ITERATIONS = 3  # PyTorch makes five; the last two change no figure here and take time
+LINEAR, CUBIC, QUINTIC = 3.4445, -4.7750, 2.0315  # steep at zero, and near 1 elsewhere
 
 
 class Muon(Optimizer):
-    """Nesterov momentum, each step of which is replaced by the nearest matrix with equal singular values.
+    """Nesterov momentum whose step is replaced by the nearest matrix with equal singular values.
 
-    So a step moves all directions of a matrix by the same amount, those of which the gradient says little as much as
-    the few that rule it. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
+    So a step moves a matrix by the same amount in every direction, also in those of which the gradient says little.
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
     Args:
-        groups: of matrices (m, n).
+        groups: parameter groups of matrices (m, n).
         lr: length of a step along each direction; times sqrt(m / n) for a matrix that is taller than wide.
-        momentum: what each step keeps of the gradients before it.
-        weight_decay: share of a weight that a learning rate of 1 would take off, apart from the gradient.
+        momentum: the factor by which each step multiplies the average of earlier gradients.
+        weight_decay: the fraction of a weight that a step with a learning rate of 1 would remove.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for matrix in group["params"]:
@@ -57,10 +57,11 @@ class Muon(Optimizer):
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """U S V -> about U V: singular values between 0.6 and 1.2 for all but the smallest, which grow some 40 times.
+    """A matrix (m, n) with singular value decomposition U S V -> about U V, (m, n).
 
-    An odd polynomial of X, applied again and again, drives singular values to 1: X <- a X + b X X'X + c X (X'X)^2. As
-    every factor is a polynomial of X'X, they commute, and all of them can be had from X'X alone:
+    Its singular values are between 0.6 and 1.2, except for the smallest, which grow some 40 times. An odd polynomial of
+    X, applied repeatedly, drives singular values to 1: X <- a X + b X X'X + c X (X'X)^2. Every factor is a polynomial
+    of X'X, so the factors commute, and all of them can be computed from X'X alone:
 
         P_k = a + b A_k + c A_k^2,   A_(k+1) = P_k A_k P_k,   A_0 = X'X,   result = X P_0 P_1 P_2
     """

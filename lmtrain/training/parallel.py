@@ -1,8 +1,8 @@
-"""The gradient of a step, summed over the processes that train together, while it is still being computed.
+"""The gradient of a step, summed over the processes that train together while it is still being computed.
 
 PyTorch's `DistributedDataParallel` (Li et al. 2020, https://arxiv.org/abs/2006.15704) sums the gradients of some
-megabytes of weights at a time, as soon as they are there. A loss is a sum of nats divided once by the number of tokens
-of all processes, so gradients are summed, not averaged.
+megabytes of weights at a time, as soon as they are computed. The loss is a sum of nats divided once by the number of
+tokens of all processes, so gradients are summed, not averaged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lmtrain.system.processes import SingleProcess
 
 
 class _Loss(nn.Module):
-    """A model whose forward pass is its loss, as `DistributedDataParallel` wants it."""
+    """A model whose forward pass is its loss, as `DistributedDataParallel` needs it."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -35,17 +35,17 @@ class _Loss(nn.Module):
 
 
 class Gradients:
-    """Forward and backward passes of one process, their gradients summed over all."""
+    """Forward and backward passes of one process, whose gradients are summed over all processes."""
 
     def __init__(self, model: LanguageModel, processes: SingleProcess) -> None:
         self.model, self.processes = model, processes
-        self.complete_s = 0.0  # when this process had its part of the last gradient, by `time.perf_counter`
+        self.complete_s = 0.0  # when this process had computed its last gradient, by `time.perf_counter`
         self._loss, self._parallel = _Loss(model), None
-        if not processes.together:
+        if not processes.under_torchrun:
             return
         from torch.nn.parallel import DistributedDataParallel
 
-        # DistributedDataParallel sums sparse gradients with gloo alone: `_sum_sparse` does it
+        # DistributedDataParallel sums sparse gradients with gloo only, so `_sum_sparse` does it
         self._sparse = [
             *model.ngram_embeddings.parameters(),
             *([model.embedding.weight] if model.embedding.sparse else []),
@@ -72,12 +72,12 @@ class Gradients:
         precision: AbstractContextManager[Any],
         last: bool,
     ) -> Losses:
-        """Add the gradient of a batch to what is there.
+        """Add the gradient of a batch to the gradients of the weights.
 
         Args:
-            weights, state: as `LanguageModel.loss`.
-            precision: in which its matrix products run.
-            last: of a step; gradients of other batches stay with this process until then.
+            weights, state: as for `LanguageModel.loss`.
+            precision: the context in which the matrix products run.
+            last: whether this is the last batch of the step; only then are gradients summed over the processes.
         """
         run = self._loss if self._parallel is None else self._parallel
         alone = nullcontext() if self._parallel is None or last else self._parallel.no_sync()
@@ -93,14 +93,14 @@ class Gradients:
         return losses
 
     def _sum_sparse(self) -> None:
-        """What `DistributedDataParallel` has been told to leave: rows of vectors, other ones in each process."""
+        """Sum the sparse gradients, which `DistributedDataParallel` leaves out: each process has other rows of them."""
         for weight in self._sparse:
             assert weight.grad is not None
             gradient = weight.grad.coalesce()
             indices, values = gradient.indices(), gradient.values()
             longest = int(max(count for (count,) in self.processes.gather([len(values)])))
             padding = longest - len(values)
-            all_indices = self._gathered(nn.functional.pad(indices, (0, padding)))  # to the first row, 0 is added
+            all_indices = self._gathered(nn.functional.pad(indices, (0, padding)))  # padding adds 0 to the first row
             all_values = self._gathered(nn.functional.pad(values, (0, 0, 0, padding)))
             weight.grad = torch.sparse_coo_tensor(torch.cat(all_indices, 1), torch.cat(all_values), weight.shape)
 
@@ -111,9 +111,9 @@ class Gradients:
         return parts
 
     def warm_up(self, batch: Batch, precision: AbstractContextManager[Any]) -> None:
-        """Pass once over a batch for nothing: after its first pass DistributedDataParallel lays out anew what it sums
-        together, by the order in which gradients come. Sums of three and more depend on that layout in their last
-        digits, and a resumed run should have them as if it had never been stopped."""
+        """Pass once over a batch without using the result. After its first pass DistributedDataParallel groups the
+        gradients anew, by the order in which they come; sums over three processes and more depend on the groups in
+        their last digits, and a resumed run must have the same sums as one that was never stopped."""
         if self._parallel is None:
             return
         device = self.model.embedding.weight.device

@@ -1,4 +1,4 @@
-"""What a run keeps to go on as if it had never been stopped, and how it is judged before anything goes on from it."""
+"""The state of a training run in a checkpoint, and the checks that a checkpoint passes before a run is restored."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from lmtrain.config import Config
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError
 from lmtrain.runs import checkpoint
-from lmtrain.runs.checkpoint import NewerFormatError, TensorSpec
-from lmtrain.runs.directory import RunDirectory, check_tokenizer
-from lmtrain.runs.weights import check_finite, check_weights, weight_specs
+from lmtrain.runs.checkpoint import TRAINING_FILE, TensorSpec
+from lmtrain.runs.directory import RunDirectory
+from lmtrain.runs.loading import read_weights
+from lmtrain.runs.weights import check_finite, weight_specs
 from lmtrain.training.figures import Window
 
 FACTS = TypeAdapter(tuple[dict[str, int], dict[str, Any], dict[str, str]])
@@ -26,7 +27,7 @@ LARGEST_RANDOM_STATE = 1 << 16  # bytes; PyTorch's are some 5,000
 
 @dataclass
 class TrainingState:
-    """Where a run stands; with weights, optimizer and random state this is all that a resume needs."""
+    """The counters of a run. With weights, optimizer and random state they are all that a resume needs."""
 
     step: int = 0
     epoch: int = 0
@@ -36,8 +37,8 @@ class TrainingState:
     best_figures: dict[str, float] = field(default_factory=dict)
     bad_validations: int = 0
     validation_losses: list[float] = field(default_factory=list)  # while averaging waits for its trigger
-    stale_validations: int = 0  # since the best one, the last cut or the last rollback
-    cut: float = 1.0  # what plateau has left of the learning rate
+    stale_validations: int = 0  # since the best one, or since plateau last cut the learning rate
+    cut: float = 1.0  # the factor that plateau's cuts have left of the learning rate
     averaged_steps: int | None = None  # None: there is no average
     validated_step: int = 0
     elapsed_s: float = 0.0
@@ -47,7 +48,7 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, state: Any) -> TrainingState:
-        """Out of a checkpoint's state.json; raises ValueError where it is not a state."""
+        """Read the state out of a checkpoint's state.json; raises ValueError where it is not one."""
         found = TypeAdapter(cls).validate_python(state)
         whole = (found.step, found.epoch, found.next_batch, found.best_step or 0)
         if min(whole) < 0 or found.precision not in ("fp32", "bf16"):
@@ -56,7 +57,7 @@ class TrainingState:
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A checkpoint that is whole and of this run."""
+    """A checkpoint that is whole and belongs to this run."""
 
     name: str
     model: dict[str, Tensor]
@@ -68,40 +69,20 @@ class LoadedCheckpoint(NamedTuple):
     counts: Any = None  # SHA-256 of the run's counted n-grams
 
 
-def newest_whole(
-    run: RunDirectory, config: Config, tokenizer: Tokenizer, problems: list[str]
-) -> LoadedCheckpoint | None:
-    """The newest checkpoint that is whole and of this run; what is wrong with newer ones goes to `problems`.
-
-    Raises:
-        NewerFormatError: one that a later lmtrain wrote.
-    """
-    for step in checkpoint.steps(run.checkpoints):
-        try:
-            return read_saved(run, config, tokenizer, step)
-        except NewerFormatError:
-            raise
-        except ArtefactError as error:
-            problems.extend(error.faults)
-    return None
-
-
 def read_saved(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: int) -> LoadedCheckpoint:
-    """Read a checkpoint; its tensors are held against the configuration before their memory is taken.
+    """Read a checkpoint. Its tensors are compared with the configuration before memory is taken for them.
 
     Raises:
         ArtefactError: damaged, or not of this run.
     """
-    home = str(checkpoint.home_of(run.checkpoints, step))
-    kinds, wanted = checkpoint.read_headers(run.checkpoints, step), weight_specs(config, tokenizer.vocab_size)
-    check_weights(kinds["model.safetensors"], wanted, f"{home}/model.safetensors")
-    for name, kind in kinds["training.safetensors"].items():
-        if not _belongs(name, kind, wanted, config):
+    home = str(checkpoint.directory_of(run.checkpoints, step))
+    wanted = weight_specs(config, tokenizer.vocab_size)
+    saved = read_weights(run, tokenizer, step, wanted)
+    for name, spec in checkpoint.read_headers(run.checkpoints, step, (TRAINING_FILE,))[TRAINING_FILE].items():
+        if not _belongs(name, spec, wanted, config):
             raise ArtefactError(f"{home}/training.safetensors: tensor {name[:100]!r} is not of this run")
-    saved = checkpoint.load(run.checkpoints, step)
-    check_finite(saved.model, f"{home}/model.safetensors")
-    check_finite(part_of(saved.training, "weights"), f"{home}/training.safetensors")
-    check_tokenizer(tokenizer, saved.state, home)
+    training = checkpoint.load(run.checkpoints, step, (TRAINING_FILE,)).training
+    check_finite(part_of(training, "weights"), f"{home}/{TRAINING_FILE}")
     try:
         state = TrainingState.from_json(saved.state["training"])
         lengths, begun_in, data = FACTS.validate_python([saved.state[k] for k in ("lengths", "environment", "data")])
@@ -109,35 +90,29 @@ def read_saved(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: in
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise ArtefactError(f"{home}/state.json: not a training state") from None
-    return LoadedCheckpoint(
-        home, saved.model, saved.training, state, lengths, begun_in, data, saved.state.get("counts")
-    )
+    counts = saved.state.get("counts")
+    return LoadedCheckpoint(home, saved.model, training, state, lengths, begun_in, data, counts)
 
 
-def _belongs(name: str, kind: TensorSpec, wanted: Mapping[str, TensorSpec], config: Config) -> bool:
+def _belongs(name: str, spec: TensorSpec, wanted: Mapping[str, TensorSpec], config: Config) -> bool:
     """Whether a tensor may be part of what this training keeps."""
     part, _, rest = name.partition("/")
     match part:
         case "weights":
-            return kind == wanted.get(rest)
-        case "optimizer":
-            weight = wanted.get(rest.partition("/")[2])
-            return weight is not None and (kind.shape == weight.shape or prod(kind.shape) == 1)
+            return spec == wanted.get(rest)
+        case "optimizer":  # of any shape: `set_optimizer_tensors` knows what its optimizers make
+            return rest.partition("/")[2] in wanted
         case "carried":
             model, rows = config.model, config.batching.batch_size
-            widest = (
-                max(model.layer_sizes or [model.hidden_size])
-                + max(model.ngram_embeddings or [0])
-                + (model.ngram_counts or 0)
-            )
-            place = re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
-            return place and len(kind.shape) == 2 and kind.shape[0] == rows and kind.shape[1] <= widest
+            sizes = [*(model.layer_sizes or [model.hidden_size]), *model.ngram_embeddings, model.ngram_counts or 0]
+            known = re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
+            return known and len(spec.shape) == 2 and spec.shape[0] == rows and spec.shape[1] <= max(sizes)
         case _:
             random = part in ("cpu", "cuda") and re.fullmatch("[0-9]{0,6}", rest) is not None  # of each process
-            return random and kind.dtype == "U8" and prod(kind.shape) <= LARGEST_RANDOM_STATE
+            return random and spec.dtype == "U8" and prod(spec.shape) <= LARGEST_RANDOM_STATE
 
 
 def part_of(training: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of one part of what training keeps."""
+    """The tensors of one part of a checkpoint's training.safetensors."""
     prefix = f"{name}/"
     return {key.removeprefix(prefix): value for key, value in training.items() if key.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl` in full precision, and the same tags in TensorBoard."""
+"""The metric files of a run: `metrics.jsonl` in full precision, and the same tags in TensorBoard."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Lengths = dict[str, int]  # bytes of each metric file
 
 
 class Tracker:
-    """The metric files of a run. Resumed, they are first cut back to where the checkpoint left them.
+    """The metric files of a run. In a resume they are first cut back to where they ended at the checkpoint.
 
     Args:
-        lengths: of the files at the checkpoint; files it does not name are of steps that will come again.
+        lengths: bytes of each file at the checkpoint; files that it does not name hold steps that will be repeated.
 
     Raises:
         StorageError: here or later, `metrics.jsonl` can't be written.
@@ -56,11 +56,11 @@ class Tracker:
 
     def _fault(self, error: OSError) -> StorageError:
         return StorageError(
-            f"{self.run / METRICS}: {reason_of(error)}; the checkpoints are whole: mend that, and --resume goes on"
+            f"{self.run / METRICS}: {reason_of(error)}; the checkpoints are whole: repair that, and --resume continues"
         )
 
     def log(self, step: int, epoch: float, values: Mapping[str, Any]) -> None:
-        """One row: numbers by tag, and under `samples` what the model wrote."""
+        """Write one row: numbers by tag, and under `samples` what the model wrote."""
         row = {"step": step, "epoch": epoch, **values}
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         try:
@@ -82,7 +82,7 @@ class Tracker:
             self.board.write(step, summaries)
 
     def histograms(self, step: int, model: nn.Module) -> None:
-        """The distribution of every weight."""
+        """Write the distribution of every weight."""
         for name, parameter in model.named_parameters():
             self._on_board(partial(self._add_histogram, name, parameter.detach(), step))
 
@@ -91,21 +91,23 @@ class Tracker:
             self.board.write(step, [histogram(name, values.cpu().numpy(), HISTOGRAM_BINS)])
 
     def hyperparameters(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
-        """The run's settings beside what it reached, for TensorBoard's HPARAMS page."""
+        """Write the run's settings and its figures for TensorBoard's HPARAMS page."""
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings.items()}
         if self.board is not None:
             self._on_board(partial(self.board.write, 0, hparams(plain, dict(figures))))
 
     def _on_board(self, action: Callable[[], object]) -> None:
-        """TensorBoard is a convenience: where it can't be written, training goes on without, and says so once."""
+        """Write to TensorBoard's file. Where it can't be written, training continues without it and says so once."""
         try:
             action()
         except OSError as error:
             self.board = None
-            self.notify(f"warning: TensorBoard's file can not be written ({error.strerror}); going on without it")
+            self.notify(
+                f"warning: TensorBoard's file can't be written ({error.strerror}); training continues without it"
+            )
 
     def lengths(self) -> Lengths:
-        """Bytes of each metric file; the rows are on the disk itself."""
+        """Bytes of each metric file, once all rows are on the disk itself."""
         try:
             self.metrics.flush()
             os.fsync(self.metrics.fileno())
@@ -114,14 +116,14 @@ class Tracker:
             raise self._fault(error) from None
 
     def close(self) -> None:
-        with suppress(OSError):  # what could not be written has been told
+        with suppress(OSError):  # what could not be written was reported before
             self.metrics.close()
         if self.board is not None:
             self._on_board(self.board.close)
 
 
 class NullTracker(Tracker):
-    """What a process writes that is not the first of those that train together: nothing."""
+    """Writes nothing: the tracker of every process but the first of those that train together."""
 
     def __init__(self) -> None: ...
 
@@ -138,21 +140,21 @@ class NullTracker(Tracker):
 
 
 class Board:
-    """TensorBoard's event file. PyTorch's writer has a thread of its own, whose faults come too late and unasked.
+    """TensorBoard's event file. PyTorch's writer is not used: its thread reports faults late, and out of place.
 
     Raises:
         OSError: here or later, it can't be written.
     """
 
     def __init__(self, run: Path) -> None:
-        now_ns = time.time_ns()  # two runs of a second must not meet
+        now_ns = time.time_ns()  # two runs of one second need different names
         name = f"{EVENTS.removesuffix('*')}.{now_ns // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
         self.handle = open(run / f"{name}.{now_ns % 10**9:09d}", "xb")  # noqa: SIM115  # until `close`
         self.records = RecordWriter(self.handle)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, step: int, summaries: Iterable[Any]) -> None:
-        """Add summaries, as `torch.utils.tensorboard.summary` makes them."""
+        """Write summaries that `torch.utils.tensorboard.summary` has made."""
         for summary in summaries:
             self._write(Event(wall_time=time.time(), step=step, summary=summary))
         self.handle.flush()

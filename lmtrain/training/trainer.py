@@ -1,7 +1,7 @@
-"""The training loop: epochs, steps, validation, saving, stopping.
+"""The training loop: epochs, steps, validation, saving, stopping. One step is in `step.py`.
 
-One optimizer step takes `accumulate` batches. All of it is a function of the state after the step before, so a run
-that is stopped anywhere and resumed goes on bit for bit as if nothing had happened.
+Each step depends only on the state after the step before, so a run that is stopped anywhere and resumed continues bit
+for bit as if it had never been stopped.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from pathlib import Path
 import torch
 
 from lmtrain.config import Config
-from lmtrain.data.batches.loader import BatchLoader, RankBatch, RankShard, TrainingBatches
+from lmtrain.data.batches.loader import BatchLoader, RankShard, StepBatches, TrainingBatches
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
-from lmtrain.model.objectives import count_events
-from lmtrain.model.states import CarriedState
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
 from lmtrain.runs.ngram_counts import count_text
@@ -27,41 +25,34 @@ from lmtrain.runs.weights import build_model
 from lmtrain.system.device import autocast, choose_precision, seed_of
 from lmtrain.system.processes import SingleProcess
 from lmtrain.system.progress import Progress
-from lmtrain.training.averaging import Averaging
-from lmtrain.training.checkpointer import Checkpointer, Restored, flatten_keys
+from lmtrain.training.checkpointer import Checkpointer, flatten_keys
 from lmtrain.training.figures import Window, describe_figures
-from lmtrain.training.optimization import (
-    build_optimizers,
-    clip_gradient,
-    learning_rate,
-    optimizer_step,
-    set_learning_rate,
-)
-from lmtrain.training.parallel import Gradients
+from lmtrain.training.optimization import learning_rate
 from lmtrain.training.state import TrainingState
+from lmtrain.training.step import StepFigures, TrainingStep
 from lmtrain.training.tracking import NullTracker, Tracker
 from lmtrain.training.validation import Validation, stalled
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run came to."""
+    """What `train` returns."""
 
     run: Path
     step: int
-    figures: dict[str, float]  # by tag: of the best validation; without a validation set the last of training
+    figures: dict[str, float]  # by tag: of the best validation; without a validation set of the last training steps
     best_step: int | None
 
 
 class Trainer:
-    """One run on its way, from a fresh start or from its last good checkpoint."""
+    """One training run, from a fresh start or from its last good checkpoint to its end."""
 
     def __init__(
         self,
         config: Config,
         run: RunDirectory,
         corpora: Corpora,
-        reading: TrainingBatches,
+        batches: TrainingBatches,
         device: torch.device,
         progress: Progress,
         start_s: float,
@@ -69,75 +60,70 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.corpora = config, run, corpora
         self.device, self.progress, self.start_s, self.processes = device, progress, start_s, processes
-        tokenizer = corpora.tokenizer
-        columns = reading.columns
-        share = RankShard(processes.rank, processes.world_size, columns)
         torch.manual_seed(config.seed)
-        self.model = build_model(config, tokenizer.vocab_size)
+        self.model = build_model(config, corpora.tokenizer.vocab_size)
         if config.model.ngram_counts is not None:
             progress.note(f"counting n-grams of up to {config.model.ngram_counts} tokens")
-        counts = processes.agree(lambda: count_text(config, corpora.train, tokenizer))
+        counts = processes.run_in_all(lambda: count_text(config, corpora.train, corpora.tokenizer))
         if counts is not None:
             self.model.load_counts(counts)
         self.model.to(device)
-        if processes.rank:  # equal weights, but dropout of its own
+        if processes.rank:  # the weights are equal, but each process draws a dropout of its own
             torch.manual_seed(seed_of(config.seed, 0, processes.rank))
-        optimizer = config.optimizer
-        self.optimizers = build_optimizers(
-            self.model,
-            name=optimizer.name,
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-            muon_lr_scale=optimizer.muon_lr_scale,
-            ngram_lr_scale=optimizer.ngram_lr_scale,
-        )
-        weight_of = config.training.loss_weights.model_dump()
-        self.loss_weights = {objective: weight_of[objective] for objective in self.model.objectives}
-        self.validation = Validation(config, corpora, self.model, self.loss_weights, processes)
-        self.averaging = Averaging(self.model, name=config.averaging.name, decay=config.averaging.decay)
-        self.carried = None if columns is None else CarriedState(columns // processes.world_size)
-        self.saves = Checkpointer(
-            run, self.model, self.optimizers, device, corpora, config, self.averaging, self.carried, processes, counts
-        )
-        restored = self.saves.restore(progress.note)
-        self.saves.keep_counts()
-        self.state, lengths, self.begun_in = restored or self._begin()
-        self.tracker = NullTracker() if processes.rank else Tracker(run.path, lengths, progress.note)
-        place = self.state.epoch, self.state.next_batch
-        self.feed = BatchLoader(reading, tokenizer.pad_id, config.training.accumulate, *place, share)
-        coming = self.feed.peek()
-        self.epoch_batches = coming.epoch_batches
-        self.gradients = Gradients(self.model, processes)
-        self.gradients.warm_up(coming.batches[0].batch, autocast(self.state.precision, device))
-        self.feed.waited_s = self.ranks_waited_s = 0.0  # what the start took is no wait
+        self.step = TrainingStep(config, self.model, batches.columns, processes, self._synchronise)
+        self.validation = Validation(config, corpora, self.model, self.step.loss_weights, processes)
+        self.checkpointer = Checkpointer(run, self.step, corpora, config, processes, counts)
+        self._restore_or_begin()
+        self.checkpointer.write_counts()
+        self.step.precision = self.state.precision
+        self._open_loader(batches)
         self.window_start_s = time.monotonic()
         self.figures: dict[str, float] = {}
-        count = sum(parameter.numel() for parameter in self.model.parameters())
-        progress.note(
-            f"run {run.path}: {count:,} weights, vocabulary {tokenizer.vocab_size:,}, "
-            f"{len(reading.source):,} {'sequences' if columns is None else 'columns'}, "
-            f"{self.epoch_batches:,} batches an epoch, {device.type}, {self.state.precision}"
-            f"{f', {processes.world_size} processes' if processes.together else ''}"
-        )
-        if self._steps() < 2 * config.schedule.warmup_steps:
-            progress.note(
-                f"note: {self._steps()} steps in all, {config.schedule.warmup_steps} of warm-up; "
-                "lower schedule.warmup_steps, or train longer"
-            )
+        self._note_start(batches)
 
-    def _begin(self) -> Restored:
-        chosen = choose_precision(self.config.training.precision, self.device, self.config.model.hidden_size)
-        precision, why = self.processes.share(chosen)
-        self.progress.note(f"precision {precision}: {why}")
-        begun_in = {
-            **environment(self.device, self.processes.world_size, self.processes.launch),
-            "precision": precision,
-            "precision_because": why,
-        }
-        if self.processes.rank == 0:
-            self.run.write_environment(begun_in)
-        return Restored(TrainingState(precision=precision), {}, begun_in)
+    def _restore_or_begin(self) -> None:
+        """Take up the last good checkpoint, or note the environment in which a new run begins."""
+        restored, rank = self.checkpointer.restore(self.progress.note), self.processes.rank
+        lengths = {} if restored is None else restored.lengths
+        if restored is not None:
+            self.state, self.begun_in = restored.state, restored.environment
+        else:
+            chosen = choose_precision(self.config.training.precision, self.device, self.config.model.hidden_size)
+            precision, why = self.processes.broadcast(chosen)
+            self.progress.note(f"precision {precision}: {why}")
+            self.state = TrainingState(precision=precision)
+            self.begun_in = {
+                **environment(self.device, self.processes.world_size, self.processes.launch),
+                "precision": precision,
+                "precision_because": why,
+            }
+            if rank == 0:
+                self.run.write_environment(self.begun_in)
+        self.tracker = NullTracker() if rank else Tracker(self.run.path, lengths, self.progress.note)
+
+    def _open_loader(self, batches: TrainingBatches) -> None:
+        """Begin to load batches where the state stands, and have several processes ready to train on them."""
+        shard = RankShard(self.processes.rank, self.processes.world_size, batches.columns)
+        accumulate, pad_id = self.config.training.accumulate, self.corpora.tokenizer.pad_id
+        self.loader = BatchLoader(batches, pad_id, accumulate, self.state.epoch, self.state.next_batch, shard)
+        first = self.loader.peek()
+        self.epoch_batches = first.epoch_batches
+        self.step.warm_up(first.batches[0])
+        self.loader.waited_s = self.rank_wait_s = 0.0  # the start does not count as waiting
+
+    def _note_start(self, batches: TrainingBatches) -> None:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        self.progress.note(
+            f"run {self.run.path}: {count:,} weights, vocabulary {self.corpora.tokenizer.vocab_size:,}, "
+            f"{len(batches.source):,} {'sequences' if batches.columns is None else 'columns'}, "
+            f"{self.epoch_batches:,} batches an epoch, {self.device.type}, {self.state.precision}"
+            f"{f', {self.processes.world_size} processes' if self.processes.under_torchrun else ''}"
+        )
+        warmup = self.config.schedule.warmup_steps
+        if self._steps() < 2 * warmup:
+            self.progress.note(
+                f"note: {self._steps()} steps in all, {warmup} of warm-up; lower schedule.warmup_steps, or train longer"
+            )
 
     # ---- the loop
 
@@ -152,20 +138,21 @@ class Trainer:
             return self._result()
         self.state.finished = False
         while not self._ended():
-            self._step()
-            state, logging = self.state, self.config.logging
-            if state.step % logging.every_steps == 0:
+            batches = self.loader.take()
+            figures = self.step(batches.batches, self._learning_rate(batches), self.state.step + 1)
+            self._count(batches, figures)
+            if self.state.step % self.config.logging.every_steps == 0:
                 self._log_window()
-            self.progress.update(state.step, self._progress(), self.figures)
+            self.progress.update(self.state.step, self._progress(), self.figures)
             improved = self._validate() if self._validation_due() else False
-            stop = self.signalled is not None or state.step == stop_at_step
+            stop = self.signalled is not None or self.state.step == stop_at_step
             if improved or stop or self._save_due():
                 self._save()
             if self.signalled is not None:
                 raise StoppedError(
                     self.signalled,
-                    f"stopped at step {state.step} by {signal.Signals(self.signalled).name}; the state is saved: "
-                    f"lmtrain train {self.run.path}/config.yaml --run-dir {self.run.path} --resume goes on",
+                    f"stopped at step {self.state.step} by {signal.Signals(self.signalled).name}; the state is saved: "
+                    f"lmtrain train {self.run.path}/config.yaml --run-dir {self.run.path} --resume continues",
                 )
             if stop:
                 return self._result()
@@ -181,22 +168,22 @@ class Trainer:
         )
 
     def _synchronise(self, *values: float) -> list[list[float]]:
-        """Bring all processes to one view: of the time that has been worked on this run (rank 0's), of a signal that
-        came to any of them, and of each one's values, by rank."""
+        """Give all processes one view of the time spent on this run (rank 0's), of a signal that reached any of them,
+        and of each one's values; returns the values by rank."""
         elapsed_s = self.elapsed_before_s + time.monotonic() - self.start_s
-        met = self.processes.gather([elapsed_s, self.stopped_by[0] if self.stopped_by else 0, *values])
-        self.met_s = time.perf_counter()
-        self.elapsed_s = met[0][0]
-        self.signalled = next((int(signal_number) for _, signal_number, *_ in met if signal_number), None)
-        return [own for _, _, *own in met]
+        by_rank = self.processes.gather([elapsed_s, self.stopped_by[0] if self.stopped_by else 0, *values])
+        self.step.synchronised_s = time.perf_counter()
+        self.elapsed_s = by_rank[0][0]
+        self.signalled = next((int(signal_number) for _, signal_number, *_ in by_rank if signal_number), None)
+        return [values for _, _, *values in by_rank]
 
     def _progress(self) -> float:
-        """Share of the training that is done: of its steps, or of its time budget if more of that is used up."""
+        """The fraction of the training that is done: of its steps, or of its time budget if that is further."""
         training = self.config.training
-        share = self.state.step / self._steps()
+        done = self.state.step / self._steps()
         if training.max_minutes is not None:
-            share = max(share, self.elapsed_s / (60 * training.max_minutes))
-        return min(1.0, share)
+            done = max(done, self.elapsed_s / (60 * training.max_minutes))
+        return min(1.0, done)
 
     def _steps(self) -> float:
         """Optimizer steps until the configured end, patience and time budget aside."""
@@ -204,57 +191,9 @@ class Trainer:
         steps_an_epoch = -(-self.epoch_batches // training.accumulate)
         return min(training.max_epochs * steps_an_epoch, training.max_steps or math.inf)
 
-    def _step(self) -> None:
-        """One optimizer step. Nats are summed over all its batches and divided once by the number of events."""
-        state, optimizer = self.state, self.config.optimizer
-        group = self.feed.take()
-        assert (group.epoch, group.end) == (state.epoch, state.next_batch + len(group.batches))
-        batches = group.batches
-        counted = [count_events(dealt.rows, dealt.tokens) for dealt in batches]
-        events = {objective: sum(part[objective] for part in counted) for objective in self.loss_weights}
-        rate = self._learning_rate(batches)
-        set_learning_rate(self.optimizers, rate)
-        own, places = dict.fromkeys(self.loss_weights, 0.0), 0
-        weights = {name: weight / max(1, events[name]) for name, weight in self.loss_weights.items()}
-        for number, (batch, _, _, _, idle) in enumerate(batches, 1):
-            carried = None if idle else self.carried
-            before = None if carried is None else carried.of(batch.order)
-            precision, last = autocast(state.precision, self.device), number == len(batches)
-            losses = self.gradients.add(
-                batch, dict.fromkeys(weights, 0.0) if idle else weights, before, precision, last
-            )
-            if carried is not None:
-                carried.put(batch.order, losses.state)
-            if not idle:
-                places += batch.tokens.numel()
-                for objective, part in losses.parts.items():
-                    own[objective] += float(part.nats)
-        met = self._synchronise(self.gradients.complete_s - self.met_s, places, *own.values())
-        busy_s, all_places, *all_nats = zip(*met, strict=True)
-        self.ranks_waited_s += max(busy_s) - sum(busy_s) / len(busy_s)
-        nats = dict(zip(own, map(math.fsum, all_nats), strict=True))
-        norm = clip_gradient(self.model.parameters(), optimizer.clip_grad_norm)
-        if not math.isfinite(norm) or not all(map(math.isfinite, nats.values())):
-            raise DivergedError(
-                f"step {state.step + 1}: the loss or its gradient is not finite (learning rate {rate:g}, gradient norm "
-                f"{norm:g}); try a lower optimizer.lr, a longer schedule.warmup_steps or a smaller "
-                "optimizer.clip_grad_norm; the weights saved last are sound"
-            )
-        optimizer_step(self.optimizers)
-        self.averaging.update()
-        self.last_norm, self.last_rate = norm, rate
-        state.window.add(nats, events, int(sum(all_places)), sum(dealt.tokens for dealt in batches))
-        state.step += 1
-        state.next_batch = group.end
-        if group.ends_epoch:
-            state.epoch, state.next_batch = state.epoch + 1, 0
-            if self.carried is not None:
-                self.carried.clear()  # the text begins anew
-            if not self._ended():
-                self.epoch_batches = self.feed.peek().epoch_batches
-
-    def _learning_rate(self, batches: list[RankBatch]) -> float:
-        """Of the coming step; in proportion to the length of chunks, where that is drawn, as Merity et al. have it."""
+    def _learning_rate(self, batches: StepBatches) -> float:
+        """Learning rate of the next step. With random chunk lengths it is scaled by the chunk's length (Merity et al.
+        2018, https://arxiv.org/abs/1708.02182)."""
         schedule, batching = self.config.schedule, self.config.batching
         rate = learning_rate(
             self.state.step,
@@ -268,23 +207,37 @@ class Trainer:
             cut=self.state.cut,
         )
         if batching.random_bptt:
-            rate *= sum(dealt.longest - 1 for dealt in batches) / (len(batches) * batching.bptt)
+            rate *= sum(each.longest - 1 for each in batches.batches) / (len(batches.batches) * batching.bptt)
         return rate
 
-    # ---- what is reported
+    def _count(self, batches: StepBatches, figures: StepFigures) -> None:
+        """Move the counters of the run past a step that is done."""
+        state = self.state
+        assert (batches.epoch, batches.end) == (state.epoch, state.next_batch + len(batches.batches))
+        self.last, self.rank_wait_s = figures, self.rank_wait_s + figures.rank_wait_s
+        state.window.add(figures.nats, figures.events, figures.padded_tokens, figures.tokens)
+        state.step += 1
+        state.next_batch = batches.end
+        if batches.ends_epoch:
+            state.epoch, state.next_batch = state.epoch + 1, 0
+            self.step.end_epoch()
+            if not self._ended():
+                self.epoch_batches = self.loader.peek().epoch_batches
+
+    # ---- figures and validation
 
     def _log_window(self) -> None:
-        """A row of training metrics over the steps since the last one."""
+        """Write a row of training metrics over the steps since the last one."""
         now_s = time.monotonic()
         elapsed_s = now_s - self.window_start_s
         self.figures = self.state.window.figures(
-            self.loss_weights, self.last_rate, self.last_norm, elapsed_s, self.feed.waited_s
+            self.step.loss_weights, self.last.learning_rate, self.last.gradient_norm, elapsed_s, self.loader.waited_s
         )
-        if self.processes.together and self.device.type == "cpu":  # on CUDA passes are only begun here
-            self.figures["train/rank_wait_fraction"] = self.ranks_waited_s / max(1e-9, elapsed_s)
+        if self.processes.under_torchrun and self.device.type == "cpu":  # on CUDA, passes are only queued here
+            self.figures["train/rank_wait_fraction"] = self.rank_wait_s / max(1e-9, elapsed_s)
         self.tracker.log(self.state.step, self._epoch(), self.figures)
         self.state.window, self.window_start_s = Window(), now_s
-        self.feed.waited_s = self.ranks_waited_s = 0.0
+        self.loader.waited_s = self.rank_wait_s = 0.0
 
     def _epoch(self) -> float:
         return self.state.epoch + self.state.next_batch / self.epoch_batches
@@ -294,12 +247,12 @@ class Trainer:
         return self.state.next_batch == 0 if every is None else self.state.step % every == 0
 
     def _validate(self) -> bool:
-        """Validate, let the model write, and log both; True where the loss is the best so far."""
+        """Validate, let the model write samples, and log both; True where the loss is the best so far."""
         started_s = time.monotonic()
         state, improved = self.state, False
         state.validated_step = state.step
         self.model.eval()
-        with self.averaging.applied():
+        with self.step.averaging.applied():
             with autocast(state.precision, self.device):
                 values = self.validation.figures()
             samples = [] if self.processes.rank else self.validation.samples()
@@ -310,16 +263,15 @@ class Trainer:
             loss = values["valid/loss"]
             if not math.isfinite(loss):
                 raise DivergedError(
-                    f"step {state.step}: the validation loss is not finite (learning rate {self.last_rate:g}); "
-                    "try a lower optimizer.lr; the weights saved last are sound"
+                    f"step {state.step}: the validation loss is not finite (learning rate "
+                    f"{self.last.learning_rate:g}); try a lower optimizer.lr; the weights saved last are sound"
                 )
             improved = state.best_loss is None or loss < state.best_loss
             if improved:
                 state.best_loss, state.best_step, state.best_figures = loss, state.step, values
             state.bad_validations = 0 if improved else state.bad_validations + 1
-            self.progress.note(
-                f"step {state.step}: validation {describe_figures(values)}{' (best)' if improved else ''}"
-            )
+            best = " (best)" if improved else ""
+            self.progress.note(f"step {state.step}: validation {describe_figures(values)}{best}")
             self._react(loss, improved)
         self.model.train()
         self._synchronise()
@@ -327,12 +279,12 @@ class Trainer:
         return improved
 
     def _react(self, loss: float, improved: bool) -> None:
-        """What a validation changes: the learning rate of plateau, the beginning of triggered averaging."""
-        state, schedule = self.state, self.config.schedule
-        if self.config.averaging.name == "triggered" and not self.averaging.active:
+        """Do what a validation calls for: begin triggered averaging, or cut the learning rate of plateau."""
+        state, schedule, averaging = self.state, self.config.schedule, self.step.averaging
+        if self.config.averaging.name == "triggered" and not averaging.active:
             state.validation_losses.append(loss)
             if stalled(state.validation_losses, self.config.averaging.trigger):
-                self.averaging.begin()
+                averaging.begin()
                 self.progress.note(f"step {state.step}: validation has stalled: averaging the weights from here on")
         if schedule.name != "plateau":
             return
@@ -340,7 +292,7 @@ class Trainer:
         if state.stale_validations >= schedule.patience and state.best_step is not None:
             state.stale_validations, state.cut = 0, state.cut * schedule.factor
             self.progress.note(f"step {state.step}: back to step {state.best_step}, at a lower learning rate")
-            self.saves.roll_back(state.best_step, self.progress.note)
+            self.checkpointer.roll_back(state.best_step, self.progress.note)
 
     # ---- saving and ending
 
@@ -352,10 +304,10 @@ class Trainer:
 
     def _save(self) -> None:
         self.state.elapsed_s = self.saved_s = self.elapsed_s
-        self.saves.save(self.state, self.tracker.lengths(), self.begun_in)
+        self.checkpointer.save(self.state, self.tracker.lengths(), self.begun_in)
 
     def _finish(self) -> TrainingResult:
-        """The last validation, the last row of hyperparameters, the last save."""
+        """Validate and save for the last time, and write the hyperparameters for TensorBoard."""
         if self.state.validated_step != self.state.step:
             self._validate()
         flat = flatten_keys(self.config.model_dump())
@@ -366,15 +318,14 @@ class Trainer:
         return self._result()
 
     def _figures(self) -> dict[str, float]:
-        """The best validation's; without a validation set the last training window's."""
-        window: dict[str, float] = {
-            tag: self.figures[tag] for tag in ("train/loss", "train/perplexity") if tag in self.figures
-        }
-        return self.state.best_figures or window
+        """The figures of the best validation; without a validation set those of the last training window."""
+        tags = [tag for tag in ("train/loss", "train/perplexity") if tag in self.figures]
+        return self.state.best_figures or {tag: self.figures[tag] for tag in tags}
 
     def _result(self) -> TrainingResult:
         return TrainingResult(self.run.path, self.state.step, self._figures(), self.state.best_step)
 
     def close(self) -> None:
+        """Close the metric files and end the loader's thread."""
         self.tracker.close()
-        self.feed.close()
+        self.loader.close()

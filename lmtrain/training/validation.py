@@ -1,4 +1,4 @@
-"""What validation says of a model on its way, and what that leads to."""
+"""Validation of a model in training: its figures and its samples."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ class Validation:
         self.processes = processes
 
     def figures(self) -> dict[str, float]:
-        """A row of validation metrics, of what all processes have read; empty where there is no validation set."""
+        """A row of validation metrics over the whole validation set; empty where there is none.
+
+        Each process reads its part of the set, and the sums are exchanged.
+        """
         if self.corpora.valid is None:
             return {}
-        columns, share = self.config.validation.columns, RankShard(self.processes.rank, self.processes.world_size)
+        columns, shard = self.config.validation.columns, RankShard(self.processes.rank, self.processes.world_size)
         store, tokenizer = self.corpora.valid, self.corpora.tokenizer
-        batches, carried = evaluation_batches(self.config, store, tokenizer, columns, share=share)
+        batches, carried = evaluation_batches(self.config, store, tokenizer, columns, shard=shard)
         result = evaluate(self.model, batches, carried)
         own = [value for tally in result.tallies.values() for value in (tally.nats, tally.tokens, tally.correct)]
         sums = iter([math.fsum(values) for values in zip(*self.processes.gather(own), strict=True)])
@@ -39,12 +42,12 @@ class Validation:
         return validation_figures(result, self.weights)
 
     def samples(self) -> list[dict[str, str]]:
-        """What the model goes on with after the sample prompts, greedily."""
+        """The model's greedy continuations of the sample prompts."""
         prompts = self.config.logging.sample_prompts
         if not prompts:
             return []
-        script = PromptCodec(self.corpora.tokenizer, stream=self.config.batching.mode == "stream")
-        written = generate(self.model, script, prompts, max_tokens=self.config.generation.max_tokens)
+        codec = PromptCodec(self.corpora.tokenizer, stream=self.config.batching.mode == "stream")
+        written = generate(self.model, codec, prompts, max_tokens=self.config.generation.max_tokens)
         return [{"prompt": each.prompt, "text": each.text} for each in written]
 
 

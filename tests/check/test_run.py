@@ -23,7 +23,7 @@ def test_a_whole_run(run, shell, corpus):
     lines = done.stdout.splitlines()
     assert lines[0] == "run: 2,540 weights, vocabulary 12 (word)"
     assert [line.split(",")[0] for line in lines[1:3]] == ["step-00000007: whole", "step-00000006: whole"]
-    assert lines[-2:] == ["lmtrain train --resume goes on from step 7", "lmtrain generate takes step 6 (the best)"]
+    assert lines[-2:] == ["lmtrain train --resume continues from step 7", "lmtrain generate takes step 6 (the best)"]
     assert {path: path.read_bytes() for path in corpus.rglob("*") if path.is_file()} == before
 
 
@@ -34,7 +34,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, shell, n
     assert done.returncode == 4
     assert done.stderr.startswith(f"run/checkpoints/step-00000007/{name}: ")
     assert len(done.stderr.splitlines()) == 1
-    assert "lmtrain train --resume goes on from step 6" in done.stdout.splitlines()
+    assert "lmtrain train --resume continues from step 6" in done.stdout.splitlines()
 
 
 def test_rows_that_are_gone_or_torn_are_named(run, shell):
@@ -54,7 +54,7 @@ def test_what_a_killed_save_left_is_named_and_is_no_fault(run, shell):
     (run / "checkpoints" / ".step-00000008.new").mkdir()
     done = shell("check", "run")
     assert done.returncode == 0
-    assert ".step-00000008.new: left by a save or a removal that was cut off; a resume tidies it up" in done.stdout
+    assert ".step-00000008.new: left by a save or a removal that was interrupted; a resume removes it" in done.stdout
 
 
 def test_a_directory_that_is_no_run(corpus, shell):

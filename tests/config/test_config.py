@@ -1,7 +1,8 @@
-"""The configuration: every fault at once with its place, before torch; round trips; templates; the README's table."""
+"""The configuration: every fault at once with its place, before torch; round trips; templates; the table of keys."""
 
 import contextlib
 import itertools
+import re
 import subprocess
 import sys
 
@@ -54,13 +55,17 @@ training:
 
 
 def test_five_faults_are_five_lines_with_line_and_column():
-    assert faults(FIVE) == [
+    expected = [  # {words} is what pydantic says
         "c.yaml:3:3: data.vald: no such key (did you mean 'valid'?)",
         "c.yaml:5:3: model.hidden_sze: no such key (did you mean 'hidden_size'?)",
-        "c.yaml:6:3: model.cell: should be 'lstm', 'gru' or 'rnn', not \"lsmt\" (did you mean 'lstm'?)",
-        "c.yaml:7:13: optimizer.lr: should be a valid number, not true",
-        "c.yaml:9:3: training.max_epochs: should be greater than or equal to 1, not 0",
+        "c.yaml:6:3: model.cell: {words}, not \"lsmt\" (did you mean 'lstm'?)",
+        "c.yaml:7:13: optimizer.lr: {words}, not true",
+        "c.yaml:9:3: training.max_epochs: {words} 1, not 0",
     ]
+    found = faults(FIVE)
+    assert len(found) == len(expected)
+    for line, wanted in zip(found, expected, strict=True):
+        assert re.fullmatch(re.escape(wanted).replace(re.escape("{words}"), ".+"), line)
 
 
 def test_five_faults_at_the_command_line_before_torch_is_imported(directory):
@@ -178,7 +183,7 @@ def test_any_bytes_are_a_config_or_a_config_error(data):
         load_config("c.yaml")
 
 
-def test_the_readme_s_table_is_the_schema_s():
+def test_the_table_of_keys_is_the_schema_s():
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "config_table.py", "--check"], capture_output=True, text=True, cwd=ROOT
     )

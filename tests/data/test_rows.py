@@ -1,4 +1,4 @@
-"""Rows, batches and samplers, by property."""
+"""Rows, batches, samplers and the loader: properties that hold for any lengths of sequences."""
 
 import hashlib
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Stored(NamedTuple):
 
 
 def stored(lengths):
-    """Sequences whose ids count on, so that every token can be told from every other."""
+    """Sequences of the ids 1, 2, 3, ..., so that no two tokens are equal."""
     ends = np.cumsum(lengths)
     return Stored(np.arange(1, ends[-1] + 1, dtype=np.uint32), np.concatenate([[0], ends]).astype(np.uint64))
 
@@ -75,7 +75,7 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(lengths):
     ],
 )
 def test_the_order_of_a_corpus_that_fits_a_window_is_what_it_always_was(batch_size, max_tokens, wanted):
-    """Runs that were begun with an earlier lmtrain go on in their order; results that were published come out."""
+    """A run that an earlier lmtrain began continues in the same order, and published results can be reproduced."""
     lengths = np.random.Generator(np.random.PCG64(5)).integers(2, 60, 5000)
     sampler = EpochSampler(lengths, batch_size=batch_size, max_tokens=max_tokens, bucket_batches=9, seed=3)
     digest = hashlib.sha256()
@@ -88,8 +88,8 @@ def test_the_order_of_a_corpus_that_fits_a_window_is_what_it_always_was(batch_si
 def test_buckets_keep_padding_low_and_batches_are_shuffled():
     lengths = np.random.default_rng(0).integers(2, 60, 3000)
     batches = EpochSampler(lengths, batch_size=20, max_tokens=None, bucket_batches=50, seed=1).epoch(0)
-    places = sum(len(batch) * lengths[batch].max() for batch in batches)
-    assert 1 - lengths.sum() / places < 0.03
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert 1 - lengths.sum() / padded < 0.03
     longest = [int(lengths[batch].max()) for batch in batches]
     assert longest != sorted(longest, reverse=True)
 
@@ -121,8 +121,8 @@ def test_evaluation_reads_every_row_once(lengths, batch_size):
     ]
 
 
-def feed_of(kind, lengths, epoch=0, next_batch=0):
-    """A feed of groups of two batches and all that is below it, made afresh."""
+def new_loader(kind, lengths, epoch=0, next_batch=0):
+    """A new loader of two batches a step, with a new source and a new sampler."""
     rows = Rows(stored(lengths), max_length=9)
     columns = min(3, len(rows))
     stream = Stream(rows.flat, 0, min(3, len(rows.flat)))
@@ -137,41 +137,41 @@ def feed_of(kind, lengths, epoch=0, next_batch=0):
     return BatchLoader(TrainingBatches(source, sampler, None), 0, 2, epoch, next_batch)
 
 
-def taken(feed, count):
-    """(epoch, batches of the epoch up to here, the batches' numbers) of the next groups."""
-    groups = [feed.take() for _ in range(count)]
-    feed.close()
-    return [(g.epoch, g.end, [[part.tolist() for part in dealt.batch] for dealt in g.batches]) for g in groups]
+def load_steps(loader, count):
+    """(epoch, number of batches of the epoch so far, the batches as lists) of the next steps."""
+    steps = [loader.take() for _ in range(count)]
+    loader.close()
+    return [(step.epoch, step.end, [[t.tolist() for t in each.batch] for each in step.batches]) for step in steps]
 
 
 @pytest.mark.parametrize("kind", ["sentences", "windows", "lines", "stream", "random stream"])
 @settings(max_examples=20)
 @given(lengths=st.lists(st.integers(2, 25), min_size=1, max_size=25).map(np.array))
-def test_from_every_batch_fresh_objects_go_on_as_if_never_stopped(kind, lengths):
-    """The state of a pass is (epoch, next batch), whatever the sampler; to resume takes no replay."""
-    feed = feed_of(kind, lengths)
-    an_epoch = -(-feed.peek().epoch_batches // 2)
-    whole = taken(feed, 5 * an_epoch)
+def test_a_new_loader_continues_from_every_step_as_if_never_stopped(kind, lengths):
+    """The state of every sampler is (epoch, next batch); a resume replays nothing."""
+    loader = new_loader(kind, lengths)
+    epoch_steps = -(-loader.peek().epoch_batches // 2)
+    whole = load_steps(loader, 5 * epoch_steps)
     assert whole[-1][0] > 0
-    for place, (epoch, end, _) in enumerate(whole[:-3]):
-        assert taken(feed_of(kind, lengths, epoch, end), 3) == whole[place + 1 : place + 4]
+    for number, (epoch, end, _) in enumerate(whole[:-3]):
+        assert load_steps(new_loader(kind, lengths, epoch, end), 3) == whole[number + 1 : number + 4]
 
 
 @given(LENGTHS, st.data())
-def test_rows_of_a_batch_are_counted_and_taken_without_reading_them(lengths, data):
-    """What dealing a batch out to several processes needs of a source."""
+def test_rows_of_a_batch_are_counted_and_selected_without_reading_them(lengths, data):
+    """Several processes need this to divide a batch among themselves."""
     rows = Rows(stored(lengths), 9)
     windowed = WindowedRows(stored(lengths), 9, window_rows=256)
     part = np.arange(len(rows))[::2]
     stretches = windowed.stretches(np.arange(windowed.blocks))
-    places = np.array(data.draw(st.lists(st.integers(0, len(part) - 1), min_size=1, unique=True)))
+    chosen = np.array(data.draw(st.lists(st.integers(0, len(part) - 1), min_size=1, unique=True)))
     for source, whole in ((rows, part), (windowed, windowed.take(stretches, part))):
         batch = source.batch(whole, 0)
         assert source.lengths(whole)[batch.order.numpy()].tolist() == batch.lengths.tolist()
-        some = source.batch(source.take(whole, places), 0)
-        column = {int(place): tokens.tolist() for place, tokens in zip(batch.order, batch.tokens.T, strict=True)}
-        for place, tokens in zip(some.order, some.tokens.T, strict=True):
-            assert column[int(places[place])][: len(tokens)] == tokens.tolist()
+        some = source.batch(source.take(whole, chosen), 0)
+        column = {int(row): tokens.tolist() for row, tokens in zip(batch.order, batch.tokens.T, strict=True)}
+        for row, tokens in zip(some.order, some.tokens.T, strict=True):
+            assert column[int(chosen[row])][: len(tokens)] == tokens.tolist()
 
 
 def test_rows_need_at_least_one_token():
@@ -180,7 +180,7 @@ def test_rows_need_at_least_one_token():
 
 
 @given(LENGTHS, st.integers(1, 4))
-def test_the_feed_gives_the_samplers_batches_from_any_place(lengths, size):
+def test_the_loader_loads_the_samplers_batches_from_any_step_on(lengths, size):
     rows, sampler = Rows(stored(lengths), 512), sampler_of(lengths)
     wanted = [
         (epoch, first + len(order[first : first + size]), len(order), order[first : first + size])
@@ -188,24 +188,24 @@ def test_the_feed_gives_the_samplers_batches_from_any_place(lengths, size):
         for order in [sampler.epoch(epoch)]
         for first in range(0, len(order), size)
     ]
-    a_epoch = len(wanted) // 3
-    for begin in range(2 * a_epoch):
-        epoch, first = wanted[begin][0], (begin % a_epoch) * size
-        feed = BatchLoader(TrainingBatches(rows, sampler, None), 0, size, epoch, first)
-        for epoch, end, epoch_batches, indices in wanted[begin : begin + a_epoch]:
-            peeked, group = feed.peek(), feed.take()
-            assert peeked is group
-            assert (group.epoch, group.end, group.epoch_batches) == (epoch, end, epoch_batches)
-            assert group.ends_epoch == (end == epoch_batches)
-            for dealt, each in zip(group.batches, indices, strict=True):
-                assert dealt.batch.tokens.equal(rows.batch(each, 0).tokens)
-                assert (dealt.rows, dealt.tokens, dealt.longest) == (
-                    len(each),
-                    lengths[each].sum(),
-                    lengths[each].max(),
+    epoch_steps = len(wanted) // 3
+    for begin in range(2 * epoch_steps):
+        epoch, first = wanted[begin][0], (begin % epoch_steps) * size
+        loader = BatchLoader(TrainingBatches(rows, sampler, None), 0, size, epoch, first)
+        for epoch, end, epoch_batches, indices in wanted[begin : begin + epoch_steps]:
+            peeked, step = loader.peek(), loader.take()
+            assert peeked is step
+            assert (step.epoch, step.end, step.epoch_batches) == (epoch, end, epoch_batches)
+            assert step.ends_epoch == (end == epoch_batches)
+            for loaded, rows_of_batch in zip(step.batches, indices, strict=True):
+                assert loaded.batch.tokens.equal(rows.batch(rows_of_batch, 0).tokens)
+                assert (loaded.rows, loaded.tokens, loaded.longest) == (
+                    len(rows_of_batch),
+                    lengths[rows_of_batch].sum(),
+                    lengths[rows_of_batch].max(),
                 )
-        assert feed.waited_s > 0
-        feed.close()
+        assert loader.waited_s > 0
+        loader.close()
 
 
 @pytest.mark.parametrize("split", [str.split, list], ids=["words", "characters"])

@@ -1,4 +1,4 @@
-"""Text that goes on from row to row: every token once, the state carried, no figure depending on the cuts."""
+"""Text in columns whose state is carried: every token is predicted once, and no figure depends on the cuts."""
 
 from itertools import pairwise
 
@@ -64,7 +64,7 @@ def test_random_chunks_differ_between_epochs():
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(2, 6), min_size=1, max_size=30), st.integers(1, 6))
-def test_lines_that_follow_on_are_read_in_order_in_each_column(lengths, columns):
+def test_consecutive_lines_are_read_in_order_in_each_column(lengths, columns):
     class Lines:
         tokens = np.arange(sum(lengths))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)

@@ -39,7 +39,7 @@ def sequences(store):
     return [store.tokens[a:b].tolist() for a, b in zip(store.offsets, store.offsets[1:], strict=False)]
 
 
-def test_lines_come_out_clean(tmp_path):
+def test_lines_lose_bom_and_carriage_return_and_are_normalised(tmp_path):
     content = "\ufeffone\r\ntwo\r\n\r\n  \nde\u0301ja\u0300 \u1112\u1161\u11ab\u1100\u1173\u11af\nlast".encode()
     assert texts(tmp_path, content) == ["one", "two", "déjà 한글", "last"]
 
@@ -50,7 +50,7 @@ def test_lines_come_out_clean(tmp_path):
     format=st.sampled_from(["text", "jsonl"]),
     kind=st.sampled_from(["char", "byte"]),
 )
-def test_any_unicode_text_comes_back_out_of_the_store_in_nfc(tmp_path_factory, lines, format, kind):
+def test_any_unicode_text_comes_back_from_the_store_in_nfc(tmp_path_factory, lines, format, kind):
     folder = tmp_path_factory.mktemp("text")
     written = [json.dumps({"text": line}) for line in lines] if format == "jsonl" else lines
     (folder / "t").write_bytes("".join(f"{line}\n" for line in written).encode())
@@ -69,7 +69,7 @@ def test_a_separator_of_another_kind_is_no_line_end(tmp_path):
     assert texts(tmp_path, "a\u2028b\x0bc\x85d\n".encode()) == ["a\u2028b\x0bc\x85d"]
 
 
-def test_blocks_do_not_show(tmp_path, monkeypatch):
+def test_the_size_of_blocks_changes_no_text(tmp_path, monkeypatch):
     content = "".join(f"줄 {n} {'x' * (n % 37)}\n" for n in range(500))
     whole = texts(tmp_path, content.encode())
     monkeypatch.setattr(reading, "BLOCK_BYTES", 13)
@@ -189,7 +189,7 @@ def test_a_file_of_another_format_is_not_served_from_the_store(tmp_path):
     assert [store.counts.longest for store in stores] == [13, 1]
 
 
-def test_a_share_held_out_by_content(tmp_path):
+def test_a_fraction_is_held_out_by_content(tmp_path):
     path = tmp_path / "text.txt"
     lines = [f"line {n % 900}" for n in range(2000)]
     path.write_text("\n".join(lines))

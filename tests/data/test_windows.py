@@ -1,4 +1,4 @@
-"""Corpora larger than a window: every row once, from any batch on, mixed from everywhere, in flat memory."""
+"""Corpora larger than a window: each row once an epoch, mixed from all over the corpus, in bounded memory."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtrain.data.batches import loader as feeding
+from lmtrain.data.batches import loader
 from lmtrain.data.batches.order import WindowSampler, spread_rows
 from lmtrain.data.batches.rows import Rows
 from lmtrain.data.batches.windows import WINDOW_BLOCKS, WindowedRows, fits_a_window
@@ -24,7 +24,7 @@ SIZES = st.sampled_from([(1, None), (5, None), (None, 3), (None, 40), (None, 400
 
 @st.composite
 def windowed(draw):
-    """Rows of sequences that are split or not, in windows from a few rows to all; and a sampler of them."""
+    """Rows of sequences, some of them cut, in windows of a few rows up to all rows; and a sampler of them."""
     lengths = draw(st.lists(st.integers(2, 30), min_size=1, max_size=1500).map(np.array))
     if draw(st.booleans()):
         lengths = np.tile(lengths, draw(st.integers(1, 20)))
@@ -85,7 +85,7 @@ def test_epochs_and_seeds_differ_and_batches_are_full():
 
 
 @given(st.integers(1, 500), st.integers(1, 60))
-def test_rows_are_dealt_out_to_full_buckets_neighbours_to_different_ones(rows, size):
+def test_rows_are_spread_over_full_buckets_neighbours_over_different_ones(rows, size):
     full, last = spread_rows(np.arange(rows), size, np.random.default_rng(1))
     assert full.shape[1] == size
     assert 1 <= last.shape[1] <= size
@@ -98,7 +98,7 @@ def test_rows_are_dealt_out_to_full_buckets_neighbours_to_different_ones(rows, s
 
 
 def test_a_batch_is_mixed_from_all_of_the_text():
-    """Rows of a batch are as far from each other as in a shuffle of all, and no more of them are neighbours."""
+    """Rows of a batch are as far from each other as in a shuffle of the whole corpus, and no more are neighbours."""
     count, window = 400_000, 50_000
     lengths = np.random.default_rng(0).integers(5, 60, count)
     rows = WindowedRows(stored(lengths), 100, window_rows=window)
@@ -142,7 +142,7 @@ def test_a_corpus_fits_a_window_by_its_rows_and_by_its_bytes():
 def test_a_run_on_windows_is_resumed_as_any_other(small, tmp_path, monkeypatch, size):
     config = small(size, "batching.max_length=4")
     at_once = train(config, tmp_path / "at_once")
-    monkeypatch.setattr(feeding, "fits_a_window", lambda store: False)
+    monkeypatch.setattr(loader, "fits_a_window", lambda store: False)
     whole = train(config, tmp_path / "whole")
     for stop in (3, 7):
         train(config, tmp_path / "cut", resume=True, stop_at_step=stop)

@@ -92,5 +92,5 @@ def test_both_stand_beside_the_plain_number(small, tmp_path):
 
 def test_lines_that_begin_anew_have_neither(small, tmp_path):
     model = load(train(small("training.max_steps=2"), tmp_path / "run").run)
-    with pytest.raises(ConfigError, match="want a text that goes on"):
+    with pytest.raises(ConfigError, match="need a state that is carried"):
         model.evaluate(cache=Cache(10))

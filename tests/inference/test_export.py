@@ -152,6 +152,6 @@ def test_without_onnx_the_way_to_it_is_named(monkeypatch):
 def test_nothing_is_overwritten(small, tmp_path):
     model = load(train(small("training.max_steps=3")).run)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ConfigError, match="mine: is there already"):
+    with pytest.raises(ConfigError, match="mine: already exists"):
         model.export(tmp_path / "mine", "safetensors")
     assert list((tmp_path / "mine").iterdir()) == []

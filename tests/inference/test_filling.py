@@ -42,7 +42,7 @@ def test_up_to_several_tokens_are_what_enumeration_finds(text):
     before, _, behind = text.partition("____")
     inner = [" ".join(map(str, ids)) for n in (1, 2) for ids in itertools.product(range(1, 6), repeat=n)]
     rows = [f"{before} {each} {behind}" for each in inner]
-    both = score(model, PromptCodec(IDS), [Block("rows", 1, rows)], direction="both")
+    both = score(model, PromptCodec(IDS), [Block("rows", range(1, 1 + len(rows)), rows)], direction="both")
     shares = torch.tensor([each.log_probability for each in both]).softmax(0).tolist()
     wanted = sorted(zip(shares, inner, strict=True), reverse=True)[:8]
     found = fill_blank(model, IDS, text, top=8, tokens=2)

@@ -20,7 +20,7 @@ LINES = ["1 2 3", "", "4", "5 6 7 8 1 2 3 4 5 6 7 8", "8", "2 2 2 2 2", ""]
 
 
 def scored(model, lines, **settings):
-    return list(scoring.score(model, PromptCodec(IDS), [Block("lines", 1, lines)], **settings))
+    return list(scoring.score(model, PromptCodec(IDS), [Block("lines", range(1, 1 + len(lines)), lines)], **settings))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -56,7 +56,7 @@ def test_numbers_depend_neither_on_the_batch_nor_on_the_block(monkeypatch):
     for size in (1, 7, 30):
         monkeypatch.setattr("lmtrain.inference.scoring.SCORED_TOKENS", size)
         assert [each.log_probability for each in scored(model, LINES)] == pytest.approx(wanted, rel=1e-5)
-    blocks = [Block("lines", 1, LINES[:2]), Block("lines", 3, LINES[2:])]
+    blocks = [Block("lines", range(1, 3), LINES[:2]), Block("lines", range(3, 1 + len(LINES)), LINES[2:])]
     again = list(scoring.score(model, PromptCodec(IDS), blocks))
     assert [each.line for each in again] == list(range(1, 8))
     assert [each.log_probability for each in again] == pytest.approx(wanted, rel=1e-5)
@@ -72,12 +72,12 @@ def test_lines_sum_up_to_what_evaluate_says_cut_lines_too(corpus, small):
         assert tokens == figures["tokens"]
         assert 2.718281828459045 ** (nats / tokens) == pytest.approx(figures[name], rel=1e-5)
     assert sum(each.unknown_tokens for each in model.score(["a zzz", "qqq qqq"])) == 3
-    with pytest.raises(ConfigError, match="one direction's"):
+    with pytest.raises(ConfigError, match="direction both: a token's"):
         model.score(lines, "both", each=True)
 
 
 def test_a_fault_has_its_place_and_comes_when_its_block_is_read():
-    found = scoring.score(untrained(IDS), PromptCodec(IDS), [Block("f", 1, ["1"]), Block("f", 2, ["2", "3 x"])])
+    found = scoring.score(untrained(IDS), PromptCodec(IDS), [Block("f", [1], ["1"]), Block("f", [2, 3], ["2", "3 x"])])
     assert next(found).line == 1
     with pytest.raises(DataError, match=r"f:3:3: 'x' is not an id"):
         next(found)

@@ -19,7 +19,7 @@ LINES = ["1 2 3", "", "4", "5 6 7 8 1 2", "8", "2 2 2 2 2"]
 
 
 def embedded(model, lines=LINES):
-    (found,) = embed(model, PromptCodec(IDS), [Block("lines", 1, lines)])
+    (found,) = embed(model, PromptCodec(IDS), [Block("lines", range(1, 1 + len(lines)), lines)])
     return found
 
 
@@ -74,7 +74,7 @@ def test_the_file_holds_all_lines_in_their_order(tmp_path, small):
     assert whole["lengths"].tolist() == [2, 0, 1, 4] * 5
     assert whole["output"].shape == (35, 16)
     assert whole["h_n"].shape == (20, 4, 8)
-    blocks = [Block("lines", 1, lines[:7]), Block("lines", 8, lines[7:])]
+    blocks = [Block("lines", range(1, 8), lines[:7]), Block("lines", range(8, 1 + len(lines)), lines[7:])]
     assert save_vectors(tmp_path / "again.npz", embed(model.model, PromptCodec(model.tokenizer), blocks)) == 20
     with np.load(tmp_path / "again.npz") as found:
         for name, values in whole.items():
@@ -83,14 +83,14 @@ def test_the_file_holds_all_lines_in_their_order(tmp_path, small):
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_of_a_fault(tmp_path):
-    model, script = untrained(IDS), PromptCodec(IDS)
+    model, codec = untrained(IDS), PromptCodec(IDS)
     (tmp_path / "mine.npz").write_text("mine")
-    with pytest.raises(ConfigError, match=r"mine.npz: is there already"):
-        save_vectors(tmp_path / "mine.npz", embed(model, script, [Block("f", 1, ["1"])]))
+    with pytest.raises(ConfigError, match=r"mine.npz: already exists"):
+        save_vectors(tmp_path / "mine.npz", embed(model, codec, [Block("f", [1], ["1"])]))
     assert (tmp_path / "mine.npz").read_text() == "mine"
     with pytest.raises(DataError, match=r"f:2:1: 'x' is not an id"):
-        save_vectors(tmp_path / "new.npz", embed(model, script, [Block("f", 1, ["1", "x"])]))
+        save_vectors(tmp_path / "new.npz", embed(model, codec, [Block("f", [1, 2], ["1", "x"])]))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.npz"]
     uneven = untrained(IDS, layer_sizes=[8, 16])
     with pytest.raises(ConfigError, match=r"layers of the sizes \[8, 16\] have no h_n of one shape"):
-        next(embed(uneven, script, [Block("f", 1, ["1"])]))
+        next(embed(uneven, codec, [Block("f", [1], ["1"])]))

@@ -1,7 +1,5 @@
 """Counted n-grams: probabilities of what was counted, of everything but the event itself in training, kept whole."""
 
-import hashlib
-import json
 import math
 import random
 from collections import Counter, defaultdict
@@ -10,14 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-import lmtrain
 from lmtrain.data.batches.rows import make_batch
-from lmtrain.errors import ConfigError, DataError
+from lmtrain.errors import ConfigError
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.ngrams.counts import CountedNgrams, count_ngrams
-from lmtrain.runs import checkpoint
-from lmtrain.runs import ngram_counts as counted
-from lmtrain.training.start import train
 
 BOS, EOS, V = 1, 2, 9
 
@@ -191,138 +185,6 @@ def test_nothing_counted_is_an_even_guess():
     torch.testing.assert_close(found.counted, torch.full((len(targets), 2), -math.log(V)))
 
 
-@pytest.fixture
-def trained(small, tmp_path, monkeypatch):
-    """A run with counts, and its file of them."""
-    monkeypatch.chdir(tmp_path)
-    train(small("training.max_steps=4", "model.ngram_counts=3"), "run")
-    return tmp_path / "run" / counted.COUNTS_FILE
-
-
-def test_a_run_keeps_its_counts_and_says_so(trained, shell):
-    digest = hashlib.sha256(trained.read_bytes()).hexdigest()
-    for state in trained.parent.glob("checkpoints/*/state.json"):
-        assert json.loads(state.read_text())["counts"] == digest
-    done = shell("check", "run")
-    assert done.returncode == 0
-    assert f"counts.safetensors: whole, {trained.stat().st_size:,} bytes" in done.stdout
-    model = lmtrain.load("run")
-    assert model.evaluate().perplexity < 1e3
-    (one,), (other,) = model.generate([""]), model.generate([""])
-    assert one == other
-
-
-def test_all_rows_of_a_batch_are_written_as_each_alone(trained):
-    model, prompts = lmtrain.load("run"), ["", "a b", "c d e", "h"]
-    together = [each.text for each in model.generate(prompts)]
-    assert together == [model.generate([prompt])[0].text for prompt in prompts]
-
-
-def rewrite(path, change):
-    """Other counts, with a checkpoint that asks for them."""
-    tensors = checkpoint.tensors_in(path, path.read_bytes())
-    change(tensors)
-    path.write_bytes(counted.dump_counts(tensors))
-    checkpoints = path.parent / "checkpoints"
-    for step in checkpoint.steps(checkpoints):
-        saved = checkpoint.load(checkpoints, step)
-        saved.state["counts"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        checkpoint.save(checkpoints, saved)
-
-
-PAIRS, COUNTS, CONTEXTS = (f"of_forward.3.{name}" for name in ("pairs", "counts", "contexts"))
-OTHER = "run/counts.safetensors: not the counts of this model"
-NOT_SOUND = "run/counts.safetensors: of_forward.3: not counts of a vocabulary of"
-
-
-def one(name, place, value):
-    """A harm to one number."""
-    return lambda path: rewrite(path, lambda tensors: tensors[name].__setitem__(place, value))
-
-
-def change(make):
-    """A harm to the counts of one order."""
-    return lambda path: rewrite(path, lambda tensors: tensors.update({COUNTS: make(tensors[COUNTS])}))
-
-
-HARMS = {
-    "missing": (lambda path: path.unlink(), "run/counts.safetensors: no such file or directory"),
-    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "run/counts.safetensors: damaged: not the"),
-    "a part missing": (lambda path: rewrite(path, lambda tensors: tensors.pop(PAIRS)), OTHER),
-    "no tensors": (lambda path: rewrite(path, lambda tensors: tensors.clear()), OTHER),
-    "a pair beyond its contexts": (one(PAIRS, -1, 1 << 60), NOT_SOUND),
-    "a pair below zero": (one(PAIRS, 0, -1), NOT_SOUND),
-    "contexts not ascending": (one(CONTEXTS, 0, 1 << 62), NOT_SOUND),
-    "a count of nothing": (one(COUNTS, 0, 0), NOT_SOUND),
-    "floats": (change(lambda counts: counts.double()), NOT_SOUND),
-    "counts of another length": (change(lambda counts: counts[1:].clone()), NOT_SOUND),
-    "counts in a table": (change(lambda counts: counts.unsqueeze(1)), NOT_SOUND),
-}
-
-
-@pytest.mark.parametrize("name", HARMS)
-def test_counts_that_can_not_be_used_are_refused_in_a_line(trained, shell, name):
-    harm, said = HARMS[name]
-    harm(trained)
-    for command in (["generate", "run"], ["evaluate", "run"], ["check", "run"]):
-        done = shell(*command)
-        assert done.returncode == 4, command
-        assert done.stderr.startswith(said)
-        assert done.stderr.count("\n") == 1
-
-
-def test_a_resume_counts_anew_and_mends_the_file(trained, small):
-    whole = trained.read_bytes()
-    for harm in ("missing", "cut short"):
-        HARMS[harm][0](trained)
-        train(small("training.max_steps=5", "model.ngram_counts=3"), "run", resume=True)
-        assert trained.read_bytes() == whole
-
-
-def test_a_text_too_large_to_count_is_refused(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(counted, "LARGEST_TOKENS", 50)
-    with pytest.raises(ConfigError, match=r"model\.counts: [\d,]+ tokens are too many to count in memory"):
-        train(small("model.ngram_counts=3"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_keys_may_lie_farther_apart_than_a_key_is_large():
-    contexts, pairs, counts = (
-        torch.tensor([-(1 << 62) - 5, (1 << 62) + 5]),
-        torch.tensor([3, V + 1]),
-        torch.ones(2).int(),
-    )
-    assert counted._sound(contexts, pairs, counts, V)
-    assert not counted._sound(contexts.flip(0), pairs, counts, V)
-
-
-def test_a_text_that_has_changed_costs_a_finished_run_nothing(small, tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("a b c\nb c d\n" * 9)
-    config = small(f"data.train={path}", "data.valid=null", "model.ngram_counts=3", "training.max_steps=3")
-    train(config, tmp_path / "run")
-    before = lmtrain.load(tmp_path / "run").generate([""])[0].text
-    path.write_text("a b c\nd c d\n" * 9)
-    with pytest.raises(DataError, match="changed since the run was begun"):
-        train(config, tmp_path / "run", resume=True)
-    assert lmtrain.load(tmp_path / "run").generate([""])[0].text == before
-
-
-def test_a_file_that_claims_more_than_could_be_counted_is_not_read(trained, shell, monkeypatch):
-    monkeypatch.setattr(counted, "LARGEST_TOKENS", 5)
-    done = shell("generate", "run")
-    assert done.returncode == 4
-    assert done.stderr.startswith("run/counts.safetensors: of_forward.1: not counts of a vocabulary")
-
-
-def test_a_text_of_one_word_is_counted_and_its_counts_are_sound(small, tmp_path):
-    for number, text in enumerate(["a\n", "a b\n", "b a c\na\n"]):  # keys of few contexts may lie far apart
-        (tmp_path / "few.txt").write_text(text)
-        settings = ["data.valid=null", f"data.train={tmp_path}/few.txt", "model.ngram_counts=4", "training.max_steps=2"]
-        result = train(small(*settings), tmp_path / f"run-{number}")
-        assert lmtrain.load(result.run).generate([""])
-
-
 def test_lines_that_follow_on_are_not_counted(small):
-    with pytest.raises(ConfigError, match=r"model\.counts: counts lines by themselves"):
+    with pytest.raises(ConfigError, match=r"model\.ngram_counts: counts lines by themselves"):
         small("model.ngram_counts=3", "batching.carry_state=true", "model.bidirectional=false")

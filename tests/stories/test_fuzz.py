@@ -331,11 +331,11 @@ TENSORS = {"a.weight": torch.randn(3, 4), "b": torch.arange(5), "c": torch.ones(
 def saved(folder):
     """The bytes of each file of a good checkpoint."""
     checkpoint.save(folder / "good", checkpoint.Checkpoint(3, TENSORS, TENSORS, {"step": 3}))
-    return {path.name: path.read_bytes() for path in checkpoint.home_of(folder / "good", 3).iterdir()}
+    return {path.name: path.read_bytes() for path in checkpoint.directory_of(folder / "good", 3).iterdir()}
 
 
 def put(folder, files):
-    home = checkpoint.home_of(folder / "bad", 3)
+    home = checkpoint.directory_of(folder / "bad", 3)
     home.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (home / name).write_bytes(data)

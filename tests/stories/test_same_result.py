@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lmtrain.config import load_config
 from lmtrain.model.output import FullOutput, OutputLoss
 from lmtrain.training.start import train
-from tests.conftest import ROOT, shared
+from tests.conftest import ROOT, bf16_is_emulated, shared
 
 CONFIG = """
 data: {train: train.txt, valid: valid.txt, cache_dir: cache}
@@ -47,9 +47,11 @@ def test_every_kernel_and_precision_learns_what_stock_pytorch_learns(cell, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(FullOutput, "loss", plain_loss)
         stock = loss_of("fp32", "torch")
-    losses = {way: loss_of(*way) for way in [("auto", "auto"), ("fp32", "packed"), ("bf16", "packed")]}
     assert stock < 5.5  # it has learnt something: a guess among all characters costs over 7 nats
-    assert losses == {way: pytest.approx(stock, rel=0.005) for way in losses}
+    for way in [("auto", "auto"), ("fp32", "packed"), ("bf16", "packed")]:
+        if way[0] == "bf16" and bf16_is_emulated():
+            pytest.skip("fp32 agrees; bf16 products are emulated on this processor and would take over two minutes")
+        assert loss_of(*way) == pytest.approx(stock, rel=0.005), way
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """A resumed run equals the uninterrupted one, bit for bit; and what ends, stops and refuses a run."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +11,6 @@ import torch
 
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
 from lmtrain.runs import checkpoint
-from lmtrain.runs.directory import RunDirectory
-from lmtrain.runs.weights import named_weights
 from lmtrain.system.progress import NullProgress
 from lmtrain.training.start import train
 from tests.oracle import digest
@@ -75,6 +72,32 @@ def test_resumed_run_equals_the_uninterrupted_one_from_every_step(small, tmp_pat
         assert digest(cut) == wanted, step
 
 
+def test_optimizer_state_of_any_shape_is_restored(small, tmp_path, monkeypatch):
+    """Adafactor keeps a row and a column for each matrix instead of a moment for each weight."""
+
+    def factored(model, **settings):
+        return [torch.optim.Adafactor(model.parameters(), lr=settings["lr"])]
+
+    monkeypatch.setattr("lmtrain.training.step.build_optimizers", factored)
+    wanted = digest(train(small("training.max_steps=9"), tmp_path / "whole").run)
+    train(small("training.max_steps=9"), tmp_path / "cut", stop_at_step=4)
+    kept = checkpoint.load(tmp_path / "cut" / "checkpoints", 4).training
+    shapes = {tuple(kept[f"optimizer/{part}/embedding.weight"].shape) for part in ("row_var", "col_var")}
+    assert shapes == {(12, 1), (1, 6)}
+    train(small("training.max_steps=9"), tmp_path / "cut", resume=True)
+    assert digest(tmp_path / "cut") == wanted
+
+
+def test_optimizer_state_that_would_be_read_beyond_its_end_is_refused(small, tmp_path):
+    run = tmp_path / "run"
+    train(small(), run, stop_at_step=3)
+    saved = checkpoint.load(run / "checkpoints", 3)
+    saved.training["optimizer/exp_avg/embedding.weight"] = torch.zeros(1)
+    checkpoint.save(run / "checkpoints", saved)
+    with pytest.raises(ArtefactError, match=r"training\.safetensors: not of this run"):
+        train(small(), run, resume=True)
+
+
 def test_a_run_stopped_after_each_step_ends_the_same(small, tmp_path):
     config = small("training.max_steps=7")
     wanted = digest(train(config, tmp_path / "whole").run)
@@ -109,31 +132,6 @@ def test_early_stopping_and_the_best_checkpoint(small, tmp_path):
     assert len(kept) <= 3
 
 
-def test_a_taken_name_gets_a_suffix_and_a_full_directory_is_refused(small, tmp_path):
-    config = small("training.max_steps=1", "checkpoint.every_steps=null")
-    runs = [train(config).run.name for _ in range(3)]
-    assert runs == ["config", "config-2", "config-3"]
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty; nothing is overwritten"):
-        train(config, full)
-    with pytest.raises(ConfigError, match="go on with --resume"):
-        train(config, tmp_path / "runs" / "config")
-    assert [path.name for path in full.iterdir()] == ["thesis.txt"]
-
-
-def test_resume_takes_the_last_run_of_the_name_and_starts_afresh_where_there_is_none(small):
-    config, progress = small("training.max_steps=2"), Lines()
-    first = train(config, resume=True, progress=progress)
-    assert "nothing to resume yet: starting afresh" in progress.lines
-    assert train(config).run.name == "config-2"
-    assert train(small("training.max_steps=4"), resume=True).run.name == "config-2"
-    again = train(config, first.run, resume=True, progress=progress)
-    assert again.step == 2
-    assert "nothing to do" in progress.lines[-1]
-
-
 def test_more_epochs_go_on_and_other_changes_are_refused_by_key(small, tmp_path):
     train(small("training.max_epochs=1"), tmp_path / "run")
     assert train(small("training.max_epochs=2"), tmp_path / "run", resume=True).step == 12
@@ -164,88 +162,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(small, tmp_path):
     for step in checkpoint.steps(tmp_path / "run" / "checkpoints"):
         saved = checkpoint.load(tmp_path / "run" / "checkpoints", step)
         assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.model.values())
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda state: state["training"].update(step=77),
-        lambda state: state["training"].update(epoch=-1),
-        lambda state: state["training"].update(next_batch="x"),
-        lambda state: state["training"].update(window={"tallies": 3}),
-        lambda state: state["training"].update(precision="fp7"),
-        lambda state: state["lengths"].update({"metrics.jsonl": -1}),
-        lambda state: state.pop("data"),
-    ],
-)
-def test_a_state_that_is_none_is_an_artefact_error_before_anything_is_written(small, tmp_path, change):
-    run = tmp_path / "run"
-    train(small(), run, stop_at_step=3)
-    saved = checkpoint.load(run / "checkpoints", 3)
-    change(saved.state)
-    checkpoint.save(run / "checkpoints", saved)
-    rows = (run / "metrics.jsonl").read_text()
-    with pytest.raises(ArtefactError, match=r"state\.json: not a training state; no checkpoint can be used"):
-        train(small(), run, resume=True)
-    assert (run / "metrics.jsonl").read_text() == rows
-
-
-def test_a_run_without_a_whole_checkpoint_is_not_started_over(small, tmp_path):
-    run = tmp_path / "run"
-    train(small(), run, stop_at_step=2)
-    weights_file = checkpoint.home_of(run / "checkpoints", 2) / "model.safetensors"
-    weights_file.write_bytes(b"")
-    rows = (run / "metrics.jsonl").read_text()
-    with pytest.raises(ArtefactError, match="damaged: not the bytes that were saved; no checkpoint can be used"):
-        train(small(), run, resume=True)
-    assert (run / "metrics.jsonl").read_text() == rows
-
-
-def test_a_newer_format_is_no_damage_to_pass_over(small, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    train(small(), run, stop_at_step=5)
-    saved = checkpoint.load(run / "checkpoints", 5)
-    with monkeypatch.context() as later:
-        later.setattr(checkpoint, "CHECKPOINT_FORMAT", 2)
-        checkpoint.save(run / "checkpoints", saved)
-    with pytest.raises(ArtefactError, match="format 2 is newer"):
-        train(small(), run, resume=True)
-
-
-def test_a_checkpoint_that_is_being_replaced_comes_back(small, tmp_path):
-    """Killed between putting the old one aside and the new one in its place."""
-    run = tmp_path / "run"
-    wanted = digest(train(small(), tmp_path / "whole").run)
-    train(small(), run, stop_at_step=6)
-    home = checkpoint.home_of(run / "checkpoints", 6)
-    home.rename(home.with_name(f".{home.name}{checkpoint.REPLACED}"))
-    progress = Lines()
-    assert digest(train(small(), run, resume=True, progress=progress).run) == wanted
-    assert "resumed from step 6" in progress.lines
-
-
-def test_a_foreign_directory_among_the_checkpoints_is_left_alone(small, tmp_path):
-    train(small(), tmp_path / "run", stop_at_step=2)
-    foreign = tmp_path / "run" / "checkpoints" / "step-1"
-    foreign.mkdir()
-    assert train(small(), tmp_path / "run", resume=True).step == 12
-    assert foreign.exists()
-
-
-def test_resume_takes_the_highest_number_whatever_the_gaps(small, tmp_path):
-    config = small("training.max_steps=1", "checkpoint.every_steps=null")
-    for _ in range(3):
-        train(config)
-    shutil.rmtree("runs/config-2")
-    assert train(config, resume=True).run.name == "config-3"
-    assert train(config).run.name == "config-4"
-
-
-def test_the_run_s_config_says_how_it_was_last_trained(small, tmp_path):
-    train(small("training.max_steps=2"), tmp_path / "run")
-    train(small("training.max_steps=4", "generation.max_tokens=3"), tmp_path / "run", resume=True)
-    config, _ = RunDirectory(tmp_path / "run").config_and_tokenizer()
-    assert (config.training.max_steps, config.generation.max_tokens) == (4, 3)
 
 
 def test_a_signal_that_was_ignored_stays_ignored(corpus):
@@ -298,17 +214,6 @@ def test_resume_on_cuda(small, tmp_path, precision):
     command = [sys.executable, "-m", "lmtrain", "train", "config.yaml", *overrides, "--run-dir", "cut", "--resume"]
     assert subprocess.run(command, check=False).returncode == 0  # a process of its own: cuDNN keeps state in one
     assert digest(tmp_path / "cut") == wanted
-
-
-def test_tied_weights_are_saved_once(small, tmp_path):
-    from lmtrain.inference.trained_model import load
-
-    run = train(small("training.max_steps=2"), tmp_path / "run").run
-    saved = checkpoint.load(run / "checkpoints", 2).model
-    assert "output.weight" not in saved
-    model = load(run).model
-    assert model.output.weight is model.embedding.weight
-    assert all(torch.equal(saved[name], tensor) for name, tensor in named_weights(model).items())
 
 
 def test_the_start_does_not_wait_for_pytorchs_compiler(small):

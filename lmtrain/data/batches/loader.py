@@ -1,4 +1,7 @@
-"""What training and evaluation take from the token stores, batch by batch."""
+"""Makes the batches that training and evaluation read of a token store.
+
+Shapes: B rows of a batch, or columns of a text whose state is carried; L longest row.
+"""
 
 from __future__ import annotations
 
@@ -20,68 +23,61 @@ from lmtrain.data.store.token_store import TokenStore
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ConfigError
 
-EVALUATION_TOKENS = 8192  # padded tokens a batch
+EVALUATION_TOKENS = 8192  # padded tokens of a batch
 
 
 class BatchSource(Protocol):
-    """What makes a batch out of what a sampler gives: `Rows` of row indices, `WindowedRows` of stretches, a `Stream` of
-    a span of steps."""
+    """Makes a batch of a part, which a sampler gives: `Rows` of row indices, `WindowedRows` of stretches, `Stream` of a
+    span of steps. The rows of a part can be counted and selected without reading their tokens."""
 
     def lengths(self, part: Any) -> Ints: ...
-
-    def take(self, part: Any, places: Ints) -> Any: ...
-
+    def take(self, part: Any, chosen: Ints) -> Any: ...
     def batch(self, part: Any, pad_id: int) -> Batch: ...
-
-    def __len__(self) -> int: ...
 
 
 class TrainingBatches(NamedTuple):
-    """How the training text is read."""
+    """The batches to train on: what makes them, and their order."""
 
     source: Rows | WindowedRows | Stream
     sampler: Sampler
-    columns: int | None  # that carry their state from batch to batch; None where each row begins anew
+    columns: int | None  # how many columns carry their state from batch to batch; None: each row begins anew
 
 
 class RankShard(NamedTuple):
-    """What one of several processes reads of each batch."""
+    """Which rows of each batch one of several processes reads."""
 
     rank: int = 0
     world_size: int = 1
-    columns: int | None = None  # of the whole batch, where these carry their state; None: rows begin anew
+    columns: int | None = None  # columns of the whole batch, if they carry their state; None: each row begins anew
 
-    def places(self, count: int) -> Ints:
-        """Of `count` rows, longest first, or columns, those of this rank.
+    def rows(self, count: int) -> Ints:
+        """Return which of the `count` rows of a batch, longest first, this rank reads: their indices.
 
-        Rows are dealt out forth and back, 0 1 2 2 1 0 0 1 2, so that all have about the same number of tokens; columns
-        stay with one process, which keeps their state.
+        Ranks take turns forth and back, so that all have about the same number of tokens: rows 0 .. 8 go to the ranks
+        0 1 2 2 1 0 0 1 2, so rank 0 of three reads rows 0, 5 and 6. Columns stay with one rank, which keeps their
+        state: rank 0 of three reads columns 0, 1 and 2 of nine.
         """
-        places = np.arange(count)
+        rows = np.arange(count)
         if self.columns is not None:
-            each = self.columns // self.world_size
-            return places[self.rank * each : (self.rank + 1) * each]
-        turn = places % (2 * self.world_size)
-        own: Ints = places[np.minimum(turn, 2 * self.world_size - 1 - turn) == self.rank]
-        return own
+            rank_columns = self.columns // self.world_size
+            return rows[self.rank * rank_columns : (self.rank + 1) * rank_columns]
+        turn = rows % (2 * self.world_size)
+        own_rows: Ints = rows[np.minimum(turn, 2 * self.world_size - 1 - turn) == self.rank]
+        return own_rows
 
 
 def training_batches(config: Config, store: TokenStore, eos_id: int) -> TrainingBatches:
-    """The batches to train on.
-
-    Raises:
-        ConfigError: a text shorter than its columns are many.
-    """
-    batching = config.batching
+    """Return the batches to train on; raises ConfigError where a text has fewer tokens or rows than columns."""
+    batching, columns = config.batching, config.batching.batch_size
     if batching.mode == "stream":
-        stream = _stream(store, eos_id, batching.batch_size)
+        _check_columns(columns, len(store.tokens), "tokens")
+        stream = Stream(store.tokens, eos_id, columns)
         spans = StreamSampler(stream, bptt=batching.bptt, random_bptt=batching.random_bptt, seed=config.seed)
-        return TrainingBatches(stream, spans, batching.batch_size)
+        return TrainingBatches(stream, spans, columns)
     if batching.carry_state:
         rows = Rows(store, batching.max_length)
-        if len(rows) < batching.batch_size:
-            raise ConfigError(f"batching.batch_size: {batching.batch_size} columns for {len(rows)} rows are too many")
-        return TrainingBatches(rows, LinesSampler(rows, batching.batch_size), batching.batch_size)
+        _check_columns(columns, len(rows), "rows")
+        return TrainingBatches(rows, LinesSampler(rows, columns), columns)
     source, sampler = shuffled_rows(
         store,
         batching.max_length,
@@ -96,10 +92,9 @@ def training_batches(config: Config, store: TokenStore, eos_id: int) -> Training
 def shuffled_rows(
     sequences: Sequences, max_length: int, **settings: Any
 ) -> tuple[Rows, EpochSampler] | tuple[WindowedRows, WindowSampler]:
-    """The rows of a corpus in an order of chance: of all of them where they fit a window, else window by window.
+    """Return the rows of a corpus and a sampler that shuffles them: as a whole if they fit a window, else by windows.
 
-    Args:
-        settings: as the samplers take them.
+    `settings` are the arguments of `EpochSampler` and `WindowSampler`.
     """
     if fits_a_window(sequences):
         rows = Rows(sequences, max_length)
@@ -108,10 +103,9 @@ def shuffled_rows(
     return windowed, WindowSampler(windowed, **settings)
 
 
-def _stream(store: TokenStore, eos_id: int, columns: int) -> Stream:
-    if len(store.tokens) < columns:
-        raise ConfigError(f"batching.batch_size: {columns} columns for {len(store.tokens)} tokens are too many")
-    return Stream(store.tokens, eos_id, columns)
+def _check_columns(columns: int, count: int, unit: str) -> None:
+    if count < columns:
+        raise ConfigError(f"batching.batch_size: {columns} columns for {count} {unit} are too many")
 
 
 def evaluation_batches(
@@ -121,62 +115,63 @@ def evaluation_batches(
     columns: int,
     batch_size: int | None = None,
     steps: int | None = None,
-    share: RankShard = RankShard(),  # noqa: B008  # can't be changed
+    shard: RankShard = RankShard(),  # noqa: B008  # can't be changed
 ) -> tuple[Iterator[Batch], int | None]:
-    """Every row of a text once, for scoring, and the number of columns that carry their state, or None.
+    """Return batches, (L, B) each, with every row of a text once, and how many columns carry their state (or None).
 
     Args:
-        columns: in which a text that goes on is read, at most.
-        batch_size: rows at once of a text whose rows begin anew.
-        steps: tokens of each column in a batch of a stream; the figures do not depend on it.
-        share: of this process, where several read together: of rows one batch in so many, of columns some.
+        columns: the most columns in which a text whose state is carried is read.
+        batch_size: rows of a batch, if each row begins anew; None: as many as have `EVALUATION_TOKENS`.
+        steps: tokens of each column in a batch of a stream; figures do not depend on it.
+        shard: what this process reads: of n processes, each reads every n-th batch of rows, or an n-th of the columns.
     """
     batching, pad_id = config.batching, tokenizer.pad_id
     if batching.mode == "stream":
         stream = Stream(store.tokens, tokenizer.eos_id, min(columns, len(store.tokens)))
         steps = steps or max(1, EVALUATION_TOKENS // len(stream))
         spans = stream.spans(np.arange(steps, stream.steps, steps))
-        return _in_columns(stream, spans, len(stream), pad_id, share)
+        return _column_batches(stream, spans, len(stream), pad_id, shard)
     if not batching.carry_state and not fits_a_window(store):
         windowed = WindowedRows(store, batching.max_length)
-        return _dealt(windowed, windowed.sorted_parts(EVALUATION_TOKENS, batch_size), pad_id, share), None
+        return _row_batches(windowed, windowed.sorted_parts(EVALUATION_TOKENS, batch_size), pad_id, shard), None
     rows = Rows(store, batching.max_length)
     if batching.carry_state:
         columns = min(columns, len(rows))
-        return _in_columns(rows, LinesSampler(rows, columns).epoch(0), columns, pad_id, share)
-    return _dealt(rows, sorted_parts(rows.row_lengths, EVALUATION_TOKENS, batch_size), pad_id, share), None
+        return _column_batches(rows, LinesSampler(rows, columns).epoch(0), columns, pad_id, shard)
+    return _row_batches(rows, sorted_parts(rows.row_lengths, EVALUATION_TOKENS, batch_size), pad_id, shard), None
 
 
-def _dealt(source: BatchSource, parts: Iterator[Any], pad_id: int, share: RankShard) -> Iterator[Batch]:
-    """One batch in so many."""
-    return (source.batch(part, pad_id) for part in islice(parts, share.rank, None, share.world_size))
+def _row_batches(source: BatchSource, parts: Iterator[Any], pad_id: int, shard: RankShard) -> Iterator[Batch]:
+    """Every n-th batch, for n processes."""
+    return (source.batch(part, pad_id) for part in islice(parts, shard.rank, None, shard.world_size))
 
 
-def _in_columns(
-    source: BatchSource, parts: Sequence[Any], columns: int, pad_id: int, share: RankShard
+def _column_batches(
+    source: BatchSource, parts: Sequence[Any], columns: int, pad_id: int, shard: RankShard
 ) -> tuple[Iterator[Batch], int]:
-    """The batches of a share's columns, and how many these are; of fewer columns than processes, some have none."""
-    first, end = (columns * rank // share.world_size for rank in (share.rank, share.rank + 1))
-    own = ((part, np.arange(first, min(end, len(source.lengths(part))))) for part in parts)
-    return (source.batch(source.take(part, places), pad_id) for part, places in own if len(places)), end - first
+    """The batches of a rank's columns, and how many columns it has: none, if there are fewer columns than processes."""
+    first, end = (columns * rank // shard.world_size for rank in (shard.rank, shard.rank + 1))
+    rank_parts = ((part, np.arange(first, min(end, len(source.lengths(part))))) for part in parts)
+    batches = (source.batch(source.take(part, chosen), pad_id) for part, chosen in rank_parts if len(chosen))
+    return batches, end - first
 
 
 class RankBatch(NamedTuple):
-    """A batch as one process has it."""
+    """One process's rows of a batch; the counts are those of the whole batch."""
 
-    batch: Batch  # of its own rows
-    rows: int  # of all processes
-    tokens: int  # of these
-    longest: int
-    idle: bool = False  # no row of it is this process's: one that weighs nothing is there for all to keep step
+    batch: Batch  # the rows that this process reads
+    rows: int  # rows of all processes
+    tokens: int  # tokens of these rows
+    longest: int  # tokens of the longest of these rows
+    idle: bool = False  # this process has no row: it reads one with weight zero, so that it takes part in the step
 
 
 class StepBatches(NamedTuple):
-    """The batches of one optimizer step, and where they stand in their epoch."""
+    """The batches of one optimizer step, and where in the epoch they are."""
 
     batches: list[RankBatch]
     epoch: int
-    end: int  # number of batches of the epoch up to here, these counted
+    end: int  # number of batches of the epoch so far, these counted
     epoch_batches: int  # batches in the epoch
 
     @property
@@ -186,12 +181,15 @@ class StepBatches(NamedTuple):
 
 
 class BatchLoader:
-    """The groups of batches that training takes, epoch after epoch, each made while the step before it runs.
+    """Loads the batches of one optimizer step after the other, epoch after epoch, each while the step before runs.
 
     Args:
-        size: batches in a group; the last one of an epoch may have fewer.
+        size: batches of a step; the last step of an epoch may have fewer.
         epoch, next_batch: where to begin.
-        share: of this process, where several read together.
+        shard: which rows this process reads.
+
+    Attributes:
+        waited_s: seconds that `peek` and `take` waited for batches.
     """
 
     def __init__(
@@ -201,42 +199,42 @@ class BatchLoader:
         size: int,
         epoch: int = 0,
         next_batch: int = 0,
-        share: RankShard = RankShard(),  # noqa: B008  # can't be changed
+        shard: RankShard = RankShard(),  # noqa: B008  # can't be changed
     ) -> None:
-        self.waited_s = 0.0  # altogether
+        self.waited_s = 0.0
         self._source: BatchSource = reading.source
-        self._pad_id, self._share = pad_id, share
-        self._groups = self._walk(reading.sampler, size, epoch, next_batch)
+        self._pad_id, self._shard = pad_id, shard
+        self._steps = self._load_steps(reading.sampler, size, epoch, next_batch)
         self._thread = ThreadPoolExecutor(1, "lmtrain-batches")
-        self._coming = self._thread.submit(next, self._groups)
+        self._next_step = self._thread.submit(next, self._steps)
 
-    def _walk(self, sampler: Sampler, size: int, epoch: int, next_batch: int) -> Iterator[StepBatches]:
+    def _load_steps(self, sampler: Sampler, size: int, epoch: int, next_batch: int) -> Iterator[StepBatches]:
         while True:
             order = sampler.epoch(epoch)
             for first in range(next_batch, len(order), size):
-                batches = list(map(self._deal, order[first : first + size]))
+                batches = list(map(self._load_batch, order[first : first + size]))
                 yield StepBatches(batches, epoch, first + len(batches), len(order))
             epoch, next_batch = epoch + 1, 0
 
-    def _deal(self, part: Any) -> RankBatch:
+    def _load_batch(self, part: Any) -> RankBatch:
         lengths = self._source.lengths(part)
-        places = self._share.places(len(lengths))
-        own = self._source.take(part, places if len(places) else np.zeros(1, np.int64))
-        batch = self._source.batch(own, self._pad_id)
-        return RankBatch(batch, len(lengths), int(lengths.sum()), int(lengths.max()), idle=not len(places))
+        rows = self._shard.rows(len(lengths))
+        rank_part = self._source.take(part, rows if len(rows) else np.zeros(1, np.int64))
+        batch = self._source.batch(rank_part, self._pad_id)
+        return RankBatch(batch, len(lengths), int(lengths.sum()), int(lengths.max()), idle=not len(rows))
 
     def peek(self) -> StepBatches:
-        """The next group, which stays the next."""
+        """Wait for the next step's batches and return them; they stay the next."""
         start_s = time.perf_counter()
-        group = self._coming.result()
+        step = self._next_step.result()
         self.waited_s += time.perf_counter() - start_s
-        return group
+        return step
 
     def take(self) -> StepBatches:
-        """The next group; the one after it is begun."""
-        group = self.peek()
-        self._coming = self._thread.submit(next, self._groups)
-        return group
+        """Wait for the next step's batches and return them; begin to load those of the step after."""
+        step = self.peek()
+        self._next_step = self._thread.submit(next, self._steps)
+        return step
 
     def close(self) -> None:
         """End the thread."""

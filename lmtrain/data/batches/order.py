@@ -1,13 +1,14 @@
-"""In which order training reads the rows of a corpus: a function of (seed, epoch), so that a resume takes no replay.
+"""Decides in which order training reads the rows of a corpus: a function of (seed, epoch), so a resume replays nothing.
 
-Shapes: R rows of a window.
+A sampler gives the parts of an epoch. A part is the rows of one batch, in the form that their source takes: indices for
+`Rows`, `Stretches` for `WindowedRows`, a `Span` for a `Stream`. Shapes: R rows of a corpus or of a window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, overload
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,68 +18,57 @@ from lmtrain.data.batches.rows import cut_batches, longest_first
 from lmtrain.data.batches.windows import Stretches, WindowedRows
 from lmtrain.system.processes import core_count
 
-Part = TypeVar("Part", covariant=True)
 Row = TypeVar("Row", bound=np.generic)
 
 
 class Sampler(Protocol):
-    """Which parts of a source each batch of an epoch holds, in order: a function of (seed, epoch) alone."""
+    """Gives the parts of an epoch in order, as a function of (seed, epoch) alone."""
 
     def epoch(self, epoch: int) -> Sequence[Any]: ...
 
 
-class Parts(Sequence[Part], Generic[Part]):
-    """The parts of an epoch, each made when it is asked for.
+class Parts(Sequence[Any]):
+    """The `length` parts of an epoch; `make` makes the part of a number when it is asked for."""
 
-    Args:
-        make: from a part's number to the part.
-    """
-
-    def __init__(self, length: int, make: Callable[[int], Part]) -> None:
+    def __init__(self, length: int, make: Callable[[int], Any]) -> None:
         self.length, self.make = length, make
 
     def __len__(self) -> int:
         return self.length
 
-    @overload
-    def __getitem__(self, place: int) -> Part: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Part]: ...
-    def __getitem__(self, place: int | slice) -> Part | list[Part]:
-        numbers = range(self.length)[place]  # also knows what -1 is, and what is too far
+    def __getitem__(self, index: Any) -> Any:
+        numbers = range(self.length)[index]  # a range also takes negative indices, and raises IndexError
         return [self.make(number) for number in numbers] if isinstance(numbers, range) else self.make(numbers)
 
 
-class _Cut(NamedTuple):
-    """How buckets of rows become batches."""
+class _BatchCutter(NamedTuple):
+    """How buckets of rows are cut into batches; one of `batch_size` and `max_tokens` is None."""
 
     batch_size: int | None
     max_tokens: int | None
     bucket_rows: int
 
     @classmethod
-    def of(cls, batch_size: int | None, max_tokens: int | None, bucket_batches: int, mean_length: float) -> _Cut:
-        rows_a_batch = batch_size or max(1, (max_tokens or 1) // max(1, round(mean_length)))
+    def of(cls, batch_size: int | None, max_tokens: int | None, bucket_batches: int, mean: float) -> _BatchCutter:
+        rows_a_batch = batch_size or max(1, (max_tokens or 1) // max(1, round(mean)))  # mean tokens of a row
         return cls(batch_size, max_tokens, rows_a_batch * bucket_batches)
 
     def batches(self, buckets: Iterable[Ints], lengths: Ints, random: np.random.Generator) -> list[Ints]:
-        """Sort each bucket by length, cut it into batches, and shuffle all the batches.
-
-        Args:
-            buckets: the indices of the rows of each.
-            lengths: (R,) of all rows.
-        """
+        """Sort each bucket of row indices by `lengths`, (R,) of all rows, cut it into batches, and shuffle them all."""
         batches = []
         for bucket in buckets:
-            of_bucket = lengths[bucket]
-            order = longest_first(of_bucket)
-            bucket, of_bucket = bucket[order], of_bucket[order]
-            batches += [bucket[first:end] for first, end in cut_batches(of_bucket, self.batch_size, self.max_tokens)]
-        return [batches[place] for place in random.permutation(len(batches))]
+            bucket_lengths = lengths[bucket]
+            order = longest_first(bucket_lengths)
+            bucket, bucket_lengths = bucket[order], bucket_lengths[order]
+            cuts = cut_batches(bucket_lengths, self.batch_size, self.max_tokens)
+            batches += [bucket[first:end] for first, end in cuts]
+        return [batches[number] for number in random.permutation(len(batches))]
 
     def count(self, lengths: NDArray[np.integer]) -> int:
-        """How many batches of `max_tokens` there are in buckets with rows of these lengths, (buckets, rows): in all
-        buckets at once, as there may be millions of batches."""
+        """Count the batches of `max_tokens` in full buckets of rows with these lengths, (buckets, rows).
+
+        It counts in all buckets at once, as there may be millions of batches.
+        """
         longest = np.sort(lengths, axis=1, kind="stable")[:, ::-1]
         batches, bucket, start = 0, np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
         while len(bucket):
@@ -90,20 +80,20 @@ class _Cut(NamedTuple):
 
 
 class EpochSampler:
-    """Which rows each batch of an epoch holds: a function of (seed, epoch) alone.
+    """The order of the rows of a corpus that is shuffled as a whole.
 
-    Rows are shuffled, cut into buckets of `bucket_batches` batches, sorted by length within each bucket, cut into
-    batches, and the batches shuffled. The state of a pass is (epoch, next batch); to resume takes no replay.
+    Rows are shuffled, cut into buckets of `bucket_batches` batches, sorted by length within each bucket and cut into
+    batches; then the batches are shuffled. `lengths` are the tokens of each row, (R,).
     """
 
     def __init__(
         self, lengths: Ints, *, batch_size: int | None, max_tokens: int | None, bucket_batches: int, seed: int
     ) -> None:
         self.lengths, self.seed = lengths, seed
-        self.cut = _Cut.of(batch_size, max_tokens, bucket_batches, float(lengths.mean()))
+        self.cut = _BatchCutter.of(batch_size, max_tokens, bucket_batches, float(lengths.mean()))
 
     def epoch(self, epoch: int) -> list[Ints]:
-        """The row indices of every batch of an epoch, in order; together each row exactly once."""
+        """Return the row indices of every batch of an epoch, (B,) each; together they hold each row exactly once."""
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         shuffled, size = random.permutation(len(self.lengths)), self.cut.bucket_rows
         buckets = [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
@@ -111,32 +101,32 @@ class EpochSampler:
 
 
 class WindowSampler:
-    """An epoch of a corpus that is read window by window.
+    """The order of the rows of a corpus that is read window by window.
 
-    The blocks of the corpus are shuffled, and as many are taken at a time as fill a window. Its rows are dealt out to
-    buckets, which go on as those of `EpochSampler`. All this is by a generator of (seed, epoch, window), so that any
-    batch is found without those before it. A batch stays within its window.
+    The blocks of the corpus are shuffled, and each window takes as many as fill it. The rows of a window are spread
+    over buckets, which become batches as in `EpochSampler`. The random numbers depend only on (seed, epoch, window), so
+    any batch is found without those before it. A batch stays within its window.
     """
 
     def __init__(
         self, rows: WindowedRows, *, batch_size: int | None, max_tokens: int | None, bucket_batches: int, seed: int
     ) -> None:
         self.rows, self.seed = rows, seed
-        self.cut = _Cut.of(batch_size, max_tokens, bucket_batches, rows.mean_length)
+        self.cut = _BatchCutter.of(batch_size, max_tokens, bucket_batches, rows.mean_length)
 
     def epoch(self, epoch: int) -> Sequence[Stretches]:
-        """The rows of every batch of an epoch, in order; together each row exactly once."""
+        """Return the rows of every batch of an epoch; together they hold each row exactly once."""
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         windows = self.rows.windows(random.permutation(self.rows.blocks))
         ends = np.cumsum(self._counts(epoch, windows))
         return Parts(int(ends[-1]), _Pass(self, epoch, windows, ends).part)
 
     def random(self, epoch: int, window: int) -> np.random.Generator:
-        """The generator of a window. NumPy reads [seed, epoch, 0] as [seed, epoch], which is the blocks'."""
+        """Return the generator of a window. NumPy takes [seed, epoch, 0] for [seed, epoch], hence + 1."""
         return np.random.Generator(np.random.PCG64([self.seed, epoch, window + 1]))
 
     def _counts(self, epoch: int, windows: list[Ints]) -> list[int]:
-        """How many batches each window has."""
+        """The number of batches of each window."""
 
         def count(window: int) -> int:
             if self.cut.batch_size is not None:
@@ -144,18 +134,21 @@ class WindowSampler:
             lengths = self.rows.short_lengths(windows[window])
             return sum(map(self.cut.count, spread_rows(lengths, self.cut.bucket_rows, self.random(epoch, window))))
 
-        with ThreadPoolExecutor(min(2, core_count())) as pool:  # sorting holds no lock; each takes some 50 MB
+        with ThreadPoolExecutor(min(2, core_count())) as pool:  # sorting releases the lock; a window takes some 50 MB
             return list(pool.map(count, range(len(windows))))
 
 
 def spread_rows(rows: NDArray[Row], size: int, random: np.random.Generator) -> list[NDArray[Row]]:
-    """Deal rows out to buckets of `size` rows, the last of which may have fewer: of so many neighbours as there are
-    buckets each one gets one, by a random turn.
+    """Spread rows over buckets of `size` rows, the last of which may have fewer.
 
-    So a bucket has rows from everywhere, and a million are dealt in a tenth of the time it takes to shuffle them.
+    Of n consecutive rows, each of the n buckets gets one, in the order of the buckets but beginning with a random one.
+    So each bucket has rows from everywhere, in a tenth of the time that it takes to shuffle a million rows.
+
+    Args:
+        rows: (R,) what is spread: the index of each row, or its length.
 
     Returns:
-        The full buckets, (buckets - 1, size), and the last one, (1, rows).
+        The full buckets, (buckets - 1, size), and the last bucket, (1, its rows).
     """
     buckets = -(-len(rows) // size)
     last = len(rows) - (buckets - 1) * size
@@ -166,22 +159,22 @@ def spread_rows(rows: NDArray[Row], size: int, random: np.random.Generator) -> l
 
 
 def _turned(table: NDArray[Row], random: np.random.Generator) -> NDArray[Row]:
-    """Each line of a table moved on by a random number of places; what falls off its end goes to its beginning."""
+    """Rotate each line of a table, (lines, width), by a random number of columns."""
     count, width = table.shape
-    places = np.arange(width) + random.integers(0, max(1, width), (count, 1))
-    places[places >= width] -= width
-    return np.take_along_axis(table, places, axis=1)
+    columns = np.arange(width) + random.integers(0, max(1, width), (count, 1))
+    columns[columns >= width] -= width
+    return np.take_along_axis(table, columns, axis=1)
 
 
 class _Pass:
-    """One way through the windows of an epoch; the window it is in is the one that is held."""
+    """One pass through the windows of an epoch; only the rows of one window are in memory."""
 
     def __init__(self, sampler: WindowSampler, epoch: int, windows: list[Ints], ends: Ints) -> None:
         self.sampler, self.epoch, self.windows, self.ends = sampler, epoch, windows, ends
-        self.window = -1  # the one that is held
+        self.window = -1  # number of the window in memory
 
     def part(self, batch: int) -> Stretches:
-        """The rows of a batch, by its number in the epoch."""
+        """Return the rows of a batch, by its number in the epoch."""
         window = int(np.searchsorted(self.ends, batch, side="right"))
         if window != self.window:
             self._enter(window)
@@ -191,12 +184,12 @@ class _Pass:
     def _enter(self, window: int) -> None:
         rows, cut, random = self.sampler.rows, self.sampler.cut, self.sampler.random(self.epoch, window)
         rows.release()
-        for coming in self.windows[window : window + 2]:
-            rows.announce(coming)
+        for blocks in self.windows[window : window + 2]:
+            rows.prefetch(blocks)
         self.stretches = rows.stretches(self.windows[window])
         lengths = self.stretches.lengths
-        dealt = spread_rows(np.arange(len(lengths)), cut.bucket_rows, random)
-        buckets = [bucket for table in dealt for bucket in random.permuted(table, axis=1)]  # neighbours in it, too
+        tables = spread_rows(np.arange(len(lengths)), cut.bucket_rows, random)
+        buckets = [bucket for table in tables for bucket in random.permuted(table, axis=1)]  # shuffles each bucket
         self.batches = cut.batches(buckets, lengths, random)
         assert len(self.batches) == self.ends[window] - (self.ends[window - 1] if window else 0)
         self.window = window

@@ -1,6 +1,7 @@
-"""From stored sequences to padded, length-sorted batches.
+"""Makes padded batches, sorted by length, of the rows of a corpus.
 
-Shapes: B rows, L longest row. A row is a stretch of a stored sequence `<bos> t1 .. tn <eos>`.
+A row is what the model reads from left to right: a stored sequence `<bos> t1 .. tn <eos>`, or a part of a long one.
+Shapes: B rows of a batch, L longest row, R rows of a corpus, T tokens of a corpus.
 """
 
 from __future__ import annotations
@@ -21,25 +22,28 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # (L, B) int64; the pad id after a row's end
     lengths: Tensor  # (B,) int64 on CPU, non-increasing, >= 1
-    order: Tensor  # (B,) place of each row in the caller's order: rows[order[b]] stands in column b
+    order: Tensor  # (B,) index of each row in the caller's order: column b holds rows[order[b]]
 
 
 class Sequences(Protocol):
-    """Flat ids and where each sequence begins, as the token store holds them."""
+    """The ids of all sequences, one after the other, and where each sequence begins, as in the token store."""
 
     tokens: NDArray[np.unsignedinteger]  # (T,)
-    offsets: NDArray[np.uint64]  # (sequences + 1,)
+    offsets: NDArray[np.uint64]  # (sequences + 1,) the last one is T
 
 
 def make_batch(rows: Sequence[Sequence[int] | Ints], pad_id: int) -> Batch:
-    """Pad rows of ids, each of length >= 1, and sort them longest first; equal lengths keep their order."""
+    """Return the batch of some rows of ids, each of length >= 1: longest first, equal lengths in their order."""
     lengths = np.array([len(row) for row in rows], np.int64)
     flat = np.concatenate([np.asarray(row, np.int64) for row in rows])
     return gather_batch(flat, lengths.cumsum() - lengths, lengths, pad_id)
 
 
 def gather_batch(flat: NDArray[np.integer], starts: Ints, lengths: Ints, pad_id: int) -> Batch:
-    """The batch of flat[start : start + length] for each row, without a loop over rows or tokens."""
+    """Return the batch of the rows flat[start : start + length], without a loop over rows or tokens.
+
+    `flat` are ids (T,); `starts` and `lengths`, (B,), are in any order.
+    """
     order = np.argsort(-lengths, kind="stable")
     starts, lengths = starts[order], lengths[order]
     steps = np.arange(lengths[0])[:, None]  # (L, 1)
@@ -50,27 +54,27 @@ def gather_batch(flat: NDArray[np.integer], starts: Ints, lengths: Ints, pad_id:
 
 
 def count_rows(lengths: Ints, max_length: int) -> Ints:
-    """How many rows each sequence gives, from its tokens with `<bos>` and `<eos>`.
+    """Return how many rows each sequence is cut into, (sequences,), from the tokens of each, (sequences,).
 
-    Args:
-        max_length: tokens in a row, `<bos>` and `<eos>` not counted.
+    `max_length` bounds the tokens of a row without `<bos>` and `<eos>`; `lengths` count these two.
     """
     if lengths.max(initial=0) <= max_length + 2:
         return np.ones_like(lengths)
-    return np.maximum(1, -(-(lengths - 1) // (max_length + 1)))  # a row of k tokens has k - 1 events
+    return np.maximum(1, -(-(lengths - 1) // (max_length + 1)))  # n tokens of a row make n - 1 predictions
 
 
 def cut_rows(offsets: NDArray[np.integer], max_length: int) -> tuple[Ints, Ints]:
-    """Where the rows of consecutive sequences begin and how many tokens they have.
+    """Return where the rows of consecutive sequences begin, and how many tokens they have, both (R,).
 
-    Neighbouring rows of a cut sequence share one token, the last one read by the first and the first one read by the
-    second. So every token is still predicted exactly once by each direction; only the context is shorter.
+    Neighbouring rows of a cut sequence have one token in common: the last token of the one is the first token of the
+    other. So each direction still predicts every token exactly once; only the context is shorter. For example,
+    `<bos> a b c d <eos>` is cut at `max_length` 2 into `<bos> a b c` and `c d <eos>`.
 
     Args:
-        offsets: (sequences + 1,) where each sequence begins, and the last one ends.
+        offsets: (sequences + 1,) where each sequence begins, and where the last one ends.
     """
-    places = offsets.astype(np.int64, copy=False)
-    starts, lengths = places[:-1], np.diff(places)
+    borders = offsets.astype(np.int64, copy=False)
+    starts, lengths = borders[:-1], np.diff(borders)
     rows = count_rows(lengths, max_length)
     if (count := int(rows.sum())) == len(rows):
         return starts, lengths
@@ -79,10 +83,12 @@ def cut_rows(offsets: NDArray[np.integer], max_length: int) -> tuple[Ints, Ints]
 
 
 class Rows:
-    """The rows of a corpus, all of them in memory: its sequences, those of more than `max_length` tokens cut.
+    """The rows of a corpus, with the starts and lengths of all of them in memory.
 
     Attributes:
-        starts, row_lengths: (rows,) as `cut_rows` has them.
+        flat: (T,) ids.
+        starts, row_lengths: (R,) as `cut_rows` returns them.
+        split_sequences: how many sequences are longer than `max_length` and are cut.
     """
 
     def __init__(self, sequences: Sequences, max_length: int) -> None:
@@ -94,33 +100,35 @@ class Rows:
         return len(self.row_lengths)
 
     def batch(self, indices: Ints, pad_id: int) -> Batch:
-        """The rows of the given indices as a batch."""
+        """Return the rows with these indices, (B,), as a batch."""
         return gather_batch(self.flat, self.starts[indices], self.row_lengths[indices], pad_id)
 
     def lengths(self, indices: Ints) -> Ints:
-        """Tokens of each of these rows."""
+        """Return the tokens of each of these rows, (B,)."""
         return self.row_lengths[indices]
 
-    def take(self, indices: Ints, places: Ints) -> Ints:
-        """Of these rows the ones at some places."""
-        return indices[places]
+    def take(self, indices: Ints, chosen: Ints) -> Ints:
+        """Return `indices[chosen]`: some of these rows."""
+        return indices[chosen]
 
 
 def narrow(numbers: Ints) -> NDArray[np.integer]:
-    """Numbers >= 0 in 16 bits where they fit: those are sorted by counting them, ten times as fast."""
+    """Return numbers >= 0 in 16 bits where they fit: NumPy sorts these by counting, ten times as fast."""
     return numbers.astype(np.uint16) if numbers.max(initial=0) < 1 << 16 else numbers
 
 
 def longest_first(lengths: Ints) -> Ints:
-    """The places of rows, the longest first, equal lengths in their order."""
+    """Return the indices that sort rows longest first, equal lengths in their order, (R,)."""
     return np.argsort(narrow(lengths.max(initial=0) - lengths), kind="stable")
 
 
 def cut_batches(
     sorted_lengths: NDArray[np.integer], batch_size: int | None, max_tokens: int | None
 ) -> list[tuple[int, int]]:
-    """Cut rows that are sorted longest first into (start, end) of batches of at most `batch_size` rows or at most
-    `max_tokens` padded tokens; a row that is longer than `max_tokens` by itself is a batch of its own."""
+    """Return the (start, end) of the batches of rows with these lengths, (R,), which are sorted longest first.
+
+    A batch has `batch_size` rows or, if that is None, at most `max_tokens` padded tokens, but at least one row.
+    """
     cuts, start = [], 0
     while start < len(sorted_lengths):
         size = batch_size or max(1, (max_tokens or 1) // int(sorted_lengths[start]))
@@ -130,7 +138,7 @@ def cut_batches(
 
 
 def sorted_parts(lengths: Ints, max_tokens: int, batch_size: int | None = None) -> Iterator[Ints]:
-    """The rows of each batch; each row once, longest first: the cheapest order where order does not matter."""
+    """Yield the row indices of each batch, longest rows first: the cheapest order where the order does not matter."""
     order = longest_first(lengths)
     for start, end in cut_batches(lengths[order], batch_size, max_tokens):
         yield order[start:end]

@@ -1,7 +1,8 @@
-"""The rows of a corpus that is larger than memory: cut into blocks, of which a window holds some hundred at a time.
+"""Reads the rows of a corpus that is larger than memory, a window at a time.
 
-Shapes: K blocks, R rows. A block is a stretch of consecutive sequences, some 256 KiB of ids: read from a disk at once,
-in about the time of a single row. Of the corpus as a whole only the blocks' borders are in memory.
+The corpus is cut into blocks of consecutive sequences, some 256 KiB of ids each, which a disk reads in about the time
+of a single row. A window is some hundred blocks from all over the corpus. Of the whole corpus, only the borders of the
+blocks are in memory. Shapes: B rows of a batch, R rows of some blocks, T tokens of the corpus.
 """
 
 from __future__ import annotations
@@ -16,33 +17,34 @@ from lmtrain.data.arrays import Ints
 from lmtrain.data.batches.rows import Batch, Sequences, count_rows, cut_rows, gather_batch, narrow, sorted_parts
 from lmtrain.data.store.paging import prefetch_pages, release_pages
 
-WINDOW_ROWS = 1 << 20  # a window has about as many rows, or
-WINDOW_BYTES = 64 << 20  # of ids; whichever are fewer
-WINDOW_BLOCKS = 256  # so many places of the corpus are mixed in a window
-SCANNED = 1 << 17  # sequences at once, few enough for a processor's own memory
+WINDOW_ROWS = 1 << 20  # about the most rows of a window
+WINDOW_BYTES = 64 << 20  # about the most bytes of ids of a window
+WINDOW_BLOCKS = 256  # as many places of the corpus are mixed in a window
+SCANNED = 1 << 17  # sequences that are scanned at once: few enough for a processor's cache
 
 
 class Stretches(NamedTuple):
-    """Rows by where they stand among the corpus's ids."""
+    """Rows, given by where they are in the ids of the corpus: row r is flat[starts[r] : starts[r] + lengths[r]]."""
 
     starts: Ints  # (R,)
     lengths: Ints  # (R,)
 
 
 def fits_a_window(sequences: Sequences) -> bool:
-    """Whether a corpus is one that can be shuffled as a whole."""
+    """Return whether a corpus is small enough to be shuffled as a whole."""
     return len(sequences.offsets) - 1 <= WINDOW_ROWS and sequences.tokens.nbytes <= WINDOW_BYTES
 
 
 class WindowedRows:
-    """The rows of a corpus as `cut_rows` has them, but found block by block.
+    """The rows of a corpus, the same as those of `Rows`, but computed block by block.
 
     Args:
-        window_rows, window_bytes: about how many rows and bytes of ids a window has at most.
+        window_rows, window_bytes: about the most rows and bytes of ids in a window.
 
     Attributes:
-        blocks: their number K.
-        mean_length: tokens of a row.
+        blocks: number of blocks.
+        mean_length: mean number of tokens of a row.
+        split_sequences: how many sequences are longer than `max_length` and are cut.
     """
 
     def __init__(
@@ -53,30 +55,34 @@ class WindowedRows:
         window_bytes: int = WINDOW_BYTES,
     ) -> None:
         self.flat, self.max_length = sequences.tokens, max_length
-        self.offsets = np.asarray(sequences.offsets)  # without what a memmap does at each slice
+        self.offsets = np.asarray(sequences.offsets)  # an array is sliced faster than a memmap
         count = len(self.offsets) - 1
         tokens = int(self.offsets[-1])
-        row_tokens = min(tokens / count, max_length + 2)  # on average, about
+        row_tokens = min(tokens / count, max_length + 2)  # about the mean
         block_tokens = max(1, int(min(window_bytes / self.flat.itemsize, window_rows * row_tokens) / WINDOW_BLOCKS))
         self._firsts, self._starts, self._rows_before, self.split_sequences = self._scan(block_tokens)
         self.blocks = len(self._firsts) - 1
         self.mean_length = (tokens + len(self) - count) / len(self)  # each cut of a sequence repeats a token
 
     def _scan(self, block_tokens: int) -> tuple[Ints, Ints, Ints, int]:
-        """At which sequence and token each block begins and how many rows stand before it, all (K + 1,); also how many
-        sequences are split. A block begins with the first sequence behind each multiple of `block_tokens`."""
+        """Find the blocks: one begins with the first sequence behind each multiple of `block_tokens`.
+
+        Returns:
+            The first sequence and the first token of each block and the number of rows before it, each (blocks + 1,);
+            and how many sequences are cut.
+        """
         count, rows, split = len(self.offsets) - 1, 0, 0
         firsts, starts, rows_before = [0], [0], [0]
         for first in range(0, count, SCANNED):
             offsets = self.offsets[first : first + SCANNED + 1].astype(np.int64)
-            of_each = count_rows(np.diff(offsets), self.max_length)
+            row_counts = count_rows(np.diff(offsets), self.max_length)
             borders = np.arange(offsets[0] // block_tokens + 1, offsets[-1] // block_tokens + 1) * block_tokens
-            last = np.unique(np.searchsorted(offsets[1:], borders))  # sequences of blocks: what reaches a border
-            before = rows + of_each.cumsum()
+            last = np.unique(np.searchsorted(offsets[1:], borders))  # a block's last sequence reaches a border
+            row_ends = rows + row_counts.cumsum()
             firsts += (first + last + 1).tolist()
             starts += offsets[last + 1].tolist()
-            rows_before += before[last].tolist()
-            rows, split = int(before[-1]), split + int((of_each > 1).sum())
+            rows_before += row_ends[last].tolist()
+            rows, split = int(row_ends[-1]), split + int((row_counts > 1).sum())
             release_pages(self.offsets)
         if firsts[-1] < count:  # the last block is not full
             firsts.append(count)
@@ -87,59 +93,55 @@ class WindowedRows:
     def __len__(self) -> int:
         return int(self._rows_before[-1])
 
-    # ---- as a source of batches
-
     def batch(self, part: Stretches, pad_id: int) -> Batch:
-        """These rows as a batch."""
+        """Return these rows, B of them, as a batch."""
         return gather_batch(self.flat, part.starts, part.lengths, pad_id)
 
     def lengths(self, part: Stretches) -> Ints:
-        """Tokens of each of these rows."""
+        """Return the tokens of each of these rows, (R,)."""
         return part.lengths
 
-    def take(self, part: Stretches, places: Ints) -> Stretches:
-        """Of these rows the ones at some places."""
-        return Stretches(part.starts[places], part.lengths[places])
-
-    # ---- block by block
+    def take(self, part: Stretches, chosen: Ints) -> Stretches:
+        """Return some of these rows, by their indices in `part`."""
+        return Stretches(part.starts[chosen], part.lengths[chosen])
 
     def windows(self, blocks: Ints) -> list[Ints]:
-        """Blocks in some order, as many together as make a window."""
+        """Cut block numbers, in any order, into windows."""
         return np.array_split(blocks, -(-len(blocks) // WINDOW_BLOCKS))
 
     def rows_of(self, blocks: Ints) -> int:
-        """How many rows these blocks have."""
+        """Return how many rows these blocks have."""
         return int((self._rows_before[blocks + 1] - self._rows_before[blocks]).sum())
 
     def stretches(self, blocks: Ints) -> Stretches:
-        """The rows of these blocks, block after block."""
+        """Return the rows of these blocks, block after block."""
         starts, lengths = zip(*self._cut(blocks), strict=True)
         return Stretches(np.concatenate(starts), np.concatenate(lengths))
 
     def short_lengths(self, blocks: Ints) -> NDArray[np.integer]:
-        """Tokens of these rows, in 16 bits where they fit."""
+        """Return the tokens of each row of these blocks, (R,), in 16 bits where they fit."""
         return np.concatenate([narrow(lengths) for _, lengths in self._cut(blocks)])
 
-    def announce(self, blocks: Ints) -> None:
-        """These blocks will be read soon."""
+    def prefetch(self, blocks: Ints) -> None:
+        """Have the system read these blocks ahead."""
         prefetch_pages(self.flat, zip(self._starts[blocks].tolist(), self._starts[blocks + 1].tolist(), strict=True))
 
     def release(self) -> None:
-        """What was read is done with."""
+        """Let go of all memory pages that were read."""
         release_pages(self.flat)
 
     def _cut(self, blocks: Ints) -> Iterator[tuple[Ints, Ints]]:
-        """Starts and lengths of the rows of each block."""
+        """The starts and the lengths of the rows of each block."""
         for number, (first, end) in enumerate(zip(self._firsts[blocks], self._firsts[blocks + 1], strict=True)):
             yield cut_rows(self.offsets[first : end + 1], self.max_length)
-            if number % 16 == 15:  # the system maps far more around each
+            if number % 16 == 15:  # the system maps far more than what is read
                 release_pages(self.offsets)
         release_pages(self.offsets)
 
     def sorted_parts(self, max_tokens: int, batch_size: int | None = None) -> Iterator[Stretches]:
-        """Every row once, window after window from the beginning of the corpus, longest first in each."""
+        """Yield the rows of each batch, window after window from the beginning of the corpus, longest first in each."""
         for blocks in self.windows(np.arange(self.blocks)):
-            self.announce(blocks)
+            self.prefetch(blocks)
             stretches = self.stretches(blocks)
             for part in sorted_parts(stretches.lengths, max_tokens, batch_size):
                 yield self.take(stretches, part)

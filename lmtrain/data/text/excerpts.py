@@ -1,46 +1,50 @@
-"""Excerpts of files that are too large to be read before anything is known of them: pieces from all over them."""
+"""Takes excerpts from files that are too large to be read as a whole by `lmtrain check`: pieces from all over them."""
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, NamedTuple
 
 from lmtrain.config import Config
+from lmtrain.data.text.formats.base import Format
+from lmtrain.data.text.formats.table import FORMATS, format_of
 from lmtrain.data.text.reading import LONGEST_LINE_BYTES, expand_patterns, open_text, too_long
 from lmtrain.errors import DataError
 
-EXCERPT_BYTES = 8 << 20  # of all the files of a corpus
-PIECE_BYTES = 128 << 10  # at one place
-PACKED_FILES = 16  # of which the beginning is read
+PARTS = ("train", "valid", "test")
+EXCERPT_BYTES = 8 << 20  # taken from all files of a corpus together
+PIECE_BYTES = 128 << 10  # taken at one place
+BEGUN_FILES = 16  # about as many files are read from their beginning, where files can't be entered in the middle
 
 
 class Excerpt(NamedTuple):
-    """What was taken of a corpus; or all of it, where that is little."""
+    """What was taken from a corpus: the whole of it, if it is small."""
 
     files: list[str]
-    places: dict[str, str]  # of each file: where in the corpus it was taken from, for people
+    places: dict[str, str]  # for each file of the excerpt, where in the corpus it was taken from, for messages
     taken_bytes: int
-    all_bytes: int  # of the corpus; what is packed counted as unpacked, about
+    all_bytes: int  # size of the corpus; the unpacked size of packed files is estimated
 
     @property
     def scale(self) -> float:
-        """How many times as large the corpus is."""
+        """How many times larger the corpus is than the excerpt."""
         return self.all_bytes / max(1, self.taken_bytes)
 
 
 class Excerpts(NamedTuple):
-    """A configuration on excerpts of its corpora, with a cache of its own."""
+    """A configuration that reads excerpts in place of its corpora, with a cache of its own."""
 
     config: Config
     of: dict[str, Excerpt]  # by train, valid, test
 
     def named(self, fault: str) -> str:
-        """A fault, with the user's own file in place of an excerpt's."""
+        """Return a fault with the name of the user's own file in place of an excerpt's."""
         for excerpt in self.of.values():
             for file, place in excerpt.places.items():
                 fault = fault.replace(file, place)
@@ -48,62 +52,55 @@ class Excerpts(NamedTuple):
 
 
 def size_of(config: Config) -> int:
-    """Bytes of all data files, as they lie on disk.
-
-    Raises:
-        DataError: a path or glob that names nothing.
-    """
-    data = config.data
-    files = {
-        file for paths in (data.train, data.valid, data.test) if paths is not None for file in expand_patterns(paths)
-    }
+    """Return the bytes of all data files, as they are on disk; raises DataError if a path or glob names nothing."""
+    files = {file for part in PARTS for file in expand_patterns(getattr(config.data, part) or ())}
     return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
 
 
 @contextmanager
 def excerpts_of(config: Config) -> Iterator[Excerpts]:
-    """Excerpts of the corpora of a configuration, in a directory that is gone afterwards.
-
-    Raises:
-        DataError: files that can't be read.
-    """
+    """Take excerpts into a directory that is removed afterwards; raises DataError if files can't be read."""
+    data, taken, faults = config.data, dict[str, Excerpt](), list[str]()
+    name = "ids" if config.tokenizer.kind == "ids" else data.format
     with TemporaryDirectory(prefix="lmtrain-check-") as folder:
-        taken: dict[str, Excerpt] = {}
-        faults: list[str] = []
-        for name in ("train", "valid", "test"):
-            if (paths := getattr(config.data, name)) is not None:
-                (home := Path(folder) / name).mkdir()
+        for part in PARTS:
+            if (paths := getattr(data, part)) is not None:
+                (home := Path(folder) / part).mkdir()
                 try:
-                    taken[name] = _take(expand_patterns(paths), home)
+                    formats = {file: format_of(file, name, data.field) for file in expand_patterns(paths)}
+                    taken[part] = _take(formats, home)
                 except DataError as error:
                     faults += error.faults
         if faults:
             raise DataError(*dict.fromkeys(faults))
-        files = {name: excerpt.files for name, excerpt in taken.items()}
-        data = config.data.model_copy(update={**files, "cache_dir": str(Path(folder) / "cache")})
-        if config.data.valid_fraction is not None:
+        update = {part: excerpt.files for part, excerpt in taken.items()} | {"cache_dir": str(Path(folder) / "cache")}
+        if name != "auto" and not FORMATS[name].lines_are_records:
+            update["format"] = "jsonl"  # which `_first_records` writes
+        if data.valid_fraction is not None:
             taken["valid"] = taken["train"]
-        yield Excerpts(config.model_copy(update={"data": data}), taken)
+        yield Excerpts(config.model_copy(update={"data": data.model_copy(update=update)}), taken)
 
 
-def _take(files: Sequence[str], folder: Path) -> Excerpt:
-    for file in files:
+def _take(formats: dict[str, Format], folder: Path) -> Excerpt:
+    for file in formats:
         if not os.path.isfile(file) or not os.access(file, os.R_OK):
-            open_text(file).close()  # which says why it can't be read
-    sizes = {file: os.path.getsize(file) for file in files}
-    packed = {file: size for file, size in sizes.items() if file.endswith(".gz")}
-    plain = {file: size for file, size in sizes.items() if file not in packed}
-    if not packed and sum(plain.values()) <= EXCERPT_BYTES:
-        return Excerpt(list(files), {}, sum(plain.values()), sum(plain.values()))
-    unpacked = _unpack(packed, folder, EXCERPT_BYTES * sum(packed.values()) // sum(sizes.values()))
-    pieces = _cut(plain, folder, EXCERPT_BYTES * sum(plain.values()) // sum(sizes.values()))
-    places = unpacked.places | pieces.places
-    taken, whole = unpacked.taken_bytes + pieces.taken_bytes, unpacked.all_bytes + pieces.all_bytes
+            open_text(file).close()  # this raises the error that says why
+    sizes = {file: os.path.getsize(file) for file in formats}
+    # files that can be read from their beginning only, and files that can be entered in the middle
+    begun = {file: sizes[file] for file in sizes if file.endswith(".gz") or not formats[file].lines_are_records}
+    entered = {file: size for file, size in sizes.items() if file not in begun}
+    total = sum(sizes.values())
+    if not begun and total <= EXCERPT_BYTES:
+        return Excerpt(list(sizes), {}, total, total)
+    beginnings = _take_beginnings(begun, formats, folder, EXCERPT_BYTES * sum(begun.values()) // max(1, total))
+    pieces = _take_pieces(entered, folder, EXCERPT_BYTES * sum(entered.values()) // max(1, total))
+    places = beginnings.places | pieces.places
+    taken, whole = beginnings.taken_bytes + pieces.taken_bytes, beginnings.all_bytes + pieces.all_bytes
     return Excerpt(list(places), places, taken, whole)
 
 
-def _cut(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
-    """Pieces of whole lines, evenly spaced over the files; raises DataError where a line is too long."""
+def _take_pieces(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
+    """Take pieces of whole lines, evenly spaced over the files; raises DataError where a line is too long."""
     whole = sum(sizes.values())
     count = max(1, budget // PIECE_BYTES)
     begins = [whole * number // count for number in range(count)]
@@ -112,7 +109,7 @@ def _cut(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
     for file, size in sizes.items():
         with open(file, "rb") as handle:
             for begin in (place - before for place in begins if before <= place < before + size):
-                if handle.tell() < begin:  # else the piece before reached as far; lines may be long
+                if handle.tell() < begin:  # else long lines made the piece before reach as far as this
                     handle.seek(begin - 1)
                     _finish_line(handle, _place(file, begin), 1)
                 first = handle.tell()
@@ -127,7 +124,7 @@ def _cut(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
 
 
 def _finish_line(handle: IO[bytes], place: str, line: int) -> bytes:
-    """What is left of a line that a piece would begin or end in."""
+    """Read the rest of the line in which a piece would begin or end."""
     rest = handle.readline(LONGEST_LINE_BYTES + 1)
     if len(rest) > LONGEST_LINE_BYTES:
         raise too_long(place, line)
@@ -138,25 +135,38 @@ def _place(file: str, first: int) -> str:
     return f"{file} (from byte {first:,} on)" if first else file
 
 
-def _unpack(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
-    """The beginnings of packed files, and from these how large all are unpacked."""
-    every = max(1, len(sizes) // PACKED_FILES)
-    chosen = list(sizes)[::every]
+def _take_beginnings(sizes: dict[str, int], formats: dict[str, Format], folder: Path, budget: int) -> Excerpt:
+    """Take the beginnings of some files, and estimate from these how many bytes of text all have."""
+    chosen = list(sizes)[:: max(1, len(sizes) // BEGUN_FILES)]
     places: dict[str, str] = {}
-    taken = read = unpacked_bytes = 0
+    taken = read = text_bytes = 0
     for file in chosen:
-        text, taken_of = _beginning(file, max(PIECE_BYTES, budget // len(chosen)))
-        read += taken_of
-        unpacked_bytes += len(text)
-        whole_lines = text if taken_of == sizes[file] else text[: text.rfind(b"\n") + 1]
+        by_line, most = formats[file].lines_are_records, max(PIECE_BYTES, budget // len(chosen))
+        text, read_bytes = _unpack(file, most) if by_line else _first_records(file, formats[file], most)
+        read += read_bytes
+        text_bytes += len(text)
+        whole_lines = text if read_bytes == sizes[file] else text[: text.rfind(b"\n") + 1]
         taken += len(whole_lines)
-        (piece := _name(folder, len(places), file.removesuffix(".gz"), "-unpacked")).write_bytes(whole_lines)
+        piece = _name(folder, len(places), file.removesuffix(".gz") if by_line else ".jsonl", "-begun")
+        piece.write_bytes(whole_lines)
         places[str(piece)] = file
-    return Excerpt(list(places), places, taken, round(sum(sizes.values()) * unpacked_bytes / max(1, read)))
+    return Excerpt(list(places), places, taken, round(sum(sizes.values()) * text_bytes / max(1, read)))
 
 
-def _beginning(file: str, most: int) -> tuple[bytes, int]:
-    """About so many bytes of what a file unpacks to, and how many of the file they were unpacked from."""
+def _first_records(file: str, form: Format, most: int) -> tuple[bytes, int]:
+    """Return about `most` bytes of texts as JSON lines, and the number of bytes of the file they were read from."""
+    text, read_bytes = bytearray(), 0
+    for raw in form.raw_blocks(file):
+        for line in form.parse(raw).texts:
+            text += json.dumps({form.field: line}).encode() + b"\n"
+        read_bytes = raw.read_bytes
+        if len(text) >= most:
+            break
+    return bytes(text), read_bytes
+
+
+def _unpack(file: str, most: int) -> tuple[bytes, int]:
+    """Return about `most` bytes of an unpacked file, and the number of bytes they were unpacked from."""
     text, read, inside = bytearray(), 0, False
     with open(file, "rb") as handle:
         while len(text) < most and (chunk := handle.read(1 << 14)):
@@ -175,5 +185,5 @@ def _beginning(file: str, most: int) -> tuple[bytes, int]:
 
 
 def _name(folder: Path, number: int, file: str, kind: str = "") -> Path:
-    """A name for a piece, with the suffix by which its format is known."""
+    """Return a name for a piece, with the suffix by which its format is known."""
     return folder / f"{number:04d}{kind}{'.jsonl' if file.endswith('.jsonl') else '.txt'}"

@@ -1,4 +1,4 @@
-"""One spelling for each letter."""
+"""Gives each letter one spelling."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import unicodedata
 
 
 def normalise(text: str) -> str:
-    """NFC, so that a letter has one spelling whether it was typed composed or not (Hangul, accents)."""
+    """Return the text in NFC: a letter has one spelling, whether it was typed composed or not (Hangul, accents)."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)

@@ -1,4 +1,4 @@
-"""Which texts a token store is made of."""
+"""Which texts a token store holds: files, their format, and which of their texts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lmtrain.data.text.digests import Digests
-from lmtrain.data.text.reading import Block, RawBlock, expand_patterns, parse, raw_blocks, resolve_format
+from lmtrain.data.text.formats.table import format_of, resolve_format
+from lmtrain.data.text.reading import Block, RawBlock, expand_patterns
 from lmtrain.errors import DataError
 
-STORE_FORMAT = 1  # of the stores
+STORE_FORMAT = 1  # version of the token stores
 MOST_NAMES = 5
 Part = Literal["all", "train", "valid"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Which texts of which files: all of them, or one side of a split by content.
+    """Files and which of their texts are read: all, or one side of a split by content.
 
-    With `valid_fraction`, a text belongs to the validation part where the hash of its content says so: the split does
-    not depend on the order of the lines, and equal lines never stand on both sides.
+    With `valid_fraction`, the hash of a text's content decides whether the text belongs to the validation part. So the
+    split does not depend on the order of the texts, and equal texts are never on both sides.
     """
 
     files: tuple[str, ...]
@@ -31,11 +32,11 @@ class Source:
     field: str = "text"
     part: Part = "all"
     valid_fraction: float = 0.0
-    stream: bool = False  # one long text: blank lines count, and a newline is an end token
+    stream: bool = False  # one long text: blank lines count, and each newline is an end token
 
     @classmethod
     def of(cls, patterns: Sequence[str], **settings: object) -> Source:
-        """The source that paths and globs name; settings as the fields."""
+        """Return the source of the files that paths and globs name, or raise DataError; `settings`: other fields."""
         return cls(tuple(expand_patterns(patterns)), **settings)  # type: ignore[arg-type]
 
     @property
@@ -45,20 +46,24 @@ class Source:
         return ", ".join(self.files[:MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
     def size(self, count: int | None = None) -> int:
-        """Bytes of the files, or of the first so many; those that can't be read count nothing."""
+        """Return the bytes of the files, or of the first `count` of them; files that can't be read count nothing."""
         return sum(map(_size, self.files[:count]))
 
     def raws(self, file: int = 0, offset: int = 0, line: int = 1) -> Iterator[RawBlock]:
-        """The lines of all files in order, a block at a time, from a place on; raises DataError as `raw_blocks`."""
-        held, behind = None, self.size(file)
+        """Read all files in order, a block at a time; raises DataError as `Format.raw_blocks`.
+
+        Args:
+            file, offset, line: where to begin: `file`, `end` and `next_line` of an earlier block.
+        """
+        held, bytes_before = None, self.size(file)  # a block is held back until it is known whether it is the last one
         try:
             for number, path in enumerate(self.files[file:], file):
-                for raw in raw_blocks(path, offset, line):
+                for raw in format_of(path, self.format, self.field).raw_blocks(path, offset, line):
                     if held is not None:
                         yield held
-                    held = raw._replace(file=number, read_bytes=behind + raw.read_bytes)
-                offset, line, behind = 0, 1, behind + _size(path)
-        except DataError:  # a fault that stands before this one is told first
+                    held = raw._replace(file=number, read_bytes=bytes_before + raw.read_bytes)
+                offset, line, bytes_before = 0, 1, bytes_before + _size(path)
+        except DataError:  # the block before may have a fault of its own, which is to be reported first
             if held is not None:
                 yield held
             raise
@@ -66,42 +71,42 @@ class Source:
             yield held._replace(last=True)
 
     def parse(self, raw: RawBlock) -> Block:
-        """The texts of a block; raises DataError as `reading.parse`."""
-        return parse(raw, resolve_format(raw.path, self.format), self.field)
+        """Return the texts of a block; raises DataError with the place."""
+        return format_of(raw.path, self.format, self.field).parse(raw)
 
-    def has_records(self, raw: RawBlock) -> bool:
-        """Whether the lines of a block are JSON."""
-        return resolve_format(raw.path, self.format) == "jsonl"
+    def unsplit_texts(self, raw: RawBlock) -> list[str]:
+        """Return strings with the words of a block, as `Format.unsplit_texts`; raises DataError with the place."""
+        return format_of(raw.path, self.format, self.field).unsplit_texts(raw)
 
     def kept(self, block: Block) -> Block:
-        """The block with the texts of the other part as empty texts."""
+        """Return the block with the texts of the other part as empty texts."""
         if self.part == "all":
             return block
-        return block._replace(texts=[text if self._is_ours(text) else "" for text in block.texts])
+        return block._replace(texts=[text if self._is_in_part(text) else "" for text in block.texts])
 
-    def _is_ours(self, text: str) -> bool:
+    def _is_in_part(self, text: str) -> bool:
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         held_out = int.from_bytes(digest, "little") < self.valid_fraction * 2**64
         return held_out == (self.part == "valid")
 
     def blocks(self) -> Iterator[Block]:
-        """The texts, a block at a time, those of the other part as empty texts; raises DataError with the place."""
+        """Read the texts a block at a time, those of the other part as empty texts; raises DataError with the place."""
         return (self.kept(self.parse(raw)) for raw in self.raws())
 
     def texts(self) -> Iterator[str]:
-        """The texts that are not blank, one at a time."""
+        """Read the texts that are not blank, one at a time."""
         for block in self.blocks():
             yield from filter(str.strip, block.texts)
 
     def key(self, digests: Digests, *more: str) -> str:
-        """A name for this content and what was made of it."""
+        """Return a name for what is made of the texts: it changes with their content, the settings and `more`."""
         formats = [resolve_format(path, self.format) for path in self.files]
         facts = [STORE_FORMAT, formats, self.field, self.part, self.valid_fraction, self.stream, *more]
         hashes = digests.sha256_of(self.files)
         return hashlib.sha256(json.dumps([facts, hashes]).encode()).hexdigest()[:32]
 
     def check_at_rest(self, digests: Digests) -> None:
-        """Raises DataError where a file is not what it was when its digest was made."""
+        """Raise DataError if a file has changed since `digests` computed its digest."""
         if any(digests.has_changed(path) for path in self.files):
             raise DataError(f"{self.name}: changed while it was read; start again when it is at rest")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lmtrain.data.arrays import Ints
 from lmtrain.data.store.encoding import BlockResult
-from lmtrain.data.text.reading import RawBlock, decode
+from lmtrain.data.text.reading import RawBlock
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.word_index import Keys, WordIndex, cut_words
 
@@ -142,8 +142,8 @@ class BlockCounter:
 
     def answer(self, raw: RawBlock) -> BlockResult:
         """Count a block; raises DataError with the place of its fault."""
-        if self._lines_do_not_matter and not self.source.has_records(raw):
-            return BlockResult({}, self.tally.add([decode(raw)]))
+        if self._lines_do_not_matter:
+            return BlockResult({}, self.tally.add(self.source.unsplit_texts(raw)))
         return BlockResult({}, self.tally.add(list(filter(str.strip, self.source.kept(self.source.parse(raw)).texts))))
 
     def rest(self) -> BlockResult:

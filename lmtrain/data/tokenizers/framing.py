@@ -18,7 +18,7 @@ def encode_block(tokenizer: Tokenizer, block: Block, texts: Sequence[str]) -> tu
     try:
         return tokenizer.encode_texts(texts)
     except DataError:
-        for number, text in enumerate(block.texts, block.first_line):  # once more, for the place
+        for number, text in zip(block.lines, block.texts, strict=True):  # once more, for the place
             column = 0
             for word in text.split():
                 column = text.index(word, column)

@@ -1,1 +1,1 @@
-"""A trained model for programs that have no lmtrain."""
+"""A trained model in formats for programs that do not have lmtrain."""

@@ -1,4 +1,4 @@
-"""A trained model's weights as `torch.nn` names them."""
+"""The weights of a trained model, named as `torch.nn` names them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lmtrain.model.output import FullOutput
 def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
     """The weights by names that `torch.nn` knows.
 
-    `forward.weight_ih_l0` ... are those of an `nn.LSTM`, `nn.GRU` or `nn.RNN` of all layers, `backward.` of a second,
-    which reads from the right; `embedding.weight`, `output.weight` and `output.bias` stand before and behind it, and
-    `projection_forward.weight` between it and the output layer where sizes differ.
+    `forward.weight_ih_l0` ... belong to one `nn.LSTM`, `nn.GRU` or `nn.RNN` of all layers, `backward.weight_ih_l0` ...
+    to a second one, which reads from the right. `embedding.weight` belongs before it, `output.weight` and `output.bias`
+    after it, and `projection_forward.weight` between it and the output layer if their sizes differ.
 
     Raises:
-        ConfigError: what no `torch.nn` layer has: layers that differ in size, residual connections, layer norm,
-            n-grams, counted or not, an adaptive output layer.
+        ConfigError: the model has what no `torch.nn` layer has: layers that differ in size, residual connections,
+            layer norm, n-grams (counted or embedded), or an adaptive output layer.
     """
-    odd = {
+    unsupported = {
         "model.layer_sizes": len(set(model.recurrence.hidden_sizes)) > 1,
         "model.residual": model.stack("forward").residual,
         "model.layer_norm": bool(model.stack("forward").norms),
@@ -29,7 +29,7 @@ def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
     }
     if model.ngram_counts:
         raise ConfigError("counted n-grams have no form outside lmtrain; train with model.ngram_counts: null to export")
-    if names := [name for name, found in odd.items() if found]:
+    if names := [name for name, used in unsupported.items() if used]:
         raise ConfigError(f"no torch.nn layer has what {', '.join(names)} asked for; --format onnx takes it")
     tensors = {"embedding.weight": model.embedding.weight}
     for direction, stack in zip(("forward", "backward"), model.recurrence.stacks, strict=False):

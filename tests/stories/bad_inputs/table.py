@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,9 +22,14 @@ class Row(NamedTuple):
     """One bad input: what is typed, and all that may come of it."""
 
     command: str  # as at a shell, behind `lmtrain`
-    said: str  # the whole of stderr, its last newline aside; {here} is the working directory
+    said: str  # all of stderr but its last newline; {here} is the working directory, {words} what a library words
     code: int
     make: Callable[[], object] = lambda: None  # puts the bad input into the working directory
+
+
+def pattern(said: str) -> str:
+    """A regular expression of what is said, in which {words} stands for at least one character of a line."""
+    return re.escape(said.replace("{here}", os.getcwd()) + "\n").replace(re.escape("{words}"), "[^\n]+")
 
 
 def listing(left_out: tuple[str, ...] = ()) -> dict[str, tuple[object, ...]]:

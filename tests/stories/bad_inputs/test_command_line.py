@@ -1,40 +1,30 @@
 """What is typed and can't be done: one line, exit 2."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from tests.stories.bad_inputs.table import Row, both, folder, link, listing, sparse, text
+from tests.stories.bad_inputs.table import Row, both, folder, link, listing, pattern, sparse, text
 
 TYPED = {
-    "no such command": Row(
-        "generat", "lmtrain: No such command 'generat'. Did you mean 'generate'? (lmtrain --help)", 2
-    ),
-    "no such command at all": Row("zzz", "lmtrain: No such command 'zzz'. (lmtrain --help)", 2),
-    "ESC in a command": Row("'ge\x1b[2J'", "lmtrain: No such command 'ge\\x1b[2J'. (lmtrain --help)", 2),
-    "newline in a command": Row(
-        "'ge\nne'", "lmtrain: No such command 'ge\\nne'. Did you mean 'generate'? (lmtrain --help)", 2
-    ),
-    "no such option": Row(
-        "--verbos", "lmtrain: No such option: --verbos (Possible options: --version) (lmtrain --help)", 2
-    ),
-    "train: no config": Row("train", "lmtrain: Missing argument 'CONFIG'. (lmtrain --help)", 2),
+    "no such command": Row("generat", "lmtrain: {words}'generat'{words}'generate'{words} (lmtrain --help)", 2),
+    "no such command at all": Row("zzz", "lmtrain: {words}'zzz'{words} (lmtrain --help)", 2),
+    "ESC in a command": Row("'ge\x1b[2J'", "lmtrain: {words}'ge\\x1b[2J'{words} (lmtrain --help)", 2),
+    "newline in a command": Row("'ge\nne'", "lmtrain: {words}'ge\\nne'{words}'generate'{words} (lmtrain --help)", 2),
+    "no such option": Row("--verbos", "lmtrain: {words}--verbos {words}--version{words} (lmtrain --help)", 2),
+    "train: no config": Row("train", "lmtrain: {words}'CONFIG'{words} (lmtrain --help)", 2),
     "train: no such option": Row(
-        "train c.yaml --resum", "lmtrain: No such option: --resum (Possible options: --resume) (lmtrain --help)", 2
+        "train c.yaml --resum", "lmtrain: {words}--resum {words}--resume{words} (lmtrain --help)", 2
     ),
     "train: no such device": Row(
         "train c.yaml --device tpu",
-        (
-            "lmtrain: Invalid value for '--device': Value error, 'tpu' is not one of 'auto', 'cpu', "
-            "'cuda'. (lmtrain --help)"
-        ),
+        ("lmtrain: {words}'--device'{words}'tpu'{words}'auto', 'cpu', 'cuda'{words} (lmtrain --help)"),
         2,
     ),
-    "train: no value": Row(
-        "train c.yaml --run-dir", "lmtrain: Option '--run-dir' requires an argument. (lmtrain --help)", 2
-    ),
+    "train: no value": Row("train c.yaml --run-dir", "lmtrain: {words}'--run-dir'{words} (lmtrain --help)", 2),
     "train: a directory with something in it": Row(
         "train c.yaml --run-dir full",
         "--run-dir full: not empty; nothing is overwritten: name another",
@@ -43,7 +33,7 @@ TYPED = {
     ),
     "train: a run": Row(
         "train c.yaml --run-dir run",
-        "--run-dir run: not empty; nothing is overwritten: go on with --resume, or name another",
+        "--run-dir run: not empty; nothing is overwritten: continue the run with --resume, or name another",
         2,
     ),
     "train: a file": Row(
@@ -68,81 +58,68 @@ TYPED = {
         ("logging.sample_prompts: 'x': 'x' is not an id; kind ids reads whole numbers between white space"),
         2,
     ),
-    "prepare: no config": Row("prepare", "lmtrain: Missing argument 'CONFIG'. (lmtrain --help)", 2),
-    "prepare: no such config": Row("prepare none.yaml", "none.yaml: no such file or directory", 2),
+    "prepare: no config": Row("prepare", "lmtrain: {words}'CONFIG'{words} (lmtrain --help)", 2),
+    "prepare: no such config": Row("prepare none.yaml", "none.yaml: {words}", 2),
     "prepare: no such option": Row(
-        "prepare c.yaml --jsn", "lmtrain: No such option: --jsn (Possible options: --json) (lmtrain --help)", 2
+        "prepare c.yaml --jsn", "lmtrain: {words}--jsn {words}--json{words} (lmtrain --help)", 2
     ),
-    "prepare: a run": Row("prepare run", "run: is a directory", 2),
+    "prepare: a run": Row("prepare run", "run: {words}", 2),
     "prepare: malformed override": Row(
         "prepare c.yaml seed",
         "command line: 'seed': an override is KEY=VALUE, for instance model.hidden_size=256",
         2,
     ),
-    "check: no config": Row("check", "lmtrain: Missing argument 'CONFIG|RUN'. (lmtrain --help)", 2),
-    "check: no such option": Row("check c.yaml --run-dir x", "lmtrain: No such option: --run-dir (lmtrain --help)", 2),
+    "check: no config": Row("check", "lmtrain: {words}'CONFIG|RUN'{words} (lmtrain --help)", 2),
+    "check: no such option": Row("check c.yaml --run-dir x", "lmtrain: {words}--run-dir (lmtrain --help)", 2),
     "check: no such device": Row(
         "check c.yaml --device gpu",
-        (
-            "lmtrain: Invalid value for '--device': Value error, 'gpu' is not one of 'auto', 'cpu', "
-            "'cuda'. (lmtrain --help)"
-        ),
+        ("lmtrain: {words}'--device'{words}'gpu'{words}'auto', 'cpu', 'cuda'{words} (lmtrain --help)"),
         2,
+    ),
+    "check: a run with an override": Row(
+        "check run seed=2", "check run: a run is checked as it is; leave out KEY=VALUE and --device", 2
     ),
     "generate: no run to be found": Row(
         "generate", ("no trained run under runs/; train one (lmtrain train configs/quickstart.yaml) or name one"), 2
     ),
     "generate: no such option": Row(
         "generate run --promt x",
-        ("lmtrain: No such option: --promt (Possible options: --prompt, --prompts) (lmtrain --help)"),
+        ("lmtrain: {words}--promt {words}--prompt, --prompts{words} (lmtrain --help)"),
         2,
     ),
     "generate: one argument too many": Row(
-        "generate run valid.txt", "lmtrain: Got unexpected extra argument(s) (valid.txt) (lmtrain --help)", 2
+        "generate run valid.txt", "lmtrain: {words}valid.txt{words} (lmtrain --help)", 2
     ),
     "generate: no such device": Row(
         "generate run --device tpu",
-        (
-            "lmtrain: Invalid value for '--device': Value error, 'tpu' is not one of 'auto', 'cpu', "
-            "'cuda'. (lmtrain --help)"
-        ),
+        ("lmtrain: {words}'--device'{words}'tpu'{words}'auto', 'cpu', 'cuda'{words} (lmtrain --help)"),
         2,
     ),
     "generate: a negative length": Row(
         "generate run --max-tokens -1",
-        ("lmtrain: Invalid value for '--max-tokens': Input should be greater than or equal to 1 (lmtrain --help)"),
+        ("lmtrain: {words}'--max-tokens'{words}1 (lmtrain --help)"),
         2,
     ),
     "generate: no length": Row(
         "generate run --max-tokens 0",
-        ("lmtrain: Invalid value for '--max-tokens': Input should be greater than or equal to 1 (lmtrain --help)"),
+        ("lmtrain: {words}'--max-tokens'{words}1 (lmtrain --help)"),
         2,
     ),
     "generate: a word for a length": Row(
         "generate run --max-tokens many",
-        (
-            "lmtrain: Invalid value for '--max-tokens': Input should be a valid integer, unable to "
-            "parse string as an integer (lmtrain --help)"
-        ),
+        ("lmtrain: {words}'--max-tokens'{words} (lmtrain --help)"),
         2,
     ),
     "generate: a length beyond 64 bits": Row(
         "generate run --max-tokens 100000000000000000000",
-        (
-            "lmtrain: Invalid value for '--max-tokens': Input should be less than or equal to "
-            "2147483648 (lmtrain --help)"
-        ),
+        ("lmtrain: {words}'--max-tokens'{words}2147483648 (lmtrain --help)"),
         2,
     ),
     "generate: a negative temperature": Row(
-        "generate run --temperature -1",
-        ("lmtrain: Invalid value for '--temperature': Input should be greater than or equal to 0 (lmtrain --help)"),
-        2,
+        "generate run --temperature -1", "temperature: should be 0 or greater and finite, not -1.0", 2
     ),
     "generate: a temperature that is no number": Row(
-        "generate run --temperature nan",
-        ("lmtrain: Invalid value for '--temperature': Input should be greater than or equal to 0 (lmtrain --help)"),
-        2,
+        "generate run --temperature nan", "temperature: should be 0 or greater and finite, not nan", 2
     ),
     "generate: an infinite temperature": Row(
         "generate run --temperature inf", "temperature: should be 0 or greater and finite, not inf", 2
@@ -154,45 +131,41 @@ TYPED = {
     "generate: nothing to draw": Row(
         "generate run --temperature 0 --top-k 3", "--temperature 0 draws nothing at random: leave out --top-k", 2
     ),
-    "generate: a negative seed": Row(
-        "generate run --seed -1",
-        ("lmtrain: Invalid value for '--seed': Input should be greater than or equal to 0 (lmtrain --help)"),
-        2,
-    ),
+    "generate: a negative seed": Row("generate run --seed -1", "seed: should be 0 or greater, not -1", 2),
     "generate: two of the most probable": Row(
-        "generate run --count 2", "--count: the most probable text is one; add --temperature, or --beams", 2
+        "generate run --count 2",
+        "count 2: only one text is the most probable; draw with a temperature or use beams",
+        2,
     ),
     "generate: two of the most probable with a penalty": Row(
         "generate run --count 2 --repetition-penalty 2",
-        "--count: the most probable text is one; add --temperature, or --beams",
+        "count 2: only one text is the most probable; draw with a temperature or use beams",
         2,
     ),
     "generate: more than beams": Row(
-        "generate run --count 3 --beams 2", "--count 3: --beams 2 finds no more than 2 texts", 2
+        "generate run --count 3 --beams 2", "count 3: a search with 2 beams finds at most 2 texts", 2
     ),
     "generate: beams that draw": Row(
         "generate run --beams 2 --temperature 1",
-        "--beams searches for the most probable text; leave out --stop and what draws at random",
+        "beams: a search does not draw at random or stop at a text; leave out sampling and stop",
         2,
     ),
     "generate: beams that stop": Row(
         "generate run --beams 2 --stop x",
-        "--beams searches for the most probable text; leave out --stop and what draws at random",
+        "beams: a search does not draw at random or stop at a text; leave out sampling and stop",
         2,
     ),
     "generate: beams beyond memory": Row(
-        "generate run --beams 1000000000000",
-        ("lmtrain: Invalid value for '--beams': Input should be less than or equal to 65536 (lmtrain --help)"),
-        2,
+        "generate run --beams 1000000000000", "beams: should be from 1 to 65536, not 1000000000000", 2
     ),
     "generate: a length penalty alone": Row(
         "generate run --length-penalty 1", "--length-penalty ranks what a search finds; add --beams", 2
     ),
-    "generate: an empty stop": Row("generate run --stop ''", "--stop: an empty text stands everywhere", 2),
+    "generate: an empty stop": Row("generate run --stop ''", "stop: an empty text occurs everywhere; leave it out", 2),
     "generate: a stream of JSON": Row(
         "generate run --stream --json",
         (
-            "--stream prints one text as it comes; leave out other prompts, --count, --beams, "
+            "--stream prints one text while it is written; leave out other prompts, --count, --beams, "
             "--backward, --json and --show-probabilities"
         ),
         2,
@@ -200,7 +173,7 @@ TYPED = {
     "generate: a stream of two": Row(
         "generate run --stream --prompt a --prompt b",
         (
-            "--stream prints one text as it comes; leave out other prompts, --count, --beams, "
+            "--stream prints one text while it is written; leave out other prompts, --count, --beams, "
             "--backward, --json and --show-probabilities"
         ),
         2,
@@ -208,15 +181,13 @@ TYPED = {
     "generate: backward in one direction": Row(
         "generate one --backward", "this run reads in one direction; backward takes two (model.bidirectional: true)", 2
     ),
-    "generate: no such prompts": Row(
-        "generate run --prompts nowhere.txt", "--prompts nowhere.txt: no such file or directory", 2
-    ),
+    "generate: no such prompts": Row("generate run --prompts nowhere.txt", "--prompts nowhere.txt: {words}", 2),
     "generate: prompts with a newline in their name": Row(
-        "generate run --prompts 'no\nwhere'", "--prompts no\\x0awhere: no such file or directory", 2
+        "generate run --prompts 'no\nwhere'", "--prompts no\\x0awhere: {words}", 2
     ),
-    "generate: prompts of a directory": Row("generate run --prompts run", "--prompts run: is a directory", 2),
+    "generate: prompts of a directory": Row("generate run --prompts run", "--prompts run: {words}", 2),
     "generate: prompts behind a dangling link": Row(
-        "generate run --prompts link", "--prompts link: no such file or directory", 2, link("link", "nowhere")
+        "generate run --prompts link", "--prompts link: {words}", 2, link("link", "nowhere")
     ),
     "generate: empty prompts": Row(
         "generate run --prompts empty.txt", "--prompts empty.txt: holds no prompt", 2, text("empty.txt", "")
@@ -253,37 +224,37 @@ TYPED = {
         "evaluate", ("no trained run under runs/; train one (lmtrain train configs/quickstart.yaml) or name one"), 2
     ),
     "evaluate: no such option": Row(
-        "evaluate run --wurst 3", "lmtrain: No such option: --wurst (Possible options: --worst) (lmtrain --help)", 2
+        "evaluate run --wurst 3", "lmtrain: {words}--wurst {words}--worst{words} (lmtrain --help)", 2
     ),
     "evaluate: no rows": Row(
         "evaluate run --batch-size 0",
-        ("lmtrain: Invalid value for '--batch-size': Input should be greater than or equal to 1 (lmtrain --help)"),
+        ("lmtrain: {words}'--batch-size'{words}1 (lmtrain --help)"),
         2,
     ),
     "evaluate: no worst line": Row(
         "evaluate run --worst 0",
-        ("lmtrain: Invalid value for '--worst': Input should be greater than or equal to 1 (lmtrain --help)"),
+        ("lmtrain: {words}'--worst'{words}1 (lmtrain --help)"),
         2,
     ),
     "evaluate: a cache for lines": Row(
         "evaluate run --cache 20",
         (
-            "cache and dynamic evaluation want a text that goes on, and this run begins anew at each "
-            "line (batching.mode: stream, or batching.carry_state: true, would not)"
+            "cache and dynamic evaluation need a state that is carried from line to line, and this run starts each "
+            "line anew; train with batching.mode: stream, or batching.carry_state: true"
         ),
         2,
     ),
     "evaluate: dynamic for lines": Row(
         "evaluate run --dynamic 0.1",
         (
-            "cache and dynamic evaluation want a text that goes on, and this run begins anew at each "
-            "line (batching.mode: stream, or batching.carry_state: true, would not)"
+            "cache and dynamic evaluation need a state that is carried from line to line, and this run starts each "
+            "line anew; train with batching.mode: stream, or batching.carry_state: true"
         ),
         2,
     ),
     "evaluate: a share of everything": Row(
         "evaluate run --cache 20 --cache-share 1",
-        ("lmtrain: Invalid value for '--cache-share': Input should be less than or equal to 0.99 (lmtrain --help)"),
+        ("lmtrain: {words}'--cache-share'{words}0.99 (lmtrain --help)"),
         2,
     ),
     "score: no run to be found": Row(
@@ -296,15 +267,12 @@ TYPED = {
     ),
     "score: no such option": Row(
         "score run valid.txt --dirction both",
-        "lmtrain: No such option: --dirction (Possible options: --direction) (lmtrain --help)",
+        "lmtrain: {words}--dirction {words}--direction{words} (lmtrain --help)",
         2,
     ),
     "score: no such direction": Row(
         "score run valid.txt --direction up",
-        (
-            "lmtrain: Invalid value for '--direction': Value error, 'up' is not one of 'forward', "
-            "'backward', 'both'. (lmtrain --help)"
-        ),
+        ("lmtrain: {words}'--direction'{words}'up'{words}'forward', 'backward', 'both'{words} (lmtrain --help)"),
         2,
     ),
     "score: both of one direction": Row(
@@ -314,16 +282,16 @@ TYPED = {
     ),
     "score: tokens of both": Row(
         "score run valid.txt --direction both --tokens",
-        "a token's own log-probability is one direction's: forward or backward",
+        "direction both: a token's log-probability is that of one direction; name one",
         2,
     ),
     "score: no such base": Row(
         "score run valid.txt --base 3",
-        ("lmtrain: Invalid value for '--base': Value error, '3' is not one of 'e', '2', '10'. (lmtrain --help)"),
+        ("lmtrain: {words}'--base'{words}'3'{words}'e', '2', '10'{words} (lmtrain --help)"),
         2,
     ),
     "score: one argument too many": Row(
-        "score run valid.txt valid.txt", "lmtrain: Got unexpected extra argument(s) (valid.txt) (lmtrain --help)", 2
+        "score run valid.txt valid.txt", "lmtrain: {words}valid.txt{words} (lmtrain --help)", 2
     ),
     "fill: no text": Row("fill", "fill: name a text with one blank: lmtrain fill 'the ____ sat'", 2),
     "fill: no run to be found": Row(
@@ -338,21 +306,21 @@ TYPED = {
     ),
     "fill: no fillings": Row(
         "fill run 'a ____' --top 0",
-        ("lmtrain: Invalid value for '--top': Input should be greater than or equal to 1 (lmtrain --help)"),
+        ("lmtrain: {words}'--top'{words}1 (lmtrain --help)"),
         2,
     ),
     "fill: no tokens": Row(
         "fill run 'a ____' --tokens 0",
-        ("lmtrain: Invalid value for '--tokens': Input should be greater than or equal to 1 (lmtrain --help)"),
+        ("lmtrain: {words}'--tokens'{words}1 (lmtrain --help)"),
         2,
     ),
     "fill: too many tokens": Row(
         "fill run 'a ____' --tokens 33",
-        ("lmtrain: Invalid value for '--tokens': Input should be less than or equal to 32 (lmtrain --help)"),
+        ("lmtrain: {words}'--tokens'{words}32 (lmtrain --help)"),
         2,
     ),
     "fill: no such option": Row(
-        "fill run 'a ____' --topp 3", "lmtrain: No such option: --topp (Possible options: --top) (lmtrain --help)", 2
+        "fill run 'a ____' --topp 3", "lmtrain: {words}--topp {words}--top{words} (lmtrain --help)", 2
     ),
     "embed: no output": Row("embed run valid.txt", "embed: name the file to write: -o OUT.npz", 2),
     "embed: no run to be found": Row(
@@ -361,17 +329,17 @@ TYPED = {
         2,
     ),
     "embed: output of another kind": Row(
-        "embed run valid.txt -o out.txt", "-o out.txt: an .npz file is written; name it so", 2
+        "embed run valid.txt -o out.txt", "-o out.txt: embed writes an .npz file; let its name end with .npz", 2
     ),
     "embed: output that is there": Row(
-        "embed run valid.txt -o out.npz", "out.npz: is there already; name a new file", 2, text("out.npz", "mine")
+        "embed run valid.txt -o out.npz", "out.npz: already exists; name a new file", 2, text("out.npz", "mine")
     ),
     "embed: output behind a dangling link": Row(
-        "embed run valid.txt -o out.npz", "out.npz: is there already; name a new file", 2, link("out.npz", "nowhere")
+        "embed run valid.txt -o out.npz", "out.npz: already exists; name a new file", 2, link("out.npz", "nowhere")
     ),
     "embed: no such option": Row(
         "embed run valid.txt --outputt x",
-        "lmtrain: No such option: --outputt (Possible options: --output) (lmtrain --help)",
+        "lmtrain: {words}--outputt {words}--output{words} (lmtrain --help)",
         2,
     ),
     "export: no output": Row("export run", "export: name the folder to write: -o FOLDER", 2),
@@ -380,28 +348,25 @@ TYPED = {
         ("no trained run under runs/; train one (lmtrain train configs/quickstart.yaml) or name one"),
         2,
     ),
-    "export: output that is there": Row("export run -o run", "run: is there already; name a new folder", 2),
+    "export: output that is there": Row("export run -o run", "run: already exists; name a new folder", 2),
     "export: output with a newline that is there": Row(
-        "export run -o 'a\nb'", "a\\x0ab: is there already; name a new folder", 2, folder("a\nb")
+        "export run -o 'a\nb'", "a\\x0ab: already exists; name a new folder", 2, folder("a\nb")
     ),
     "export: output behind a dangling link": Row(
-        "export run -o out", "out: is there already; name a new folder", 2, link("out", "nowhere")
+        "export run -o out", "out: already exists; name a new folder", 2, link("out", "nowhere")
     ),
     "export: weights in 8 bits": Row(
         "export run -o new --format safetensors --int8",
-        "--int8 is for --format onnx; safetensors holds the weights as they are",
+        "int8: safetensors holds the weights as they are; leave out int8, or export to onnx",
         2,
     ),
     "export: no such format": Row(
         "export run -o new --format gguf",
-        (
-            "lmtrain: Invalid value for '--format': Value error, 'gguf' is not one of 'onnx', "
-            "'safetensors'. (lmtrain --help)"
-        ),
+        ("lmtrain: {words}'--format'{words}'gguf'{words}'onnx', 'safetensors'{words} (lmtrain --help)"),
         2,
     ),
     "export: no such option": Row(
-        "export run -o new --int4", "lmtrain: No such option: --int4 (Possible options: --int8) (lmtrain --help)", 2
+        "export run -o new --int4", "lmtrain: {words}--int4 {words}--int8{words} (lmtrain --help)", 2
     ),
 }
 NO_CUDA = "device cuda: PyTorch finds no CUDA device here; use cpu or auto"
@@ -434,7 +399,7 @@ def test_a_device_that_is_not_there(home, judge, command):
 
 # arguments that are not UTF-8, as only a process of its own can be given them
 NO_TEXT = {
-    "config": (["train", b"a\xff.yaml"], "a\\udcff.yaml: no such file or directory", 2),
+    "config": (["train", b"a\xff.yaml"], "a\\udcff.yaml: {words}", 2),
     "override": (
         ["train", "c.yaml", b"name=a\xff"],
         "command line: name=:1:2: a control character (U+DCFF); remove it",
@@ -447,13 +412,12 @@ NO_TEXT = {
     ),
     "option": (
         ["train", "c.yaml", b"--res\xff"],
-        "lmtrain: No such option: --res\\udcff (Possible options: --resume) (lmtrain --help)",
+        "lmtrain: {words}--res\\udcff {words}--resume{words} (lmtrain --help)",
         2,
     ),
     "device": (
         ["train", "c.yaml", b"--device=\xff"],
-        "lmtrain: Invalid value for '--device': Value error, '\\udcff' is not one of 'auto', 'cpu', "
-        "'cuda'. (lmtrain --help)",
+        "lmtrain: {words}'--device'{words}'\\udcff'{words}'auto', 'cpu', 'cuda'{words} (lmtrain --help)",
         2,
     ),
     "prompt": (
@@ -466,7 +430,7 @@ NO_TEXT = {
         "--stop 'a\\udcff': not text (a NUL, or bytes that are not UTF-8)",
         2,
     ),
-    "prompts": (["generate", "run", "--prompts", b"a\xff"], "--prompts a\\udcff: no such file or directory", 2),
+    "prompts": (["generate", "run", "--prompts", b"a\xff"], "--prompts a\\udcff: {words}", 2),
     "blank": (["fill", "run", b"\xff ____"], "text '\\udcff ____': not text (a NUL, or bytes that are not UTF-8)", 2),
     "run": (["export", b"a\xff", "-o", "new"], "a\\udcff: no such run directory", 4),
 }
@@ -477,5 +441,6 @@ def test_bytes_that_are_no_text(home, name):
     arguments, said, code = NO_TEXT[name]
     before = listing()
     done = subprocess.run([sys.executable, "-m", "lmtrain", *arguments], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", said + "\n")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert re.fullmatch(pattern(said), done.stderr), done.stderr
     assert listing() == before

@@ -657,7 +657,7 @@ NOTES = {
         (
             "learning the word vocabulary from train.txt\n"
             "reading train.txt\n"
-            "note: 2 of 2 validation sequences also stand in the training set"
+            "note: 2 of 2 validation sequences are also in the training set"
         ),
         "train: 2 sequences, 6 tokens with end tokens, longest 2, 0.00% unknown",
     ),
@@ -668,7 +668,7 @@ NOTES = {
             "learning the word vocabulary from train.txt\n"
             "reading train.txt\n"
             "reading valid.txt\n"
-            "note: 1 of 2 validation sequences also stand in the training set"
+            "note: 1 of 2 validation sequences are also in the training set"
         ),
         "train: 2 sequences, 6 tokens with end tokens, longest 2, 0.00% unknown",
     ),

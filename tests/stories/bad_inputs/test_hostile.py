@@ -1,4 +1,4 @@
-"""A run directory made to do harm, through every command: one line, at once, nothing executed, nothing written."""
+"""Every command refuses a hostile run directory at once, in one line; nothing is executed and nothing is written."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ COMMANDS = [
     ["check", "run"],
     ["train", "config.yaml", "--run-dir", "run", "--resume"],
 ]
-# prints after the command's own lines: whether torch was imported, and the peak of memory
+# prints, after the lines of the command, whether torch was imported and the peak of memory in MB
 DRIVER = """
 import re, sys
 from lmtrain.cli import _run
@@ -43,7 +43,7 @@ sys.exit(code)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A directory with texts, a configuration and a run."""
+    """Return a directory with texts, a configuration and a run."""
     home = tmp_path_factory.mktemp("trained")
     (home / "train.txt").write_text(sentences(43, seed=1))
     (home / "valid.txt").write_text(sentences(9, seed=2))
@@ -62,7 +62,7 @@ def weights_of(run):
 
 
 def sealed(run, **changes):
-    """Write the manifest anew, so that it fits what was put there."""
+    """Write a manifest that fits the files that are there now."""
     home = weights_of(run).parent
     files = {
         name: {"bytes": (home / name).stat().st_size, "sha256": _hash(home / name)}
@@ -132,50 +132,50 @@ def endless_state(run):
     os.truncate(weights_of(run).with_name("state.json"), 50 << 30)
 
 
-HARMS = [
+DAMAGES = [
     pickle, oversized, nested, outward, link, linked_directory, fifo, panicking, bomb, endless_tokenizer, endless_state,
 ]  # fmt: skip
 
 
 def listing(home):
-    """Everything there is: type, size, time of change."""
+    """Return the type, size and time of change of every file."""
     return {
         str(path): (path.lstat().st_mode, path.lstat().st_size, path.lstat().st_mtime_ns) for path in home.rglob("*")
     }
 
 
-@pytest.mark.parametrize("number", range(len(HARMS)), ids=lambda number: HARMS[number].__name__)
+@pytest.mark.parametrize("number", range(len(DAMAGES)), ids=lambda number: DAMAGES[number].__name__)
 def test_a_hostile_run_is_refused(trained, tmp_path, number):
-    """By one command, another for each; tests beside this one try all of them in this process."""
-    refused(trained, tmp_path, HARMS[number], [COMMANDS[number % 8]])
+    """Each damage is tried with one command; test_artefacts.py tries all commands, in this process."""
+    check_refused(trained, tmp_path, DAMAGES[number], [COMMANDS[number % 8]])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
-def test_a_hostile_run_is_refused_by_every_command(trained, tmp_path, harm):
-    refused(trained, tmp_path, harm, COMMANDS)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_hostile_run_is_refused_by_every_command(trained, tmp_path, damage):
+    check_refused(trained, tmp_path, damage, COMMANDS)
 
 
-def refused(trained, tmp_path, harm, commands):
+def check_refused(trained, tmp_path, damage, commands):
     home = tmp_path / "home"
     shutil.copytree(trained, home)
-    harm(home / "run")
+    damage(home / "run")
     before = listing(home)
     for command in commands:
         done = subprocess.run(
             [sys.executable, "-c", DRIVER, *command], cwd=home, capture_output=True, text=True, timeout=60
         )
-        said, (torch, peak_mb) = done.stderr.splitlines()[:-1], done.stderr.splitlines()[-1].split()
+        lines, (torch, peak_mb) = done.stderr.splitlines()[:-1], done.stderr.splitlines()[-1].split()
         assert (done.returncode, done.stdout) == (4, ""), (command, done.stderr)
-        if harm is not bomb:  # which has as many faults as lines
-            assert len(said) == 1, (command, said)
+        if damage is not bomb:  # which has as many faults as lines
+            assert len(lines) == 1, (command, lines)
         assert torch == "False", command
         assert int(peak_mb) < 200, command
         assert listing(home) == before, command
 
 
 def test_weights_of_another_size_are_refused_before_they_are_read(trained, tmp_path):
-    """50 GB that are not there: a file with a hole."""
+    """The file claims 50 GB; it is sparse, so that they take no disk."""
     home = tmp_path / "home"
     shutil.copytree(trained, home)
     header = json.dumps({"embedding.weight": {"dtype": "F32", "shape": [12 << 30], "data_offsets": [0, 48 << 30]}})

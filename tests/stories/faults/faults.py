@@ -95,7 +95,7 @@ def killed_at_a_removal(field: Field, chance: random.Random, turn: int) -> int:
     assert started.wait() in (-signal.SIGKILL, 0), started.said
     run = RunDirectory(ground.run)
     if run.holds_run() and (steps := checkpoint.steps(run.checkpoints)):
-        best = run.pointed("best")
+        best = run.read_pointer("best")
         assert best is None or checkpoint.load(run.checkpoints, best)
         assert checkpoint.load(run.checkpoints, steps[0])
     lost = ground.readable()
@@ -114,7 +114,7 @@ def signalled(number: int) -> Callable[[Field, random.Random, int], int]:
         assert started.wait() == 128 + number, started.said
         last = started.said.splitlines()[-1]
         assert re.fullmatch(
-            r"stopped at step \d+ by SIG\w+; the state is saved: lmtrain train .* --resume goes on", last
+            r"stopped at step \d+ by SIG\w+; the state is saved: lmtrain train .* --resume continues", last
         )
         lost = ground.readable()
         assert lost == 0
@@ -170,7 +170,9 @@ def full(field: Field, chance: random.Random, turn: int) -> int:
         started = ground.train()
         code = started.wait()
         assert code == 5, (code, size, started.said)
-        assert re.search(r"no space left on device.*(bytes are needed, [\d,]+ are free|--resume goes on)", started.said)
+        assert re.search(
+            r"no space left on device.*(bytes are needed, [\d,]+ are free|--resume (goes on|continues))", started.said
+        )
         assert len([line for line in started.said.splitlines() if "no space" in line]) == 1
         ground.tidy()
         lost = ground.readable()
@@ -293,7 +295,7 @@ def _stopped(field: Field, chance: random.Random) -> tuple[Ground, Path, Path]:
     ground = field.ground(chance)
     ground.stopped(chance.randint(2 * SAVE_EVERY, 14))
     checkpoints = ground.run / "checkpoints"
-    newest, before = [checkpoint.home_of(checkpoints, step) for step in checkpoint.steps(checkpoints)[:2]]
+    newest, before = [checkpoint.directory_of(checkpoints, step) for step in checkpoint.steps(checkpoints)[:2]]
     return ground, newest, before
 
 
@@ -301,7 +303,7 @@ def _falls_back(ground: Ground, newest: Path, before: Path) -> None:
     """A resume names the newest and goes on from the one before it, to the same end."""
     resumed = ground.train()
     assert resumed.wait() == 0, resumed.said
-    assert re.search(f"^passed over: .*{newest.name}", resumed.said, re.MULTILINE), resumed.said
+    assert re.search(f"^skipped: .*{newest.name}", resumed.said, re.MULTILINE), resumed.said
     assert f"resumed from step {int(before.name[5:])}\n" in resumed.said
     ground.is_the_same()
 
@@ -454,7 +456,7 @@ def clock_set_back(field: Field, chance: random.Random, turn: int) -> int:
         os.utime(path, (tomorrow, tomorrow))
     ground.ends_the_same()
     steps = checkpoint.steps(ground.run / "checkpoints")
-    best = RunDirectory(ground.run).pointed("best")
+    best = RunDirectory(ground.run).read_pointer("best")
     keep = load_config(ground.directory / "config.yaml", check_files=False).checkpoint.keep
     assert set(steps) <= {*steps[:keep], best}
     return 0

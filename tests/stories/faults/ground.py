@@ -103,6 +103,10 @@ def _command(
     environment: dict[str, str],
 ) -> None:
     os.environ |= environment
+    # as a terminal starts a command, whatever the process of the tests ignores (nohup: SIGHUP; a shell's &: SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     os.chdir(directory)
     output.touch()
     os.dup2(os.open("/dev/full" if listeners == "full" else output, os.O_WRONLY), 2)

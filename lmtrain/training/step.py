@@ -1,0 +1,159 @@
+"""One training step, from its batches to the weights that it moves.
+
+The trainer, `lmtrain check` and scripts/benchmark.py all call it.
+
+A step takes `training.accumulate` batches. Their nats are summed, over all processes, and divided once by the number of
+tokens predicted: a mean of means would be wrong, since batches differ in size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lmtrain.config import Config
+from lmtrain.data.batches.loader import RankBatch
+from lmtrain.errors import DivergedError
+from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.objectives import Objective, count_events
+from lmtrain.model.states import CarriedState
+from lmtrain.system.device import autocast
+from lmtrain.system.processes import SingleProcess
+from lmtrain.training.averaging import Averaging
+from lmtrain.training.figures import LossWeights
+from lmtrain.training.optimization import (
+    build_optimizers,
+    clip_gradient,
+    has_sparse_embedding,
+    optimizer_step,
+    set_learning_rate,
+)
+from lmtrain.training.parallel import Gradients
+
+Exchange = Callable[..., list[list[float]]]
+"""A function that takes the numbers of this process and returns those of every process, by rank."""
+
+
+class StepFigures(NamedTuple):
+    """The figures of one step, over all processes."""
+
+    nats: dict[Objective, float]  # summed over the events of each objective
+    events: dict[Objective, int]  # tokens that each objective predicted
+    tokens: int  # of the batches, start and end tokens included
+    padded_tokens: int  # the same with padding
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    rank_wait_s: float  # seconds that a process waited for the slowest one, on average
+
+
+class TrainingStep:
+    """All that one training step works on, and the step itself.
+
+    Attributes:
+        model, optimizers, averaging: what a checkpoint keeps and a resume restores.
+        carried: the hidden state between one batch and the next, for text that continues; None where rows are
+            sequences.
+        precision: of the matrix products, `fp32` or `bf16`; to be set before the first step.
+        synchronised_s: when the processes last exchanged numbers, by `time.perf_counter`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: LanguageModel,
+        columns: int | None = None,
+        processes: SingleProcess | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        """Build the optimizers, the average and the gradients of a model that lies on its device already.
+
+        Args:
+            columns: rows whose hidden state is carried from batch to batch, over all processes; None for none.
+            exchange: how the processes exchange numbers once a step; None: they do nothing else meanwhile.
+        """
+        processes = processes or SingleProcess()
+        self.model, self.device = model, model.embedding.weight.device
+        self.precision, self.synchronised_s = "fp32", 0.0
+        self.exchange: Exchange = exchange or (lambda *values: processes.gather(values))
+        self.clip_grad_norm = config.optimizer.clip_grad_norm
+        model.embedding.sparse = has_sparse_embedding(model, config.optimizer.name, config.optimizer.weight_decay)
+        self.optimizers = build_optimizers(model, **config.optimizer.model_dump(exclude={"clip_grad_norm"}))
+        self.averaging = Averaging(model, name=config.averaging.name, decay=config.averaging.decay)
+        self.gradients = Gradients(model, processes)
+        self.carried = None if columns is None else CarriedState(columns // processes.world_size)
+        weights = config.training.loss_weights.model_dump()
+        self.loss_weights: LossWeights = {objective: weights[objective] for objective in model.objectives}
+
+    def __call__(self, batches: Sequence[RankBatch], learning_rate: float, number: int = 1) -> StepFigures:
+        """Train on the batches of one step.
+
+        Args:
+            batches: this process's part of each; events are counted over the parts of all processes.
+            number: of the step, for the message of an error.
+
+        Raises:
+            DivergedError: the loss or the gradient is not finite. The weights have not moved then.
+        """
+        # 1. How many tokens does each objective predict? The loss is divided by that number.
+        counts = [count_events(each.rows, each.tokens) for each in batches]
+        events = {objective: sum(count[objective] for count in counts) for objective in self.loss_weights}
+        weights = {name: weight / max(1, events[name]) for name, weight in self.loss_weights.items()}
+
+        # 2. Forward and backward pass of each batch. Gradients add up; processes sum theirs during the last pass.
+        nats, padded_tokens = dict.fromkeys(self.loss_weights, 0.0), 0
+        for place, each in enumerate(batches, 1):
+            batch, carried = each.batch, None if each.idle else self.carried
+            losses = self.gradients.add(
+                batch,
+                dict.fromkeys(weights, 0.0) if each.idle else weights,
+                None if carried is None else carried.of(batch.order),
+                autocast(self.precision, self.device),
+                last=place == len(batches),
+            )
+            if carried is not None:
+                carried.put(batch.order, losses.state)
+            if not each.idle:
+                padded_tokens += batch.tokens.numel()
+                for objective, part in losses.parts.items():
+                    nats[objective] += float(part.nats)
+
+        # 3. Exchange: every process learns the sums of all.
+        own_busy_s = self.gradients.complete_s - self.synchronised_s
+        by_rank = self.exchange(own_busy_s, padded_tokens, *nats.values())
+        busy_s, all_padded_tokens, *all_nats = zip(*by_rank, strict=True)
+        nats = dict(zip(nats, map(math.fsum, all_nats), strict=True))
+
+        # 4. Clip the gradient, and stop before the update where something is not finite.
+        norm = clip_gradient(self.model.parameters(), self.clip_grad_norm)
+        if not math.isfinite(norm) or not all(map(math.isfinite, nats.values())):
+            raise DivergedError(
+                f"step {number}: the loss or its gradient is not finite (learning rate {learning_rate:g}, gradient "
+                f"norm {norm:g}); try a lower optimizer.lr, a longer schedule.warmup_steps or a smaller "
+                "optimizer.clip_grad_norm; the weights saved last are sound"
+            )
+
+        # 5. Update the weights, then their average.
+        set_learning_rate(self.optimizers, learning_rate)
+        optimizer_step(self.optimizers)
+        self.averaging.update()
+
+        # 6. The figures of the step.
+        return StepFigures(
+            nats,
+            events,
+            sum(each.tokens for each in batches),
+            int(sum(all_padded_tokens)),
+            learning_rate,
+            norm,
+            max(busy_s) - sum(busy_s) / len(busy_s),
+        )
+
+    def end_epoch(self) -> None:
+        """Forget the carried hidden state: the next batch is the beginning of the text."""
+        if self.carried is not None:
+            self.carried.clear()
+
+    def warm_up(self, batch: RankBatch) -> None:
+        """Make several processes ready to train, see `Gradients.warm_up`; no weight and no random state changes."""
+        self.gradients.warm_up(batch.batch, autocast(self.precision, self.device))
