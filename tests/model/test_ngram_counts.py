@@ -186,5 +186,5 @@ def test_nothing_counted_is_an_even_guess():
 
 
 def test_lines_that_follow_on_are_not_counted(small):
-    with pytest.raises(ConfigError, match=r"model\.ngram_counts: counts lines by themselves"):
+    with pytest.raises(ConfigError, match=r"model\.ngram_counts: counts each line by itself"):
         small("model.ngram_counts=3", "batching.carry_state=true", "model.bidirectional=false")
