@@ -96,7 +96,7 @@ def _steps(
             before = None if carried is None else carried.of(batch.order)
             losses = gradients.add(batch, weights, before, autocast(precision, device), last=True)
             if carried is not None:
-                carried.put(batch.order, losses.state)
+                carried.store(batch.order, losses.state)
         clip_gradient(model.parameters(), config.optimizer.clip_grad_norm)
         optimizer_step(optimizers)
         averaging.update()

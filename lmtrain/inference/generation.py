@@ -17,7 +17,7 @@ from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.sampling import Sampling, draw, draws
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.output import argmax
-from lmtrain.model.states import State, select
+from lmtrain.model.states import ModelState, select
 
 ROWS_AT_ONCE = 256
 
@@ -177,7 +177,7 @@ class _Writer:
             logits, state = self.model(tokens.unsqueeze(0), state, self.script.direction)
             logits = logits.squeeze(0)
 
-    def _take(self, logits: Tensor, running: list[int], state: State) -> tuple[Tensor, list[int], State]:
+    def _take(self, logits: Tensor, running: list[int], state: ModelState) -> tuple[Tensor, list[int], ModelState]:
         """Choose each row's next token (B,), note it, and drop the rows that end with it."""
         log_probabilities = logits.log_softmax(-1).index_fill_(1, self.never, -torch.inf)  # (B, V)
         tokens = self._choose(logits, log_probabilities, running)

@@ -130,7 +130,7 @@ def _belongs(name: str, kind: TensorSpec, wanted: Mapping[str, TensorSpec], conf
                 + max(model.ngram_embeddings or [0])
                 + (model.ngram_counts or 0)
             )
-            place = re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
+            place = rest == "history" or re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
             return place and len(kind.shape) == 2 and kind.shape[0] == rows and kind.shape[1] <= widest
         case _:
             random = part in ("cpu", "cuda") and re.fullmatch("[0-9]{0,6}", rest) is not None  # of each process

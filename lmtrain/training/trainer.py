@@ -224,11 +224,11 @@ class Trainer:
                 batch, dict.fromkeys(weights, 0.0) if idle else weights, before, precision, last
             )
             if carried is not None:
-                carried.put(batch.order, losses.state)
+                carried.store(batch.order, losses.state)
             if not idle:
                 places += batch.tokens.numel()
-                for objective, part in losses.parts.items():
-                    own[objective] += float(part.nats)
+                for objective, part in losses.nats.items():
+                    own[objective] += float(part)
         met = self._synchronise(self.gradients.complete_s - self.met_s, places, *own.values())
         busy_s, all_places, *all_nats = zip(*met, strict=True)
         self.ranks_waited_s += max(busy_s) - sum(busy_s) / len(busy_s)

@@ -42,7 +42,7 @@ def mixture(rows, order=4):
     torch.manual_seed(1)
     ngrams = CountedNgrams(order, V, 5)
     torch.nn.init.normal_(ngrams.shares.weight)
-    ngrams.put(counts_of(rows, order))
+    ngrams.load_counts(counts_of(rows, order))
     return ngrams
 
 
@@ -79,7 +79,7 @@ def test_estimates_are_those_of_counting_by_hand():
     ngrams = mixture(rows, order)
     discounts = [each.discount for each in ngrams.orders]
     histories, targets = events(text(seed=2), order)
-    found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets).counted.exp()
+    found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets).log_estimates.exp()
     for at in range(0, len(targets), 5):
         wanted = by_hand(rows, histories[at].tolist(), int(targets[at]), order, discounts)
         assert found[at].tolist() == pytest.approx(wanted, rel=1e-5)
@@ -91,7 +91,7 @@ def test_in_training_an_event_is_left_out_of_the_counts_that_predict_it():
     discounts = [each.discount for each in ngrams.orders]
     for number, row in enumerate(rows):
         histories, targets = events([row], order)
-        found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets, left_out=True).counted.exp()
+        found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets, exclude_event=True).log_estimates.exp()
         for at in range(len(targets)):
             # the row without what comes at this event: its other events are put back one by one
             others = rows[:number] + rows[number + 1 :]
@@ -158,9 +158,7 @@ def test_step_by_step_a_model_says_what_it_says_of_whole_rows(ngrams):
                     assert float(logits.exp().sum()) == pytest.approx(1)
                     nats -= float(logits[0, 0, after])
                 assert float(model.nats(direction, read[direction]).sum()) == pytest.approx(nats, rel=1e-5)
-                assert float(model.loss(batch.tokens, batch.lengths).parts[direction].nats) == pytest.approx(
-                    nats, rel=1e-5
-                )
+                assert float(model.loss(batch.tokens, batch.lengths).nats[direction]) == pytest.approx(nats, rel=1e-5)
                 prompt = torch.tensor(order[:-1]).unsqueeze(1)
                 last, _ = model.read_prompts(prompt, torch.tensor([len(order) - 1]), direction)
                 torch.testing.assert_close(last, logits[0])
@@ -188,7 +186,7 @@ def test_nothing_counted_is_an_even_guess():
     ngrams = CountedNgrams(3, V, 5)
     histories, targets = events(text(rows=3), 3)
     found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets)
-    torch.testing.assert_close(found.counted, torch.full((len(targets), 2), -math.log(V)))
+    torch.testing.assert_close(found.log_estimates, torch.full((len(targets), 2), -math.log(V)))
 
 
 @pytest.fixture
@@ -205,7 +203,7 @@ def test_a_run_keeps_its_counts_and_says_so(trained, shell):
         assert json.loads(state.read_text())["counts"] == digest
     done = shell("check", "run")
     assert done.returncode == 0
-    assert f"counts.safetensors: whole, {trained.stat().st_size:,} bytes" in done.stdout
+    assert f"ngram_counts.safetensors: whole, {trained.stat().st_size:,} bytes" in done.stdout
     model = lmtrain.load("run")
     assert model.evaluate().perplexity < 1e3
     (one,), (other,) = model.generate([""]), model.generate([""])
@@ -231,8 +229,8 @@ def rewrite(path, change):
 
 
 PAIRS, COUNTS, CONTEXTS = (f"of_forward.3.{name}" for name in ("pairs", "counts", "contexts"))
-OTHER = "run/counts.safetensors: not the counts of this model"
-NOT_SOUND = "run/counts.safetensors: of_forward.3: not counts of a vocabulary of"
+OTHER = "run/ngram_counts.safetensors: not the counts of this model"
+NOT_SOUND = "run/ngram_counts.safetensors: of_forward.3: not counts of a vocabulary of"
 
 
 def one(name, place, value):
@@ -246,8 +244,11 @@ def change(make):
 
 
 HARMS = {
-    "missing": (lambda path: path.unlink(), "run/counts.safetensors: no such file or directory"),
-    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "run/counts.safetensors: damaged: not the"),
+    "missing": (lambda path: path.unlink(), "run/ngram_counts.safetensors: no such file or directory"),
+    "cut short": (
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "run/ngram_counts.safetensors: damaged: not the",
+    ),
     "a part missing": (lambda path: rewrite(path, lambda tensors: tensors.pop(PAIRS)), OTHER),
     "no tensors": (lambda path: rewrite(path, lambda tensors: tensors.clear()), OTHER),
     "a pair beyond its contexts": (one(PAIRS, -1, 1 << 60), NOT_SOUND),
@@ -281,7 +282,7 @@ def test_a_resume_counts_anew_and_mends_the_file(trained, small):
 
 def test_a_text_too_large_to_count_is_refused(small, tmp_path, monkeypatch):
     monkeypatch.setattr(counted, "LARGEST_TOKENS", 50)
-    with pytest.raises(ConfigError, match=r"model\.counts: [\d,]+ tokens are too many to count in memory"):
+    with pytest.raises(ConfigError, match=r"model\.ngram_counts: [\d,]+ tokens are too many to count in memory"):
         train(small("model.ngram_counts=3"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -312,7 +313,7 @@ def test_a_file_that_claims_more_than_could_be_counted_is_not_read(trained, shel
     monkeypatch.setattr(counted, "LARGEST_TOKENS", 5)
     done = shell("generate", "run")
     assert done.returncode == 4
-    assert done.stderr.startswith("run/counts.safetensors: of_forward.1: not counts of a vocabulary")
+    assert done.stderr.startswith("run/ngram_counts.safetensors: of_forward.1: not counts of a vocabulary")
 
 
 def test_a_text_of_one_word_is_counted_and_its_counts_are_sound(small, tmp_path):
@@ -324,5 +325,5 @@ def test_a_text_of_one_word_is_counted_and_its_counts_are_sound(small, tmp_path)
 
 
 def test_lines_that_follow_on_are_not_counted(small):
-    with pytest.raises(ConfigError, match=r"model\.counts: counts lines by themselves"):
+    with pytest.raises(ConfigError, match=r"model\.ngram_counts: counts lines by themselves"):
         small("model.ngram_counts=3", "batching.carry_state=true", "model.bidirectional=false")

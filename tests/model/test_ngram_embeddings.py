@@ -21,7 +21,7 @@ def vectors_of(orders=(2, 3), buckets=5000):
 
 def at_last(ngrams, tokens, history=None):
     """The vector after the last of these tokens."""
-    context = context_of(torch.tensor(tokens).unsqueeze(1), ngrams.history, history)
+    context = context_of(torch.tensor(tokens).unsqueeze(1), ngrams.history_size, history)
     return ngrams(context, torch.tensor([len(tokens) - 1]), torch.tensor([0]))[0]
 
 
@@ -73,10 +73,10 @@ def test_a_row_alone_is_what_it_is_in_a_batch(bidirectional):
         torch.nn.init.normal_(vectors)
     rows = [[BOS, 4, 5, 6, 7, EOS], [BOS, 8, 9, EOS], [BOS, 4, EOS]]
     with torch.no_grad():
-        whole = model.loss(*make_batch(rows, 0)[:2]).parts
-        single = [model.loss(*make_batch([row], 0)[:2]).parts for row in rows]
+        whole = model.loss(*make_batch(rows, 0)[:2]).nats
+        single = [model.loss(*make_batch([row], 0)[:2]).nats for row in rows]
     for name in whole:
-        torch.testing.assert_close(whole[name].nats, sum(part[name].nats for part in single))
+        torch.testing.assert_close(whole[name], sum(part[name] for part in single))
 
 
 def test_step_by_step_equals_at_once():

@@ -141,7 +141,7 @@ def test_sampling_gives_the_gradient_of_what_it_scored():
     absent = torch.ones(50, dtype=torch.bool).index_fill_(0, torch.cat([sample.tokens, torch.tensor([1])]), False)
     assert not model.embedding.weight.grad[absent].any()
     assert model.embedding.weight.grad[sample.tokens].any(1).all()
-    exact = [model.eval().loss(*batch[:2]).parts["forward"].nats for _ in range(2)]
+    exact = [model.eval().loss(*batch[:2]).nats["forward"] for _ in range(2)]
     assert torch.equal(*exact)
 
 
