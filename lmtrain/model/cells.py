@@ -1,7 +1,6 @@
 """The recurrent cells: one row of the table `CELLS` holds everything that other files ask about a cell.
 
-To add a cell, write its kernel (in `kernels.py` or a file of its own), add its row to `CELLS`, and add its name to
-`model.cell` in `config/schema.py`.
+To add a cell, write its kernel, add its row to `CELLS`, and add its name to `model.cell` in `config/schema.py`.
 
 Shapes: B rows, I input size of a layer, H hidden size, G gates.
 """
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +18,22 @@ from lmtrain.model.kernels import GRULayer, LSTMLayer, RNNLayer
 
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # in PyTorch's order, which all of lmtrain keeps
 
-
-class OnnxGraph(Protocol):
-    """The part of an ONNX graph's builder that a cell needs; `inference/export/onnx.py` has it."""
-
-    def add(self, operator: str, *inputs: str, outputs: int = 1, name: str | None = None, **attributes: Any) -> Any: ...
+Step = Callable[..., tuple[Tensor, ...]]
 
 
 class Cell(NamedTuple):
     """One kind of recurrent cell. Its functions take a layer's weights in the order `WEIGHTS`."""
 
-    states: tuple[str, ...]  # names of the tensors (B, H) passed from token to token; the first is the layer's output
+    states: tuple[str, ...]  # names of the (B, H) tensors passed from token to token; the first is the output
     gates: int  # G: the weights are (G*H, I) and (G*H, H), the biases (G*H,)
     kernel: Any  # lmtrain's packed kernel: `apply(inputs, *states, *weights, rows) -> output, *states`
-    step: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
-    """Reads one token of each row: inputs (B, I), states and weights -> the new states."""
-    onnx: Callable[[OnnxGraph, str, Sequence[str], Sequence[str]], object]
-    """Adds `step` to an ONNX graph, given the names of its arguments; the new state of NAME is named NAME_out."""
+    step: Step  # reads one token of each row: `step(inputs (B, I), states, *weights) -> states`
+    onnx: Callable[[Any, str, Sequence[str], Sequence[str]], object]
+    """Adds `step` to the graph of `inference/export/onnx.py`, given the names of inputs, states and weights; the new
+    state of NAME gets the name NAME_out."""
     start_bias: Mapping[int, float] = {}  # start value of the bias of each gate, counted from 0; 0 where left out
     torch_module: type[nn.LSTM] | type[nn.GRU] | type[nn.RNN] | None = None  # PyTorch's, where PyTorch has the cell
-    torch_function: Callable[..., tuple[Tensor, ...]] | None = None  # what `torch_module` calls; it takes any weights
+    torch_function: Step | None = None  # what `torch_module` calls; it takes any weights
     fused_on_cpu: bool = False  # whether PyTorch's float32 kernel for rows of equal length is faster than ours on CPU
 
     def layer(self, input_size: int, hidden_size: int) -> nn.Module:
@@ -65,14 +60,19 @@ def layer_weights(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0  # type: ignore[return-value]
 
 
-def onnx_products(graph: OnnxGraph, inputs: str, hidden: str, weights: Sequence[str]) -> tuple[str, str]:
+def _one_state(function: Callable[..., Tensor]) -> Step:
+    """The step of a cell with one state, from a function that returns the new state."""
+    return lambda inputs, states, *weights: (function(inputs, *states, *weights),)
+
+
+def onnx_products(graph: Any, inputs: str, hidden: str, weights: Sequence[str]) -> tuple[str, str]:
     """Add inputs @ weight_ih.T + bias_ih and the same for the hidden state; return the names of both."""
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     from_inputs = graph.add("Gemm", inputs, weight_ih, bias_ih, transB=1)
     return from_inputs, graph.add("Gemm", hidden, weight_hh, bias_hh, transB=1)
 
 
-def _lstm_onnx(graph: OnnxGraph, inputs: str, states: Sequence[str], weights: Sequence[str]) -> None:
+def _lstm_onnx(graph: Any, inputs: str, states: Sequence[str], weights: Sequence[str]) -> None:
     h, c = states
     gates = graph.add("Split", graph.add("Add", *onnx_products(graph, inputs, h, weights)), outputs=4, axis=1)
     i, f, o = (graph.add("Sigmoid", gates[gate]) for gate in (0, 1, 3))
@@ -81,7 +81,7 @@ def _lstm_onnx(graph: OnnxGraph, inputs: str, states: Sequence[str], weights: Se
     graph.add("Mul", o, graph.add("Tanh", new_c), name=f"{h}_out")
 
 
-def _gru_onnx(graph: OnnxGraph, inputs: str, states: Sequence[str], weights: Sequence[str]) -> None:
+def _gru_onnx(graph: Any, inputs: str, states: Sequence[str], weights: Sequence[str]) -> None:
     (h,) = states
     products = onnx_products(graph, inputs, h, weights)
     from_inputs, from_hidden = (graph.add("Split", product, outputs=3, axis=1) for product in products)
@@ -90,39 +90,15 @@ def _gru_onnx(graph: OnnxGraph, inputs: str, states: Sequence[str], weights: Seq
     graph.add("Add", n, graph.add("Mul", z, graph.add("Sub", h, n)), name=f"{h}_out")  # (1 - z) * n + z * h
 
 
-def _rnn_onnx(graph: OnnxGraph, inputs: str, states: Sequence[str], weights: Sequence[str]) -> None:
+def _rnn_onnx(graph: Any, inputs: str, states: Sequence[str], weights: Sequence[str]) -> None:
     graph.add("Tanh", graph.add("Add", *onnx_products(graph, inputs, states[0], weights)), name=f"{states[0]}_out")
 
 
-# steps are PyTorch's own, as in `nn.LSTMCell`; they prepare nothing
+# steps are PyTorch's own, which prepare nothing; the LSTM's forget gate (1) starts open
 CELLS = {
     "lstm": Cell(
-        states=("h", "c"),
-        gates=4,  # i, f, g, o
-        kernel=LSTMLayer,
-        step=lambda inputs, states, weights: torch.lstm_cell(inputs, list(states), *weights),
-        onnx=_lstm_onnx,
-        start_bias={1: 1.0},  # an open forget gate: Jozefowicz et al. 2015
-        torch_module=nn.LSTM,
-        torch_function=torch.lstm,
-        fused_on_cpu=True,
+        ("h", "c"), 4, LSTMLayer, torch.lstm_cell, _lstm_onnx, {1: 1.0}, nn.LSTM, torch.lstm, fused_on_cpu=True
     ),
-    "gru": Cell(
-        states=("h",),
-        gates=3,  # r, z, n
-        kernel=GRULayer,
-        step=lambda inputs, states, weights: (torch.gru_cell(inputs, states[0], *weights),),
-        onnx=_gru_onnx,
-        torch_module=nn.GRU,
-        torch_function=torch.gru,
-    ),
-    "rnn": Cell(
-        states=("h",),
-        gates=1,
-        kernel=RNNLayer,
-        step=lambda inputs, states, weights: (torch.rnn_tanh_cell(inputs, states[0], *weights),),
-        onnx=_rnn_onnx,
-        torch_module=nn.RNN,
-        torch_function=torch.rnn_tanh,
-    ),
+    "gru": Cell(("h",), 3, GRULayer, _one_state(torch.gru_cell), _gru_onnx, {}, nn.GRU, torch.gru),
+    "rnn": Cell(("h",), 1, RNNLayer, _one_state(torch.rnn_tanh_cell), _rnn_onnx, {}, nn.RNN, torch.rnn_tanh),
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lmtrain.model.packing import PackedRows, pack_rows
-from lmtrain.model.recurrence import Backend, RecurrentStack
+from lmtrain.model.recurrence import RecurrentStack
 from lmtrain.model.states import StackState
 
 TorchState = tuple[Tensor, ...]
@@ -28,9 +28,9 @@ class RecurrentLayers(nn.Module):
     """One stack or two of recurrent layers; the arguments are those of `torch.nn.LSTM` where not listed here.
 
     Args:
-        cell, backend, stack_options: as in `RecurrentStack`.
-        hidden_size: H of all layers, or of each layer from the input up. Layers of different sizes have no state in
-            PyTorch's layout, so `forward` refuses them; their stacks can be called by themselves.
+        cell, stack_options: as in `RecurrentStack`.
+        hidden_size: H of all layers, or of each from the input up. Different sizes have no state in PyTorch's layout,
+            so `forward` refuses them; their stacks can be called by themselves.
     """
 
     def __init__(
@@ -40,26 +40,20 @@ class RecurrentLayers(nn.Module):
         hidden_size: int | Sequence[int],
         num_layers: int = 1,
         bidirectional: bool = False,
-        dropout: float = 0.0,
-        backend: Backend = "auto",
         **stack_options: Any,
     ) -> None:
         super().__init__()
         self.hidden_sizes = (hidden_size,) * num_layers if isinstance(hidden_size, int) else tuple(hidden_size)
         self.input_size = input_size
         self.stacks = nn.ModuleList(
-            RecurrentStack(cell, input_size, self.hidden_sizes, dropout, backend, **stack_options)
+            RecurrentStack(cell, input_size, self.hidden_sizes, **stack_options)
             for _ in range(2 if bidirectional else 1)
         )
 
     def forward(
         self, inputs: Tensor | PackedSequence, state: TorchState | None = None
     ) -> tuple[Tensor | PackedSequence, TorchState]:
-        """Read rows in all directions.
-
-        Args:
-            inputs: (L, B, I), rows of equal length; or packed (N, I).
-            state: (num_layers*D, B, H) each, before the first step; None: zeros.
+        """Read inputs (L, B, I), rows of equal length, or packed (N, I), from a state (None: zeros).
 
         Returns:
             output: (L, B, D*H) or packed (N, D*H), the last layer's h at every step, directions side by side.
@@ -72,7 +66,8 @@ class RecurrentLayers(nn.Module):
         if len(set(self.hidden_sizes)) > 1:
             raise ValueError(f"layers of the sizes {self.hidden_sizes} have no state of one shape; call their stacks")
         if isinstance(inputs, PackedSequence):
-            packed, lengths = inputs.data, _lengths(inputs.batch_sizes)
+            packed, sizes = inputs.data, inputs.batch_sizes  # sizes (L,): number of rows that run at each step
+            lengths = (sizes.unsqueeze(1) > torch.arange(int(sizes[0]))).sum(0)  # (B,), longest first
         else:
             if inputs.dim() != 3:
                 raise ValueError(f"a padded input has 3 dimensions (L, B, I), not {inputs.dim()}")
@@ -110,9 +105,3 @@ class RecurrentLayers(nn.Module):
             new_states.append(backward_state)
         layers = [layer for pair in zip(*new_states, strict=True) for layer in pair]
         return output, tuple(torch.stack(part) for part in zip(*layers, strict=True))
-
-
-def _lengths(batch_sizes: Tensor) -> Tensor:
-    """The rows' lengths (B,), longest first, from the number of rows (L,) that still run at each step."""
-    rows = torch.arange(int(batch_sizes[0]))
-    return (batch_sizes.unsqueeze(1) > rows).sum(0)

@@ -13,14 +13,12 @@ from torch.nn import functional as F
 
 
 class Lookups:
-    """The lookups of one pass over a batch, and the output layer's use of the same weight where the two are tied.
+    """The lookups of one batch in a weight (V, E), and the output layer's use of the same weight where both are tied.
 
     The output layer's gradient covers every row of the weight, and the backward pass computes it first. So the
-    gradients of the tokens that were looked up are added to N of its rows, and not to V zeros that are then added to
-    it.
+    gradients of the tokens are added to N of its rows, and not to V zeros that are then added to it.
 
     Args:
-        weight: (V, E).
         sparse: give the gradient as N rows, for an optimizer that leaves all other rows unchanged.
     """
 

@@ -5,8 +5,6 @@ all N packed rows is one matrix product, and so is each weight gradient; only th
 The forward pass keeps what the backward pass needs (activated gates, states) in buffers that are allocated once a call.
 The backward pass computes what does not depend on later steps for as many steps at once as fit into the cache.
 
-The functions above the kernels serve the kernel of any cell.
-
 Shapes: B rows, G gates, H hidden size, I input size of a layer, L longest row, N packed rows (the sum of the lengths).
 The gates' order (LSTM: i, f, g, o; GRU: r, z, n) and the weights' layouts are PyTorch's. Values and gradients agree
 with `torch.nn` up to rounding.

@@ -22,7 +22,7 @@ from lmtrain.model.dropout import drop, drop_locked, drop_tokens
 from lmtrain.model.embedding import Lookups
 from lmtrain.model.ngrams.counts import CountedNgrams
 from lmtrain.model.ngrams.embedding import NgramEmbedding
-from lmtrain.model.ngrams.history import NgramInputs, context_of, history_after, history_at
+from lmtrain.model.ngrams.history import NgramInputs, context_of, history_at
 from lmtrain.model.objectives import Direction, EncodedBatch, Events, Losses, Objective, align, state_penalty
 from lmtrain.model.output import AdaptiveOutput, FullOutput, projection, sample_vocabulary
 from lmtrain.model.packing import PackedRows, pack_rows
@@ -40,10 +40,8 @@ class LanguageModel(nn.Module):
         cell: a name in `CELLS`.
         bidirectional: add the backward stack, which shares the embedding and the output layer.
         dropout: fraction of the values that is zeroed after the embedding, between layers and before the output.
-        ngram_embeddings, ngram_embedding_buckets, ngram_embedding_dropout: the arguments of `NgramEmbedding`; each
-            direction has one.
-        ngram_counts: order of the n-grams that are counted in the training text and mixed with each direction; see
-            `CountedNgrams`. `load_counts` takes the counts.
+        ngram_embeddings, ngram_embedding_buckets, ngram_embedding_dropout: of each direction's `NgramEmbedding`.
+        ngram_counts: order of the counted n-grams (see `CountedNgrams`); `load_counts` takes the counts.
         tie_weights: the output layer uses the embedding's weight; states are projected to its size.
         output: `full`, or `adaptive` for a large vocabulary (then not tied).
         input_dropout, output_dropout: fraction of the features after the embedding and before the output layer that is
@@ -51,8 +49,7 @@ class LanguageModel(nn.Module):
         embedding_dropout: fraction of the vocabulary whose embeddings are zeroed in a batch.
         activation_penalty, temporal_penalty: as in `state_penalty`.
         label_smoothing: as in `FullOutput.loss`; only with `output="full"`.
-        sampled_tokens, frequent_tokens: in training, compute the loss over part of the vocabulary; see
-            `sample_vocabulary`. None: over the whole vocabulary.
+        sampled_tokens, frequent_tokens: of `sample_vocabulary`, in training; None: the loss is over all tokens.
         stack_options: residual, layer_norm, backend, layer_dropout, weight_dropout of `RecurrentStack`.
     """
 
@@ -88,19 +85,13 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.vocab_size, self.dropout, self.bidirectional = vocab_size, dropout, bidirectional
         self.input_dropout, self.output_dropout = input_dropout, output_dropout
-        self.embedding_dropout = embedding_dropout
+        self.embedding_dropout, self.label_smoothing = embedding_dropout, label_smoothing
         self.activation_penalty, self.temporal_penalty = activation_penalty, temporal_penalty
-        self.label_smoothing = label_smoothing
         self.sampled_tokens, self.frequent_tokens = sampled_tokens, frequent_tokens
         self.embedding = nn.Embedding(vocab_size, embedding_size)
+        sizes = layer_sizes or hidden_size
         self.recurrence = RecurrentLayers(
-            cell,
-            embedding_size,
-            layer_sizes or hidden_size,
-            num_layers,
-            bidirectional,
-            dropout,
-            **stack_options,
+            cell, embedding_size, sizes, num_layers, bidirectional, dropout=dropout, **stack_options
         )
         hidden_size = self.recurrence.hidden_sizes[-1]
         size = embedding_size if tie_weights else hidden_size
@@ -154,15 +145,12 @@ class LanguageModel(nn.Module):
     def forward(
         self, tokens: Tensor, state: ModelState | None = None, direction: Direction = "forward"
     ) -> tuple[Tensor, ModelState]:
-        """Continue to read rows of equal length.
+        """Continue to read rows of equal length: logits (L, B, V) of the token after each one, and the new state.
 
         Args:
             tokens: (L, B), in the order in which the direction reads them: the backward stack takes the last token of a
                 text first, and what comes "after" a token is then the one before it in the text.
             state: after the tokens read before; None: nothing was read.
-
-        Returns:
-            Logits (L, B, V) of the token after each one, and the state after the last.
         """
         (length, count), stack = tokens.shape, self.stack(direction)
         layers = None if state is None else state.layers
@@ -182,14 +170,10 @@ class LanguageModel(nn.Module):
     def read_prompts(
         self, tokens: Tensor, lengths: Tensor, direction: Direction = "forward"
     ) -> tuple[Tensor, ModelState]:
-        """Read prompts of different lengths from the start of a text.
+        """Read prompts of different lengths, each from its start: logits (B, V) of the token after each, and the state.
 
         Args:
-            tokens: (L, B), ordered as in `forward`.
-            lengths: (B,) int64 on CPU, non-increasing.
-
-        Returns:
-            Logits (B, V) of the token after each prompt, and the state there.
+            tokens, lengths: (L, B), ordered as in `forward`; (B,) int64 on CPU, non-increasing.
         """
         rows = pack_rows(lengths)
         states, end = self.stack(direction)(self.embedding(tokens[rows.time, rows.row]), rows)
@@ -217,7 +201,9 @@ class LanguageModel(nn.Module):
             vectors = embedding(context[self.history_size - embedding.history_size :], time, row)
         if self.ngram_counts:
             history = history_at(context, self._counted(direction).history_size, time + self.history_size, row)
-        return NgramInputs(vectors, history, history_after(context, self.history_size, lengths))
+        ends = lengths.to(context.device) + self.history_size - 1
+        rows = torch.arange(len(lengths), device=context.device)
+        return NgramInputs(vectors, history, history_at(context, self.history_size, ends, rows))
 
     def _project(self, objective: Objective, states: Tensor, ngram_vectors: Tensor | None) -> Tensor:
         """What the output layer reads, (N, P), from states (N, D*H)."""
@@ -232,7 +218,9 @@ class LanguageModel(nn.Module):
 
     def nats(self, objective: Objective, events: Events) -> Tensor:
         """Negative log-likelihood of each target (N,) in nats, at least float32, outside the graph."""
-        return self._mix_counts(objective, events, self.output.nats(events.states, events.targets)).detach()
+        with torch.no_grad():
+            weights = torch.ones_like(events.targets, dtype=events.states.dtype)
+            return self._mix_counts(objective, events, self.output.loss(events.states, events.targets, weights).nats)
 
     def log_probabilities(self, objective: Objective, states: Tensor, history: Tensor | None) -> Tensor:
         """Natural log-probabilities (N, V) of every token, float32, for the states and history of `Events`."""
@@ -240,10 +228,7 @@ class LanguageModel(nn.Module):
         return network if history is None else self._counted(objective).log_probabilities(states, history, network)
 
     def _mix_counts(self, objective: Objective, events: Events, nats: Tensor) -> Tensor:
-        """Nats (N,) of the mixture with counted n-grams, given the network's; only the mixture's gate learns from them.
-
-        The same tensor is returned where nothing is counted.
-        """
+        """Nats (N,) of the mixture with counted n-grams, from which its gate alone learns; else `nats` itself."""
         if events.history is None:
             return nats
         counted, states = self._counted(objective), events.states.detach()
@@ -260,7 +245,7 @@ class LanguageModel(nn.Module):
                 begins with the token before its first event.
             lengths: (B,) int64 on CPU, non-increasing, >= 2.
             state: of the forward stack before the batch; None: nothing was read.
-            lookups: of this batch, when the output layer uses them, too.
+            lookups: of this batch, if the output layer shares them.
         """
         lookups = Lookups(self.embedding.weight, self.embedding.sparse) if lookups is None else lookups
         alignment = align(lengths)
@@ -293,19 +278,17 @@ class LanguageModel(nn.Module):
     def _run(
         self, direction: Direction, tokens: Tensor, rows: PackedRows, lookups: Lookups, state: StackState | None = None
     ) -> tuple[Tensor, StackState, dict[Objective, Tensor]]:
-        """Read packed tokens (N,): the states (N, H) after dropout, the state at the rows' ends, and the penalty."""
-        embedded = lookups(tokens)  # (N, E)
-        embedded = drop_tokens(embedded, tokens, self.vocab_size, self.embedding_dropout, self.training)
-        embedded = self._drop(embedded, rows, self.input_dropout)
+        """Packed tokens (N,) -> states (N, H) after dropout, the stack's state at the rows' ends, and the penalty."""
+        embedded = drop_tokens(
+            lookups(tokens), tokens, self.vocab_size, self.embedding_dropout, self.training
+        )  # (N, E)
+        embedded = drop_locked(drop(embedded, self.dropout, self.training), rows, self.input_dropout, self.training)
         states, end = self.stack(direction)(embedded, rows, state)
-        dropped = self._drop(states, rows, self.output_dropout)
-        if not self.training or not (self.activation_penalty or self.temporal_penalty):
-            return dropped, end, {}
-        penalty = state_penalty(states, dropped, rows, self.activation_penalty, self.temporal_penalty)
-        return dropped, end, {direction: penalty}
-
-    def _drop(self, values: Tensor, rows: PackedRows, locked: float) -> Tensor:
-        return drop_locked(drop(values, self.dropout, self.training), rows, locked, self.training)
+        dropped = drop_locked(drop(states, self.dropout, self.training), rows, self.output_dropout, self.training)
+        penalties: dict[Objective, Tensor] = {}
+        if self.training and (self.activation_penalty or self.temporal_penalty):
+            penalties[direction] = state_penalty(states, dropped, rows, self.activation_penalty, self.temporal_penalty)
+        return dropped, end, penalties
 
     def loss(
         self,

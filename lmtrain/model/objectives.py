@@ -44,16 +44,13 @@ class EncodedBatch(NamedTuple):
 class Alignment(NamedTuple):
     """Which tokens the two stacks read and predict in padded tokens (L, B), each row from its `<bos>` to its `<eos>`.
 
-    Each stack reads all tokens of a row but one, so a row of length n has n - 1 packed rows. At packed row k with step
-    t = rows.time[k], the forward stack reads tokens[t] and predicts tokens[t + 1]; the backward stack reads
-    tokens[backward_time[k]], which is tokens[n - 1 - t], and predicts the token before that.
-
-    For example, in `<bos> a b <eos>` the forward stack reads <bos>, a, b, and the backward stack reads <eos>, b, a. The
-    inner token a is filled in from the forward state after <bos> and the backward state after b.
+    Each stack reads all tokens of a row but one: in `<bos> a b <eos>` the forward stack reads <bos>, a, b and predicts
+    the token after each; the backward stack reads <eos>, b, a and predicts the token before each. The inner token a is
+    filled in from the forward state after <bos> and the backward state after b.
     """
 
-    rows: PackedRows  # of lengths n - 1
-    backward_time: Tensor  # (N,) time of the token that the backward stack reads at each packed row
+    rows: PackedRows  # a row of n tokens has n - 1 steps; at step t the forward stack reads token t
+    backward_time: Tensor  # (N,) the token that the backward stack reads at each packed row: n - 1 - t
     fill_forward: Tensor  # (M,) packed row of the forward state before each inner token
     fill_backward: Tensor  # (M,) packed row of the backward state after the same token
 

@@ -22,10 +22,8 @@ SAFE = 1e30  # sums of exponentials between 1 / SAFE and SAFE need no shift
 
 
 def projection(directions: int, hidden_size: int, output_size: int) -> nn.Module:
-    """A module from the states (N, D*H) of one direction or two to what the output layer reads, (N, P).
-
-    A hidden layer joins two directions. One direction is projected only when the sizes differ.
-    """
+    """A module from states (N, D*H) to what the output layer reads (N, P): for two directions a hidden layer that joins
+    them, for one a projection if the sizes differ."""
     if directions == 2:
         join = nn.Linear(2 * hidden_size, hidden_size)
         return nn.Sequential(join, nn.Tanh(), nn.Linear(hidden_size, output_size, bias=False))
@@ -39,19 +37,7 @@ class OutputLoss(NamedTuple):
     nats: Tensor  # (N,) of each target, at least float32, outside the graph
 
 
-class _Output(nn.Module):
-    """What both output layers have in common."""
-
-    def loss(self, states: Tensor, targets: Tensor, weights: Tensor) -> OutputLoss:
-        raise NotImplementedError
-
-    def nats(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood (N,) of each target (N,) given its state (N, P), in nats, at least float32."""
-        with torch.no_grad():
-            return self.loss(states, targets, torch.ones_like(targets, dtype=states.dtype)).nats
-
-
-class FullOutput(_Output, nn.Linear):
+class FullOutput(nn.Linear):
     """One logit for each of the V tokens; the weight (V, P) may be the embedding's."""
 
     def loss(
@@ -112,7 +98,7 @@ def sample_vocabulary(targets: Tensor, vocab_size: int, frequent: int, sampled: 
     return Sample(tokens, index[targets], drawn[tokens] * -math.log(chance))
 
 
-class AdaptiveOutput(_Output):
+class AdaptiveOutput(nn.Module):
     """Adaptive softmax: frequent tokens in a short list, rare ones in clusters with smaller weights.
 
     Grave et al. 2017, https://arxiv.org/abs/1609.04309. The weights are those of `torch.nn.AdaptiveLogSoftmaxWithLoss`,
@@ -149,10 +135,8 @@ class AdaptiveOutput(_Output):
 
 
 def argmax(values: Tensor) -> Tensor:
-    """The index of the first greatest value in each row, (N, V) -> (N,) int64, outside autograd.
-
-    On CPU this uses NumPy, whose search is vectorised; PyTorch's is not.
-    """
+    """The index of the first greatest value in each row, (N, V) -> (N,) int64, outside autograd; on CPU by NumPy, whose
+    search is vectorised and PyTorch's is not."""
     return values.argmax(-1) if values.device.type != "cpu" else torch.from_numpy(values.numpy().argmax(-1))
 
 
@@ -160,7 +144,8 @@ def _softmax_loss(
     states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, smoothing: float = 0.0
 ) -> OutputLoss:
     differentiate = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
-    return OutputLoss(*_SoftmaxLoss.apply(states, weight, bias, targets, weights, smoothing, differentiate))  # type: ignore[no-untyped-call]
+    apply: Any = _SoftmaxLoss.apply
+    return OutputLoss(*apply(states, weight, bias, targets, weights, smoothing, differentiate))
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -268,12 +253,10 @@ class _Chunks:
         self.dtype = weight.dtype
 
     def exponentials(self, inputs: Tensor, targets: Tensor, keep: bool) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """Exponentials for inputs (R, P) and targets (R,). Where a sum would leave the range of floats, all logits of a
-        row are shifted by the greatest.
+        """The exponentials (R, W) of each chunk, 0 at the targets (an empty list unless `keep`); their sum over the
+        vocabulary (R,); the targets' logits (R,); the sum with the targets' exponentials (R,).
 
-        Returns:
-            The exponentials (R, W) of each chunk, 0 at the targets (an empty list unless `keep`); their sum over the
-            vocabulary (R,); the targets' logits (R,); the sum with the targets' exponentials (R,).
+        All logits are shifted by their row's greatest where a sum would leave the range of floats.
         """
         rounded = inputs.to(self.dtype)
         kept, others, of_target = self._exponentials(rounded, inputs.dtype, targets, None, keep)
@@ -331,11 +314,7 @@ class _Chunks:
     def weight_gradient(
         self, parts: Sequence[Tensor], inputs: Tensor, factor: Tensor, to_weight: Tensor, to_bias: Tensor, add: bool
     ) -> None:
-        """Write to (V, P) and (V,), or add there, parts.T @ (factor * inputs) and parts.T @ factor.
-
-        Args:
-            parts, inputs, factor: the exponentials (R, W) of each chunk, (R, P), (R,).
-        """
+        """Write to (V, P) and (V,), or add there, parts.T @ (factor * inputs) and parts.T @ factor, of parts (R, W)."""
         factored = (inputs * factor.unsqueeze(1)).to(self.dtype)
         for start, part in zip(self.starts, parts, strict=True):
             block = slice(start, start + part.shape[1])

@@ -42,12 +42,7 @@ class StepWeight:
 
     In float32 its rows are laid out one after the other, which is up to three times as fast as columns where two
     threads work on a product of few rows. A bf16 weight, or a large one that lies in columns, is converted to oneDNN's
-    own blocked layout; a plain product would convert it at each step.
-
-    Args:
-        weight: (X, Y).
-        dtype: of the product.
-        rows: B of most products; other numbers work too.
+    blocked layout (for products of some B = `rows` rows); a plain product would convert it at each step.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int) -> None:
@@ -68,6 +63,5 @@ class StepWeight:
 
 
 def _has_onednn(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    available: bool = torch.backends.mkldnn.is_available()
+    return available and (dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))

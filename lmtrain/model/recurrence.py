@@ -31,13 +31,12 @@ class RecurrentStack(nn.Module):
             PyTorch lacks always runs lmtrain's kernel.
         dropout: fraction of each layer's output that is zeroed before the next layer in training.
         layer_dropout: the same for whole features, which stay zero at all steps of a row.
-        weight_dropout: fraction of each recurrent weight that is zeroed for one batch in training. This is DropConnect
-            (Merity et al. 2018, https://arxiv.org/abs/1708.02182). The kernel gets one weight as always, and the
-            optimizer updates the whole weight.
-        layer_norm: normalise each layer's output (Ba et al. 2016, https://arxiv.org/abs/1607.06450). This happens
-            outside of the recurrence, which can so keep its fast kernels.
-        residual: add a layer's input to its output when both have one size (He et al. 2016,
-            https://arxiv.org/abs/1512.03385).
+        weight_dropout: fraction of each recurrent weight that is zeroed for a batch in training: DropConnect (Merity et
+            al. 2018, https://arxiv.org/abs/1708.02182). The kernel gets one weight as always, the optimizer the whole.
+        layer_norm: normalise each layer's output (Ba et al. 2016, https://arxiv.org/abs/1607.06450), outside of the
+            recurrence, which keeps its fast kernels.
+        residual: add a layer's input to its output when both have one size: He et al. 2016,
+            https://arxiv.org/abs/1512.03385.
     """
 
     def __init__(
@@ -65,10 +64,8 @@ class RecurrentStack(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Give each gate an orthogonal recurrent weight (Saxe et al. 2014, https://arxiv.org/abs/1312.6120), and biases
-        of 0 except the cell's `start_bias` (for the LSTM's forget gate 1: Jozefowicz et al. 2015,
-        https://proceedings.mlr.press/v37/jozefowicz15.html).
-        """
+        """Give each gate an orthogonal recurrent weight (Saxe et al. 2014, https://arxiv.org/abs/1312.6120) and its
+        `start_bias` (the LSTM's: Jozefowicz et al. 2015, https://proceedings.mlr.press/v37/jozefowicz15.html)."""
         for size, layer in zip(self.hidden_sizes, self.layers, strict=True):
             _, weight_hh, bias_ih, bias_hh = layer_weights(layer)
             if not weight_hh.is_meta:
@@ -84,15 +81,8 @@ class RecurrentStack(nn.Module):
         return tuple(tuple(like.new_zeros(batch_size, size) for _ in self.cell.states) for size in self.hidden_sizes)
 
     def forward(self, inputs: Tensor, rows: PackedRows, state: StackState | None = None) -> tuple[Tensor, StackState]:
-        """Read packed rows.
-
-        Args:
-            inputs: (N, I), laid out as `rows` says.
-            state: before the first step; None: zeros.
-
-        Returns:
-            The last layer's output (N, H), and the state after each row's last step.
-        """
+        """Packed inputs (N, I), laid out by `rows`, and the state before them (None: zeros) -> the last layer's output
+        (N, H) and the state after each row's last step."""
         if state is None:
             state = self.zero_state(rows.batch_sizes[0], inputs)
         run = self._run_torch if self._uses_torch(inputs, rows) else self._run_packed
@@ -110,7 +100,7 @@ class RecurrentStack(nn.Module):
         return inputs, tuple(new_state)
 
     def step(self, inputs: Tensor, state: StackState | None = None) -> tuple[Tensor, StackState]:
-        """Read one token of each row: inputs (B, I) -> output (B, H) and the state after it.
+        """One token of each row, inputs (B, I) -> output (B, H) and the state after it.
 
         This runs the cell's `step`, whatever the backend, and without dropout: it is not for training.
         """
@@ -118,13 +108,13 @@ class RecurrentStack(nn.Module):
             state = self.zero_state(len(inputs), inputs)
         new_state = []
         for number, layer in enumerate(self.layers):
-            last = self.cell.step(inputs, state[number], layer_weights(layer))
+            last = self.cell.step(inputs, state[number], *layer_weights(layer))
             inputs = self._finish_layer(number, inputs, last[0])
-            new_state.append(tuple(last))
+            new_state.append(last)
         return inputs, tuple(new_state)
 
     def _finish_layer(self, number: int, inputs: Tensor, output: Tensor) -> Tensor:
-        """Add what follows a layer's recurrence: layer norm and the residual connection. (..., H) -> (..., H)."""
+        """Apply layer norm and the residual connection to a layer's output (..., H)."""
         if self.norms:
             output = self.norms[number](output)
         return output + inputs if self.residual and inputs.shape == output.shape else output

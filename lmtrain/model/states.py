@@ -1,6 +1,6 @@
 """What a model keeps of the tokens it has read, and how it is carried from batch to batch.
 
-Shapes: B rows, H hidden size of a layer, K tokens of n-gram history.
+Shapes: B rows, H hidden size of a layer, K tokens of n-gram history, R chosen rows.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def test_probabilities_sum_to_one_and_agree_with_the_loss(output):
         log_probabilities = model.output.log_probabilities(events.states)
         torch.testing.assert_close(log_probabilities.exp().sum(1), torch.ones(4))
         wanted = -log_probabilities.gather(1, events.targets.unsqueeze(1)).squeeze(1)
-        torch.testing.assert_close(model.output.nats(events.states, events.targets), wanted)
+        torch.testing.assert_close(model.nats("forward", events), wanted)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])

@@ -6,7 +6,7 @@ import torch
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.ngrams.embedding import NgramEmbedding
-from lmtrain.model.ngrams.history import context_of, history_after
+from lmtrain.model.ngrams.history import context_of, history_at
 from lmtrain.training.optimization import build_optimizers, optimizer_step, optimizer_tensors, set_optimizer_tensors
 
 BOS, EOS = 1, 2
@@ -49,7 +49,7 @@ def test_orders_are_summed():
 def test_history_is_what_was_read_before():
     ngrams = vectors_of([2, 5])
     tokens = torch.tensor([[4, 8], [5, 8], [6, 0]])
-    history = history_after(context_of(tokens, 4), 4, torch.tensor([3, 2]))
+    history = history_at(context_of(tokens, 4), 4, torch.tensor([6, 5]), torch.arange(2))
     assert history.tolist() == [[0, 5, 6, 7], [0, 0, 9, 9]]
     assert torch.equal(at_last(ngrams, [7], history[:1]), at_last(ngrams, [4, 5, 6, 7]))
 

@@ -114,3 +114,18 @@ def test_start_values_are_orthogonal_with_an_open_forget_gate():
             torch.testing.assert_close(gate @ gate.t(), torch.eye(8), rtol=1e-5, atol=1e-5)
         bias = stack.layers[layer].bias_ih_l0 + stack.layers[layer].bias_hh_l0
         assert bias.view(4, 8).sum(1).tolist() == [0, 8, 0, 0]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_that_pytorch_lacks_has_its_own_weights_and_always_our_kernel(cell, monkeypatch):
+    monkeypatch.setitem(CELLS, "ours", CELLS[cell]._replace(torch_module=None, torch_function=None))
+    torch.manual_seed(5)
+    theirs = RecurrentStack(cell, 6, [8, 8], backend="packed")
+    rows, inputs = pack_rows(torch.tensor([3, 3])), torch.randn(6, 6)
+    for backend in ("auto", "torch", "packed"):
+        ours = RecurrentStack("ours", 6, [8, 8], backend=backend)
+        assert not ours._uses_torch(inputs.to("meta"), rows)  # on no device
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        assert all(0 < float(layer.weight_ih_l0.detach().abs().max()) <= 8**-0.5 for layer in ours.layers)
+        ours.load_state_dict(theirs.state_dict())
+        torch.testing.assert_close(ours(inputs, rows), theirs(inputs, rows), rtol=0, atol=0)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-LARGEST_TOKENS = 1 << 24  # longest text to count; counting takes some 200 bytes a token, and half of them at the end
+LARGEST_TOKENS = 1 << 24  # longest text; counting takes some 200 bytes a token, half of them until it is done
 PARTS = ("contexts", "pairs", "counts")  # the tensors of one order, which `count_ngrams` returns
 GATE_SIZE = 64  # of its hidden layer
 LEAST_DISCOUNT, MOST_DISCOUNT = 0.05, 0.95
@@ -32,10 +32,10 @@ FACTOR, SHIFT = -7046029254386353131, 29  # 2**64 / golden ratio; int64 products
 
 
 class Mixture(NamedTuple):
-    """The parts of the mixture for N events."""
+    """Logarithms of a mixture's parts for N events."""
 
     log_weights: Tensor  # (N, O) of the network, then of each order from 2 up
-    log_estimates: Tensor  # (N, O - 1) log-probability of the target by each order from 2 up
+    log_estimates: Tensor  # (N, O - 1) of the target's probability by each order from 2 up
 
 
 class _Order(nn.Module):
@@ -83,10 +83,7 @@ class _Order(nn.Module):
         return torch.where(seen & counted, self.counts[pair].long(), 0)
 
     def followers(self, context: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """All tokens that followed seen contexts (N,): for each the context's row in 0 .. N - 1, the token, its count.
-
-        The three tensors have one length, the number of pairs that begin with one of the contexts.
-        """
+        """The pairs of seen contexts (N,): for each pair the context's row in 0 .. N - 1, the token and its count."""
         first = torch.searchsorted(self.pairs, context * vocab_size)
         sizes = torch.searchsorted(self.pairs, (context + 1) * vocab_size) - first
         row = torch.repeat_interleave(torch.arange(len(context), device=context.device), sizes)
@@ -110,12 +107,10 @@ class _Statistics(NamedTuple):
 class CountedNgrams(nn.Module):
     """The counts of one direction, and the gate that mixes them with the network.
 
-    Counts are not weights: `count_ngrams` makes them once from the training text, and a run keeps them in a file of
-    their own.
+    Counts are not weights: `count_ngrams` makes them once from the training text, and a run keeps them in a file.
 
     Args:
-        order: O, the number of tokens in the longest n-grams.
-        vocab_size: V.
+        order, vocab_size: O, the number of tokens in the longest n-grams; V.
         size: P, the size of the states that the gate reads.
     """
 

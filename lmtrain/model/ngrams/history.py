@@ -25,17 +25,11 @@ def context_of(tokens: Tensor, size: int, history: Tensor | None = None) -> Tens
     Args:
         tokens: (L, B) ids, in the order in which they are read.
         size: K.
-        history: (B, K) from `history_after`; None: nothing was read before.
+        history: (B, K) of the rows' last tokens, from `history_at`; None: nothing was read before.
     """
     if history is None:
         history = tokens.new_zeros(tokens.shape[1], size)
     return torch.cat([history.t(), tokens + 1])
-
-
-def history_after(context: Tensor, size: int, lengths: Tensor) -> Tensor:
-    """The last K = `size` tokens (B, K) of rows of `lengths` (B,) tokens, which `context` (K + L, B) holds."""
-    steps = torch.arange(size, device=context.device).unsqueeze(1)
-    return context.gather(0, lengths.to(context.device) + steps).t().contiguous()
 
 
 def history_at(context: Tensor, size: int, time: Tensor, row: Tensor) -> Tensor:
