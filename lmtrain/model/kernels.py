@@ -83,27 +83,24 @@ def fewer_rows(sizes: list[int]) -> list[int]:
     return [0, *(size if size < before else 0 for before, size in itertools.pairwise(sizes))]
 
 
-def gradients_of_states(to_output: Tensor, to_h: Tensor, rows: PackedRows) -> tuple[Tensor, list[Tensor]]:
+def state_gradients(to_output: Tensor, to_h: Tensor, rows: PackedRows) -> tuple[Tensor, list[Tensor]]:
     """Buffers for the gradients of the initial state (B, H) and of each step's state. They begin with what comes from
     outside the layer: zeros, and the gradients of the kernel's outputs, (N, H) and (B, H)."""
     to_states = to_output.contiguous().index_add(0, rows.last.to(to_h.device), to_h)  # (N, H)
     return torch.zeros_like(to_h), list(to_states.split(rows.batch_sizes))
 
 
-def gradients_of_inputs(
-    ctx: Any, inputs: Tensor, w_ih: Tensor, to_gates: Tensor, operand: Tensor
-) -> list[Tensor | None]:
+def input_gradients(ctx: Any, inputs: Tensor, w_ih: Tensor, d_gates: Tensor, operand: Tensor) -> list[Tensor | None]:
     """Gradients of (inputs, w_ih, b_ih) from those of the gates, (N, G*H), and from the operand of these."""
     to_inputs = None
     if ctx.needs_input_grad[0]:
-        buffer = to_gates.new_empty(len(operand), w_ih.shape[1])
-        to_inputs = write_product(buffer, operand, w_ih.to(ctx.dtype))[: len(to_gates)]
-    return [to_inputs, write_product(torch.empty_like(w_ih), operand.t(), inputs), to_gates.sum(0)]
+        buffer = d_gates.new_empty(len(operand), w_ih.shape[1])
+        to_inputs = write_product(buffer, operand, w_ih.to(ctx.dtype))[: len(d_gates)]
+    return [to_inputs, write_product(torch.empty_like(w_ih), operand.t(), inputs), d_gates.sum(0)]
 
 
-def gradient_of_recurrence(w_hh: Tensor, operand: Tensor, hidden: Tensor, before: Tensor) -> Tensor:
-    """Gradient of w_hh (G*H, H) from the operands of the gates' gradients and of the hidden states, and from
-    `states_before` (N,)."""
+def recurrence_gradient(w_hh: Tensor, operand: Tensor, hidden: Tensor, before: Tensor) -> Tensor:
+    """Gradient of w_hh (G*H, H) from the operands of gates' gradients and hidden states, and from `states_before`."""
     rows = torch.nn.functional.pad(before, (0, len(operand) - len(before)))  # padding: these rows of `operand` are 0
     return write_product(torch.empty_like(w_hh), operand.t(), hidden.index_select(0, rows))
 
@@ -162,7 +159,7 @@ class LSTMLayer(torch.autograd.Function):
         rows, hidden_size, sizes = ctx.rows, w_hh.shape[1], ctx.rows.batch_sizes
         recurrent = StepWeight(w_hh, ctx.dtype, len(to_h))
         before = states_before(rows, to_h.device)
-        to_h_0, to_states = gradients_of_states(to_output, to_h, rows)
+        to_h_0, to_states = state_gradients(to_output, to_h, rows)
         to_cell = to_c.clone()  # (B, H) gradient of c, summed from the later steps
         d_gates = torch.empty_like(gates)
         operand = operand_of(d_gates, ctx.dtype)
@@ -191,8 +188,8 @@ class LSTMLayer(torch.autograd.Function):
                 if operand is not d_gates:
                     d_operand.copy_(d_gate)
                 recurrent.add_to(earlier[: sizes[step]], d_operand)
-        to_inputs, to_ih, to_bias = gradients_of_inputs(ctx, inputs, w_ih, d_gates, operand)
-        to_hh = gradient_of_recurrence(w_hh, operand, hidden, before)
+        to_inputs, to_ih, to_bias = input_gradients(ctx, inputs, w_ih, d_gates, operand)
+        to_hh = recurrence_gradient(w_hh, operand, hidden, before)
         return to_inputs, to_h_0, to_cell, to_ih, to_hh, to_bias, to_bias, None
 
 
@@ -243,7 +240,7 @@ class GRULayer(torch.autograd.Function):
         rows, hidden_size, sizes = ctx.rows, w_hh.shape[1], ctx.rows.batch_sizes
         recurrent = StepWeight(w_hh, ctx.dtype, len(to_h))
         before = states_before(rows, to_h.device)
-        to_h_0, to_states = gradients_of_states(to_output, to_h, rows)
+        to_h_0, to_states = state_gradients(to_output, to_h, rows)
         d_gates = torch.empty_like(gates)  # of W_h h + b_h: for n it differs from that of W_i x + b_i
         operand = operand_of(d_gates, ctx.dtype)
         to_n_input = torch.empty_like(to_output, memory_format=torch.contiguous_format)  # (N, H) of n's W_i x + b_i
@@ -271,12 +268,12 @@ class GRULayer(torch.autograd.Function):
                     d_operand.copy_(d_gate)
                 to_earlier = (to_states[step - 1] if step else to_h_0)[: sizes[step]]
                 recurrent.add_to(to_earlier.addcmul_(d_h, updates[step - first]), d_operand)
-        to_hh = gradient_of_recurrence(w_hh, operand, hidden_operand, before)
+        to_hh = recurrence_gradient(w_hh, operand, hidden_operand, before)
         to_bias_hh = d_gates.sum(0)
         d_gates[:, 2 * hidden_size :] = to_n_input
         if operand is not d_gates:
             operand[: len(to_n_input), 2 * hidden_size :] = to_n_input
-        to_inputs, to_ih, to_bias_ih = gradients_of_inputs(ctx, inputs, w_ih, d_gates, operand)
+        to_inputs, to_ih, to_bias_ih = input_gradients(ctx, inputs, w_ih, d_gates, operand)
         return to_inputs, to_h_0, to_ih, to_hh, to_bias_ih, to_bias_hh, None
 
 
@@ -315,7 +312,7 @@ class RNNLayer(torch.autograd.Function):
         inputs, w_ih, w_hh, hidden, hidden_operand = ctx.saved_tensors
         rows = ctx.rows
         recurrent = StepWeight(w_hh, ctx.dtype, len(to_h))
-        to_h_0, to_states = gradients_of_states(to_output, to_h, rows)
+        to_h_0, to_states = state_gradients(to_output, to_h, rows)
         d_gates = 1 - hidden[len(to_h) :].square()  # (N, H)
         operand = operand_of(d_gates, ctx.dtype)
         sizes = rows.batch_sizes
@@ -326,6 +323,6 @@ class RNNLayer(torch.autograd.Function):
                 d_operand.copy_(d_gate)
             earlier = to_states[step - 1] if step else to_h_0
             recurrent.add_to(earlier[: len(d_gate)], d_operand)
-        to_inputs, to_ih, to_bias = gradients_of_inputs(ctx, inputs, w_ih, d_gates, operand)
-        to_hh = gradient_of_recurrence(w_hh, operand, hidden_operand, states_before(rows, to_h.device))
+        to_inputs, to_ih, to_bias = input_gradients(ctx, inputs, w_ih, d_gates, operand)
+        to_hh = recurrence_gradient(w_hh, operand, hidden_operand, states_before(rows, to_h.device))
         return to_inputs, to_h_0, to_ih, to_hh, to_bias, to_bias, None

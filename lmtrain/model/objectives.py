@@ -71,13 +71,10 @@ def count_events(rows: int, tokens: int) -> dict[Objective, int]:
 
 
 def state_penalty(states: Tensor, dropped: Tensor, rows: PackedRows, activation: float, temporal: float) -> Tensor:
-    """Penalise large states, and states that change from step to step, summed over the packed rows, ().
+    """Penalise large states and states that change from step to step, from states (N, H) before and after dropout.
 
-    activation * mean_H(dropped**2) + temporal * mean_H((h_t - h_{t-1})**2): activation and temporal activation
-    regularisation (AR and TAR), Merity et al. 2017, https://arxiv.org/abs/1708.01009.
-
-    Args:
-        states, dropped: (N, H) before and after dropout.
+    The sum over packed rows of activation * mean_H(dropped**2) + temporal * mean_H((h_t - h_{t-1})**2): activation and
+    temporal activation regularisation (AR and TAR), Merity et al. 2017, https://arxiv.org/abs/1708.01009.
     """
     total = activation * dropped.square().sum()
     if temporal and len(states) > rows.batch_sizes[0]:

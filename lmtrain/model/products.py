@@ -29,11 +29,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def padded_rows(rows: int) -> int:
-    """The number of rows, a multiple of 64, that a bf16 operand of this many rows should have; zeros fill it up.
-
-    oneDNN prepares a bf16 product anew for each number of rows, which takes longer than the product, so we use few
-    different numbers.
-    """
+    """This number of rows rounded up to a multiple of 64, to which zeros fill up a bf16 operand: oneDNN prepares a bf16
+    product anew for each number of rows, which takes longer than the product, so there should be few."""
     return -(-rows // 64) * 64
 
 

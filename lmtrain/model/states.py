@@ -64,11 +64,7 @@ class CarriedState:
         return dict(self._tensors)
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Take back what `tensors` returned.
-
-        Raises:
-            ValueError: a name that `tensors` does not give.
-        """
+        """Take back what `tensors` returned; raises ValueError for a name that `tensors` does not give."""
         self._tensors = _named(_from_named({name: tensor.to(device) for name, tensor in tensors.items()}))
 
 
