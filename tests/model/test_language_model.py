@@ -26,7 +26,7 @@ def framed(*rows):
 
 
 def logits_by_place(model, batch):
-    """{(objective, column, predicted place): logits}."""
+    """The logits and the targets, each by (objective, column, predicted place)."""
     places = align(batch.lengths)
     time, row = places.rows.time.tolist(), places.rows.row.tolist()
     length = places.rows.lengths.tolist()  # events a row, the place of its <eos>
@@ -166,21 +166,21 @@ def test_reading_on_step_by_step_equals_reading_at_once(cell):
     torch.testing.assert_close(prompt_state, last)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
-def test_dropout_zeroes_its_share_and_keeps_the_mean(share):
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.999])
+def test_dropout_zeroes_its_fraction_and_keeps_the_mean(fraction):
     torch.manual_seed(6)
     values = torch.full((301, 333), 2.0, requires_grad=True)  # of no round number
-    dropped = drop(values, share, training=True)
+    dropped = drop(values, fraction, training=True)
     zeros = float((dropped == 0).double().mean())
-    assert zeros == pytest.approx(share, abs=5 * (share * (1 - share) / values.numel()) ** 0.5)
+    assert zeros == pytest.approx(fraction, abs=5 * (fraction * (1 - fraction) / values.numel()) ** 0.5)
     kept = dropped[dropped != 0].detach()
-    torch.testing.assert_close(kept, torch.full_like(kept, 2 / (1 - share)), rtol=0.01, atol=0)
+    torch.testing.assert_close(kept, torch.full_like(kept, 2 / (1 - fraction)), rtol=0.01, atol=0)
     (gradient,) = torch.autograd.grad(dropped.sum(), values)
     torch.testing.assert_close(gradient, dropped.detach() / 2)
     torch.manual_seed(6)
-    assert drop(values, share, training=True).equal(dropped)
-    assert drop(values, share, training=True).equal(dropped) == (share == 0)
-    assert drop(values, share, training=False) is values
+    assert drop(values, fraction, training=True).equal(dropped)
+    assert drop(values, fraction, training=True).equal(dropped) == (fraction == 0)
+    assert drop(values, fraction, training=False) is values
 
 
 def test_dropout_chooses_neighbours_and_columns_independently():

@@ -1,4 +1,4 @@
-"""Counted n-grams: probabilities of what was counted, of everything but the event itself in training, kept whole."""
+"""Counted n-grams give the probabilities of counting by hand, exclude the event itself in training, and stay whole."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Direct connections from n-grams: what was read, nothing else, however it is cut."""
+"""Embedded n-grams depend on the last tokens read and on nothing else, however a text is cut into batches."""
 
 import pytest
 import torch

@@ -1,9 +1,12 @@
-"""The kernels against torch.nn: values and gradients, ragged and equal lengths; and against the cells' equations."""
+"""The kernels equal torch.nn's layers, in values and gradients, for rows of equal and of different lengths."""
+
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from lmtrain.config.schema import ModelConfig
 from lmtrain.model.cells import CELLS
 from lmtrain.model.directions import RecurrentLayers
 from lmtrain.model.packing import pack_rows
@@ -114,6 +117,10 @@ def test_start_values_are_orthogonal_with_an_open_forget_gate():
             torch.testing.assert_close(gate @ gate.t(), torch.eye(8), rtol=1e-5, atol=1e-5)
         bias = stack.layers[layer].bias_ih_l0 + stack.layers[layer].bias_hh_l0
         assert bias.view(4, 8).sum(1).tolist() == [0, 8, 0, 0]
+
+
+def test_a_configuration_may_name_every_cell():
+    assert list(get_args(ModelConfig.model_fields["cell"].annotation)) == list(CELLS)
 
 
 @pytest.mark.parametrize("cell", CELLS)

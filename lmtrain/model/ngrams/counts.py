@@ -121,7 +121,7 @@ class CountedNgrams(nn.Module):
         self.orders = nn.ModuleList(_Order() for _ in range(order))
         self.of_state = nn.Linear(size, GATE_SIZE)
         self.of_counts = nn.Linear(4 * (order - 1), GATE_SIZE, bias=False)
-        self.shares = nn.Linear(GATE_SIZE, order)
+        self.shares = nn.Linear(GATE_SIZE, order)  # the gate's last layer, under its name in checkpoints
         nn.init.zeros_(self.shares.weight)
         nn.init.zeros_(self.shares.bias)
 
