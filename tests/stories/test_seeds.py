@@ -82,7 +82,7 @@ def test_fact_6_greedy_steps():
             logits, state = model(tokens, state)
             assert logits.shape == (1, 10, 100)
             tokens = logits.argmax(-1)
-    # that a row stops at its end token: tests/test_generation.py
+    # that a row stops at its end token: tests/inference/test_generation.py
 
 
 def test_fact_7_second_sample():
