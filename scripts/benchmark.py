@@ -123,7 +123,7 @@ class StockModel(nn.Module):
         if self.shape.bidirectional:
             places = align(batch.lengths)
             row = places.rows.row.to(batch.tokens.device)
-            back = places.read_back.to(batch.tokens.device)
+            back = places.backward_time.to(batch.tokens.device)
             embedded = PackedSequence(self.embedding(batch.tokens[back, row]), packed.batch_sizes)
             backward = self.stacks[1](embedded)[0].data
             loss = loss + self.criterion(self.output(backward), batch.tokens[back - 1, row])
@@ -201,7 +201,7 @@ def make_model(shape: Shape, device: torch.device) -> LanguageModel:
         embedding_size=shape.hidden_size,
         hidden_size=shape.hidden_size,
         num_layers=shape.num_layers,
-        cell=shape.cell,  # type: ignore[arg-type]
+        cell=shape.cell,
         bidirectional=shape.bidirectional,
         tie_weights=shape.tied,
     )

@@ -94,8 +94,8 @@ def evaluate_dynamically(model: LanguageModel, batches: Iterable[Batch], dynamic
         count = int(batch.lengths.sum()) - len(batch.lengths)
         weights: dict[Objective, float] = {"forward": 1 / count}
         losses = learner.loss(batch.tokens.to(device), batch.lengths, weights, carried.of(batch.order))
-        carried.put(batch.order, losses.state)
-        result.add(float(losses.parts["forward"].nats), count)
+        carried.store(batch.order, losses.state)
+        result.add(float(losses.nats["forward"]), count)
         losses.total.backward()
         with torch.no_grad():
             for parameter, first in zip(learner.parameters(), start, strict=True):

@@ -18,7 +18,7 @@ from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.sampling import draw_tokens, random_generator, token_probabilities
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.output import argmax
-from lmtrain.model.states import State, select
+from lmtrain.model.states import ModelState, select
 
 ROWS_AT_ONCE = 256
 
@@ -168,7 +168,7 @@ class _Writer:
             logits, state = self.model(tokens.unsqueeze(0), state, self.codec.direction)
             logits = logits.squeeze(0)
 
-    def _append(self, logits: Tensor, running: list[int], state: State) -> tuple[Tensor, list[int], State]:
+    def _append(self, logits: Tensor, running: list[int], state: ModelState) -> tuple[Tensor, list[int], ModelState]:
         """Choose the next token of each running row by its logits (B, V), append it, and drop the rows that it ends;
         returns the tokens (B,), the indices in `self.rows` and the state of the rows that run on."""
         log_probabilities = logits.log_softmax(-1).index_fill_(1, self.excluded, -torch.inf)  # (B, V)

@@ -72,7 +72,7 @@ def encoded_batches(model: LanguageModel, batches: Iterable[Batch], columns: int
         before = None if carried is None else carried.of(batch.order)
         reading = model.read(batch.tokens.to(device), batch.lengths, before)
         if carried is not None:
-            carried.put(batch.order, reading.state)
+            carried.store(batch.order, reading.state)
         yield reading
 
 
@@ -194,7 +194,7 @@ def _nats_of_tokens(
         events = model.read(batch.tokens.to(device), batch.lengths).events
         places = align(batch.lengths)
         of_row = starts[places.rows.row.numpy()]
-        predicted = {"forward": places.rows.time + 1, "backward": places.read_back - 1}
+        predicted = {"forward": places.rows.time + 1, "backward": places.backward_time - 1}
         for direction in directions:
             of_events = model.nats(direction, events[direction]).double().cpu().numpy()
             nats[of_row + predicted[direction].numpy()] += of_events / len(directions)  # a row predicts a token once

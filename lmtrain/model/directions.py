@@ -3,9 +3,8 @@
 Shapes: B rows, L longest row, I input size, H hidden size, D directions, N packed rows (the sum of the lengths).
 Time comes first, (L, B, ...), as in `torch.nn.LSTM`.
 
-Two directions are two stacks that never see each other: unlike `nn.LSTM(bidirectional=True)`, which feeds both
-directions into each next layer, so that from the second layer on every output has seen every input. With one layer
-the two are the same, number for number.
+The two stacks never see each other. `nn.LSTM(bidirectional=True)` differs: it feeds both directions into each next
+layer, so that from the second layer on every output has seen every input. With one layer both give the same numbers.
 """
 
 from __future__ import annotations
@@ -18,57 +17,57 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lmtrain.model.packing import PackedRows, pack_rows
-from lmtrain.model.recurrence import Backend, Cell, RecurrentStack
-from lmtrain.model.states import State
+from lmtrain.model.recurrence import RecurrentStack
+from lmtrain.model.states import StackState
 
-StackedState = tuple[Tensor, ...]
-"""h, and c for the LSTM: (num_layers*D, B, H)."""
+TorchState = tuple[Tensor, ...]
+"""A state in PyTorch's layout: h, and for the LSTM c, (num_layers*D, B, H) each."""
 
 
 class RecurrentLayers(nn.Module):
-    """One stack, or two that read in opposite directions and do not mix, with `torch.nn.LSTM`'s inputs and outputs.
+    """One stack or two of recurrent layers; the arguments are those of `torch.nn.LSTM` where not listed here.
 
-    Args: as `torch.nn.LSTM`; `cell`, `backend` and more keywords as `RecurrentStack`.
-        hidden_size: of all layers, or of each, from the input up; layers that differ have no state in PyTorch's layout,
-            so their stacks are used by themselves.
+    Args:
+        cell, stack_options: as in `RecurrentStack`.
+        hidden_size: H of all layers, or of each from the input up. Different sizes have no state in PyTorch's layout,
+            so `forward` refuses them; their stacks can be called by themselves.
     """
 
     def __init__(
         self,
-        cell: Cell,
+        cell: str,
         input_size: int,
         hidden_size: int | Sequence[int],
         num_layers: int = 1,
         bidirectional: bool = False,
-        dropout: float = 0.0,
-        backend: Backend = "auto",
-        **more: Any,
+        **stack_options: Any,
     ) -> None:
         super().__init__()
         self.hidden_sizes = (hidden_size,) * num_layers if isinstance(hidden_size, int) else tuple(hidden_size)
         self.input_size = input_size
         self.stacks = nn.ModuleList(
-            RecurrentStack(cell, input_size, self.hidden_sizes, dropout, backend, **more)
+            RecurrentStack(cell, input_size, self.hidden_sizes, **stack_options)
             for _ in range(2 if bidirectional else 1)
         )
 
     def forward(
-        self, inputs: Tensor | PackedSequence, state: StackedState | None = None
-    ) -> tuple[Tensor | PackedSequence, StackedState]:
-        """Padded (L, B, I), rows of equal length, or packed (N, I) -> output of the same kind, and the last state.
+        self, inputs: Tensor | PackedSequence, state: TorchState | None = None
+    ) -> tuple[Tensor | PackedSequence, TorchState]:
+        """Read inputs (L, B, I), rows of equal length, or packed (N, I), from a state (None: zeros).
 
         Returns:
-            output (L, B, D*H) or packed (N, D*H): the last layer's state at every step, directions side by side.
-            state: h_n, and c_n for the LSTM, (num_layers*D, B, H): layer by layer, forward before backward, each at
-                its own row's last real token in reading order.
+            output: (L, B, D*H) or packed (N, D*H), the last layer's h at every step, directions side by side.
+            state: h_n, and for the LSTM c_n, (num_layers*D, B, H) each: layer by layer, forward before backward, after
+                the last real token of each row in reading order.
 
         Raises:
-            ValueError: an input or state of another shape, or layers that differ in size.
+            ValueError: an input or state has another shape, or the layers differ in size.
         """
         if len(set(self.hidden_sizes)) > 1:
-            raise ValueError(f"layers of the sizes {self.hidden_sizes} have no state of one shape")
+            raise ValueError(f"layers of the sizes {self.hidden_sizes} have no state of one shape; call their stacks")
         if isinstance(inputs, PackedSequence):
-            packed, lengths = inputs.data, _lengths(inputs.batch_sizes)
+            packed, sizes = inputs.data, inputs.batch_sizes  # sizes (L,): number of rows that run at each step
+            lengths = (sizes.unsqueeze(1) > torch.arange(int(sizes[0]))).sum(0)  # (B,), longest first
         else:
             if inputs.dim() != 3:
                 raise ValueError(f"a padded input has 3 dimensions (L, B, I), not {inputs.dim()}")
@@ -84,8 +83,8 @@ class RecurrentLayers(nn.Module):
             return PackedSequence(output, inputs.batch_sizes, inputs.sorted_indices, inputs.unsorted_indices), state
         return output.unflatten(0, inputs.shape[:2]), state
 
-    def _split(self, state: StackedState | None, batch_size: int) -> list[State | None]:
-        """The state of each direction's stack, out of PyTorch's interleaved layout."""
+    def _split(self, state: TorchState | None, batch_size: int) -> list[StackState | None]:
+        """The state of each direction's stack, taken out of PyTorch's layout."""
         directions = len(self.stacks)
         if state is None:
             return [None] * directions
@@ -93,22 +92,16 @@ class RecurrentLayers(nn.Module):
         for part in state:
             if tuple(part.shape) != expected:
                 raise ValueError(f"a state is (num_layers*D, B, H) = {expected}, not {tuple(part.shape)}")
-        layers = list(zip(*state, strict=True))  # (B, H) of each part, layer by layer and direction by direction
+        layers = list(zip(*state, strict=True))  # the (B, H) states of each layer and direction
         return [tuple(layers[direction::directions]) for direction in range(directions)]
 
-    def _run(self, packed: Tensor, rows: PackedRows, states: list[State | None]) -> tuple[Tensor, StackedState]:
-        output, last = self.stacks[0](packed, rows, states[0])
-        ends = [last]
+    def _run(self, packed: Tensor, rows: PackedRows, states: list[StackState | None]) -> tuple[Tensor, TorchState]:
+        output, new_state = self.stacks[0](packed, rows, states[0])
+        new_states = [new_state]
         if len(self.stacks) > 1:
-            back = rows.reversed().to(packed.device)
-            backward_output, backward_last = self.stacks[1](packed[back], rows, states[1])
-            output = torch.cat([output, backward_output[back]], 1)
-            ends.append(backward_last)
-        layers = [layer for pair in zip(*ends, strict=True) for layer in pair]
+            from_end = rows.reversed().to(packed.device)
+            backward_output, backward_state = self.stacks[1](packed[from_end], rows, states[1])
+            output = torch.cat([output, backward_output[from_end]], 1)
+            new_states.append(backward_state)
+        layers = [layer for pair in zip(*new_states, strict=True) for layer in pair]
         return output, tuple(torch.stack(part) for part in zip(*layers, strict=True))
-
-
-def _lengths(batch_sizes: Tensor) -> Tensor:
-    """The rows' lengths, longest first, from the number of rows that still run at each step."""
-    rows = torch.arange(int(batch_sizes[0]))
-    return (batch_sizes.unsqueeze(1) > rows).sum(0)

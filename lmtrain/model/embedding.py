@@ -1,6 +1,6 @@
-"""Looking tokens up in a weight, with a gradient that costs no more of the vocabulary than it has to.
+"""Looking tokens up in the embedding, with a gradient that touches few rows of the vocabulary.
 
-Shapes: V vocabulary, E embedding size, N tokens.
+Shapes: E embedding size, N packed rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ from torch.nn import functional as F
 
 
 class Lookups:
-    """The lookups of one pass over a batch, and the output layer's use of the same weight where the two are tied.
+    """The lookups of one batch in a weight (V, E), and the output layer's use of the same weight where both are tied.
 
-    The output layer's gradient covers every row of the weight, and is there first on the way back: the gradients of
-    the tokens looked up are added to N of its rows, instead of to V zeros that are then added to it.
+    The output layer's gradient covers every row of the weight, and the backward pass computes it first. So the
+    gradients of the tokens are added to N of its rows, and not to V zeros that are then added to it.
 
     Args:
-        weight: (V, E).
-        sparse: give the gradient as N rows; for an optimizer that leaves all other rows as they are.
+        sparse: give the gradient as N rows, for an optimizer that leaves all other rows unchanged.
     """
 
     def __init__(self, weight: Tensor, sparse: bool = False) -> None:
         self.weight, self.sparse = weight, sparse
-        self.pending = 0  # lookups whose gradient is still to come
-        self.gradient: Tensor | None = None  # of the output layer, (V, E)
+        self.pending = 0  # lookups whose gradient is not yet computed
+        self.gradient: Tensor | None = None  # (V, E) of the output layer
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """The rows of the tokens (N,), (N, E)."""
+        """The embeddings (N, E) of tokens (N,)."""
         if self.sparse:
             return F.embedding(tokens, self.weight, sparse=True)
         self.pending += 1
@@ -37,7 +36,7 @@ class Lookups:
         return rows
 
     def tied(self) -> Tensor:
-        """The weight for the output layer's use."""
+        """The weight (V, E) for the output layer."""
         weight: Tensor = _Tied.apply(self.weight, self)  # type: ignore[no-untyped-call]
         return weight
 
@@ -72,5 +71,5 @@ class _Rows(torch.autograd.Function):
             return to_rows.new_zeros(ctx.shape).index_add_(0, tokens, to_rows), None, None
         lookups.gradient.index_add_(0, tokens, to_rows)
         if not lookups.pending:
-            lookups.gradient = None  # the only other reference is autograd's, which then need not copy it
+            lookups.gradient = None  # only autograd still refers to it, and need not copy it
         return None, None, None

@@ -1,6 +1,7 @@
-"""What a batch is asked and what that costs, and where its rows are read in both directions.
+"""What a model predicts in a batch, what that costs, and where both directions read a batch's rows.
 
-Shapes: B rows, N packed rows, M inner tokens, P output size, H tokens of history.
+Shapes: B rows, L longest row, H hidden size, K tokens of n-gram history, M inner tokens (neither first nor last), N
+packed rows or events, P output size.
 """
 
 from __future__ import annotations
@@ -10,67 +11,73 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from lmtrain.model.packing import PackedRows, pack_rows
-from lmtrain.model.states import State
+from lmtrain.model.states import ModelState
 
 Direction = Literal["forward", "backward"]
 Objective = Literal[Direction, "fill"]
 
 
 class Events(NamedTuple):
-    """What one objective predicts in a batch, packed: a state and a target for each event."""
+    """The predictions of one objective in a batch: a state and a target for each of N events."""
 
-    states: Tensor  # (events, P)
-    targets: Tensor  # (events,) int64
-    history: Tensor | None = None  # (events, H) of counted n-grams: ids + 1 of the last tokens read, 0 for none
-
-
-class Loss(NamedTuple):
-    """Nats summed over an objective's events, and how many these are."""
-
-    nats: Tensor  # () float32, outside the graph
-    tokens: int
+    states: Tensor  # (N, P) what the output layer reads
+    targets: Tensor  # (N,) int64
+    history: Tensor | None = None  # (N, K) for counted n-grams: ids + 1 of the last tokens read, 0 for none
 
 
 class Losses(NamedTuple):
-    """What a batch costs."""
+    """The loss of a batch."""
 
-    total: Tensor  # () what is differentiated: the network's nats, weighted, the mixture's for its gate, penalties
-    parts: dict[Objective, Loss]
-    state: State  # of the forward stack at each row's end
+    total: Tensor  # () to differentiate: weighted nats of the network, those of the mixture for its gate, penalties
+    nats: dict[Objective, Tensor]  # () float32 each: the sum over the objective's events, outside the graph
+    state: ModelState  # of the forward stack at each row's end
 
 
 class EncodedBatch(NamedTuple):
-    """What a model makes of a batch before its output layer."""
+    """A batch after the recurrent stacks and before the output layer."""
 
     events: dict[Objective, Events]
-    state: State  # of the forward stack at each row's end
-    penalties: dict[Objective, Tensor]  # of the states of each direction, summed over its N packed rows; may be empty
+    state: ModelState  # of the forward stack at each row's end
+    penalties: dict[Objective, Tensor]  # () `state_penalty` of each direction; empty where there are no penalties
 
 
 class Alignment(NamedTuple):
-    """Where rows of the given lengths, `<bos>` and `<eos>` counted, are read and what each place predicts.
+    """Which tokens the two stacks read and predict in padded tokens (L, B), each row from its `<bos>` to its `<eos>`.
 
-    Both stacks read lengths - 1 tokens a row. The step of packed row k being time[k], the forward stack has read
-    tokens[time] and predicts tokens[time + 1]; the backward stack, counted from the row's end, has read
-    tokens[last - time] and predicts tokens[last - time - 1].
+    Each stack reads all tokens of a row but one: in `<bos> a b <eos>` the forward stack reads <bos>, a, b and predicts
+    the token after each; the backward stack reads <eos>, b, a and predicts the token before each. The inner token a is
+    filled in from the forward state after <bos> and the backward state after b.
     """
 
-    rows: PackedRows
-    read_back: Tensor  # (N,) time at which the token that the backward stack reads stands
+    rows: PackedRows  # a row of n tokens has n - 1 steps; at step t the forward stack reads token t
+    backward_time: Tensor  # (N,) the token that the backward stack reads at each packed row: n - 1 - t
     fill_forward: Tensor  # (M,) packed row of the forward state before each inner token
-    fill_backward: Tensor  # (M,) packed row of the backward state behind the same token
+    fill_backward: Tensor  # (M,) packed row of the backward state after the same token
 
 
 def align(lengths: Tensor) -> Alignment:
-    """Places of the rows of a batch; lengths (B,) int64 on CPU, non-increasing, >= 2."""
+    """Align both directions; lengths (B,) int64 on CPU, non-increasing, >= 2, with `<bos>` and `<eos>`."""
     rows = pack_rows(lengths - 1)
-    read_back = rows.lengths[rows.row] - rows.time
+    backward_time = rows.lengths[rows.row] - rows.time
     inner = rows.time < rows.lengths[rows.row] - 1  # the last event of a row is its end, not an inner token
     time, row = rows.time[inner], rows.row[inner]
     fill_backward = rows.at(rows.lengths[row] - 2 - time, row)
-    return Alignment(rows, read_back, inner.nonzero().squeeze(1), fill_backward)
+    return Alignment(rows, backward_time, inner.nonzero().squeeze(1), fill_backward)
 
 
 def count_events(rows: int, tokens: int) -> dict[Objective, int]:
-    """How many tokens each objective predicts in rows of so many tokens, `<bos>` and `<eos>` counted."""
+    """The number of tokens that each objective predicts in `rows` rows of `tokens` tokens with `<bos>` and `<eos>`."""
     return {"forward": tokens - rows, "backward": tokens - rows, "fill": tokens - 2 * rows}
+
+
+def state_penalty(states: Tensor, dropped: Tensor, rows: PackedRows, activation: float, temporal: float) -> Tensor:
+    """Penalise large states and states that change from step to step, from states (N, H) before and after dropout.
+
+    The sum over packed rows of activation * mean_H(dropped**2) + temporal * mean_H((h_t - h_{t-1})**2): activation and
+    temporal activation regularisation (AR and TAR), Merity et al. 2017, https://arxiv.org/abs/1708.01009.
+    """
+    total = activation * dropped.square().sum()
+    if temporal and len(states) > rows.batch_sizes[0]:
+        before = states.index_select(0, rows.previous().to(states.device))
+        total = total + temporal * (states[rows.batch_sizes[0] :] - before).square().sum()
+    return total / states.shape[1]

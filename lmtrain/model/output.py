@@ -1,6 +1,7 @@
-"""The output layer: from a state to the probabilities of the vocabulary's tokens, and the loss over it.
+"""The output layer: from states to the probabilities of the vocabulary's tokens, and the loss over them.
 
-Shapes: N events, P output size, V vocabulary, C columns of a chunk of the vocabulary.
+Shapes: D directions, H hidden size, N events, P output size, R rows of a block of events, S sampled tokens, V
+vocabulary, W columns of a chunk of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,33 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmtrain.model.products import add_product, product_dtype, room_for, write_product
+from lmtrain.model.products import add_product, padded_rows, product_dtype, write_product
 
 CHUNK = 4096  # columns of a chunk on CPU: large enough for fast products, small enough for the caches
-BUFFER_BYTES = 256 << 20  # at most, for the exponentials of a block of rows
-SAFE = 1e30  # sums of exponentials between 1 / SAFE and SAFE are taken as they are
+BUFFER_BYTES = 256 << 20  # upper bound for the exponentials of a block of rows
+SAFE = 1e30  # sums of exponentials between 1 / SAFE and SAFE need no shift
+
+
+def projection(directions: int, hidden_size: int, output_size: int) -> nn.Module:
+    """A module from states (N, D*H) to what the output layer reads (N, P): for two directions a hidden layer that joins
+    them, for one a projection if the sizes differ."""
+    if directions == 2:
+        join = nn.Linear(2 * hidden_size, hidden_size)
+        return nn.Sequential(join, nn.Tanh(), nn.Linear(hidden_size, output_size, bias=False))
+    return nn.Identity() if hidden_size == output_size else nn.Linear(hidden_size, output_size, bias=False)
 
 
 class OutputLoss(NamedTuple):
-    """What an output layer says of N events."""
+    """The loss of N events."""
 
-    total: Tensor  # () the weighted sum of the nats: what is differentiated
-    nats: Tensor  # (N,) of each target, float32 at least; outside the graph
-
-
-class _Output(nn.Module):
-    """What both output layers share."""
-
-    def loss(self, states: Tensor, targets: Tensor, weights: Tensor) -> OutputLoss:
-        raise NotImplementedError
-
-    def nats(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each target (N,) given its state (N, P), in nats, float32 at least."""
-        with torch.no_grad():
-            return self.loss(states, targets, torch.ones_like(targets, dtype=states.dtype)).nats
+    total: Tensor  # () the weighted sum of the nats, to differentiate
+    nats: Tensor  # (N,) of each target, at least float32, outside the graph
 
 
-class FullOutput(_Output, nn.Linear):
+class FullOutput(nn.Linear):
     """One logit for each of the V tokens; the weight (V, P) may be the embedding's."""
 
     def loss(
@@ -51,14 +49,14 @@ class FullOutput(_Output, nn.Linear):
         label_smoothing: float = 0.0,
         sample: Sample | None = None,
     ) -> OutputLoss:
-        """Negative log-likelihood of each target, and their weighted sum, whose gradient is worked out on the way.
+        """Negative log-likelihood of each target, and their weighted sum, whose gradient is computed on the way.
 
         Args:
             states, targets, weights: (N, P), (N,) int64, (N,).
-            weight: in place of the layer's own, (V, P).
-            label_smoothing: share of a target that is spread evenly over the vocabulary, in the sum but not in the nats
-                (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567).
-            sample: score these tokens alone; the nats are then an estimate.
+            weight: (V, P), used in place of the layer's own.
+            label_smoothing: fraction of a target that is spread evenly over the vocabulary, in the sum but not in the
+                nats (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567).
+            sample: compute the softmax over these tokens only; the nats are then an estimate.
         """
         bias: Tensor = self.bias
         weight = self.weight if weight is None else weight
@@ -73,20 +71,20 @@ class FullOutput(_Output, nn.Linear):
 
 
 class Sample(NamedTuple):
-    """The part of a vocabulary that stands for all of it in one step."""
+    """The part of a vocabulary that represents the whole vocabulary in one step."""
 
     tokens: Tensor  # (S,) int64, ascending
-    targets: Tensor  # (N,) the place of each event's target among these
-    correction: Tensor  # (S,) to be added to the logits: minus the logarithm of the chance to be here
+    targets: Tensor  # (N,) index of each event's target in `tokens`
+    correction: Tensor  # (S,) to add to the logits: minus the logarithm of a token's chance to be sampled
 
 
 def sample_vocabulary(targets: Tensor, vocab_size: int, frequent: int, sampled: int) -> Sample:
-    """The first `frequent` tokens, the targets, and of the others about `sampled` at random.
+    """Take the first `frequent` tokens, the targets (N,), and about `sampled` of the other tokens at random.
 
-    With the logits of those drawn raised by -log(their chance), the sum of exponentials over the sample is an unbiased
-    estimate of the sum over the vocabulary (importance sampling: Bengio and Senecal 2003,
+    The logits of the random tokens are raised by -log(their chance). The sum of exponentials over the sample is then an
+    unbiased estimate of the sum over the vocabulary (importance sampling: Bengio and Senecal 2003,
     https://proceedings.mlr.press/r4/bengio03a.html; one sample for all events of a step: Jean et al. 2015,
-    https://arxiv.org/abs/1412.2007). The frequent tokens and the targets, which hold most of it, are exact.
+    https://arxiv.org/abs/1412.2007). The frequent tokens and the targets, which make up most of the sum, are exact.
     """
     certain = torch.zeros(vocab_size, dtype=torch.bool, device=targets.device)
     certain[:frequent] = True
@@ -94,40 +92,39 @@ def sample_vocabulary(targets: Tensor, vocab_size: int, frequent: int, sampled: 
     others = vocab_size - int(certain.sum())
     chance = min(1.0, sampled / max(1, others))
     drawn = ~certain & (torch.rand(vocab_size, device=targets.device) < chance)
-    here = certain | drawn
-    tokens = here.nonzero().squeeze(1)
-    place = here.cumsum(0) - 1
-    return Sample(tokens, place[targets], drawn[tokens] * -math.log(chance))
+    in_sample = certain | drawn
+    tokens = in_sample.nonzero().squeeze(1)
+    index = in_sample.cumsum(0) - 1
+    return Sample(tokens, index[targets], drawn[tokens] * -math.log(chance))
 
 
-class AdaptiveOutput(_Output):
+class AdaptiveOutput(nn.Module):
     """Adaptive softmax: frequent tokens in a short list, rare ones in clusters with smaller weights.
 
-    Grave et al. 2017, https://arxiv.org/abs/1609.04309; the weights are those of
-    `torch.nn.AdaptiveLogSoftmaxWithLoss`, which takes ids sorted by falling frequency, as lmtrain's char and word
-    vocabularies are.
+    Grave et al. 2017, https://arxiv.org/abs/1609.04309. The weights are those of `torch.nn.AdaptiveLogSoftmaxWithLoss`,
+    which expects ids sorted by falling frequency, as in lmtrain's char and word vocabularies.
     """
 
     def __init__(self, output_size: int, vocab_size: int) -> None:
         super().__init__()
         cutoffs = sorted({max(1, vocab_size // 16), max(2, vocab_size // 4)})
-        div_value = 4.0 if output_size >= 16 else 1.0  # the last cluster's states have size output_size / div_value**2
+        div_value = 4.0 if output_size >= 16 else 1.0  # the last cluster's states have size P / div_value**2
         self.clusters = nn.AdaptiveLogSoftmaxWithLoss(output_size, vocab_size, cutoffs, div_value, head_bias=True)
 
     def loss(self, states: Tensor, targets: Tensor, weights: Tensor) -> OutputLoss:
-        """As `FullOutput.loss`: the nats of a target in the short list or of its cluster, and of it in its cluster."""
+        """As `FullOutput.loss`; a rare target costs the nats of its cluster plus its own within the cluster."""
         clusters = self.clusters
         cutoffs, short = clusters.cutoffs[:-1], clusters.shortlist_size
         cluster = torch.bucketize(targets, torch.tensor(cutoffs, device=targets.device), right=True)  # (N,) 0: short
         in_head = torch.where(cluster > 0, short + cluster - 1, targets)
         total, nats = _softmax_loss(states, clusters.head.weight, clusters.head.bias, in_head, weights)
         tails = zip(cutoffs, cast(list[tuple[nn.Module, nn.Linear]], clusters.tail), strict=True)
-        for number, (cutoff, (projection, tail)) in enumerate(tails):
-            # empty or not: each weight has a gradient, so that several processes sum the same ones
+        for number, (cutoff, (smaller, tail)) in enumerate(tails):
+            # an empty cluster is computed too: every weight then has a gradient for several processes to sum
             inside = (cluster == number + 1).nonzero().squeeze(1)
-            projected, wanted = projection(states.index_select(0, inside)), targets[inside] - cutoff
-            more, inner = _softmax_loss(projected, tail.weight, None, wanted, weights[inside])
-            total, nats = total + more, nats.index_add(0, inside, inner)
+            projected, in_tail = smaller(states.index_select(0, inside)), targets[inside] - cutoff
+            tail_total, tail_nats = _softmax_loss(projected, tail.weight, None, in_tail, weights[inside])
+            total, nats = total + tail_total, nats.index_add(0, inside, tail_nats)
         return OutputLoss(total, nats)
 
     def log_probabilities(self, states: Tensor) -> Tensor:
@@ -138,38 +135,31 @@ class AdaptiveOutput(_Output):
 
 
 def argmax(values: Tensor) -> Tensor:
-    """The first of each row's greatest values, (N, V) -> (N,) int64, outside autograd.
-
-    NumPy's search is vectorised on CPU, PyTorch's is not.
-    """
+    """The index of the first greatest value in each row, (N, V) -> (N,) int64, outside autograd; on CPU by NumPy, whose
+    search is vectorised and PyTorch's is not."""
     return values.argmax(-1) if values.device.type != "cpu" else torch.from_numpy(values.numpy().argmax(-1))
 
 
 def _softmax_loss(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    weights: Tensor,
-    smoothing: float = 0.0,
+    states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, smoothing: float = 0.0
 ) -> OutputLoss:
     differentiate = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
-    return OutputLoss(*_SoftmaxLoss.apply(states, weight, bias, targets, weights, smoothing, differentiate))  # type: ignore[no-untyped-call]
+    apply: Any = _SoftmaxLoss.apply
+    return OutputLoss(*apply(states, weight, bias, targets, weights, smoothing, differentiate))
 
 
 class _SoftmaxLoss(torch.autograd.Function):
     """`apply(states, weight, bias, targets, weights, smoothing, differentiate) -> total (), nats (N,)`.
 
-    There is no copy of all logits, least of all in fp32. Of a block of rows, and of it a chunk of the vocabulary at
-    a time, logits are computed, and in their place exponentials e, in the dtype of products. Once the sum s of a
-    row's exponentials is known, the gradient
+    It never keeps a copy of all logits, least of all in float32. It takes a block of rows and one chunk of the
+    vocabulary after the other, computes their logits, and overwrites them with their exponentials e, in the dtype of
+    products. Once a row's sum s of exponentials is known, the gradient
 
         d total / d logit = weight * (e - s [target]) / s
 
-    asks for no other pass over the vocabulary than the two products that lead to the gradients of states and
-    weights: the target's place holds what is left of e - s, minus the sum of all others, and the factor weight / s
-    goes to the small side of each product. What label smoothing asks beside that is the same for each token of the
-    vocabulary: `_smooth` adds it.
+    needs no further pass over the vocabulary than the two products for the gradients of states and weights: at the
+    target it holds e - s, which is minus the sum of all other exponentials, and the factor weight / s is applied to the
+    small operand of each product. Label smoothing adds a gradient that is the same for every token; see `_smooth`.
     """
 
     @staticmethod
@@ -185,25 +175,25 @@ class _SoftmaxLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = product_dtype(states)
         with torch.autocast(states.device.type, enabled=False):
-            states = states.to(torch.promote_types(states.dtype, torch.float32))  # sums and gradients are not rounded
+            states = states.to(torch.promote_types(states.dtype, torch.float32))  # not rounded to bf16
             events = len(states)
             if dtype != states.dtype:
-                more = room_for(events) - events  # these weigh nothing
-                states, targets = F.pad(states, (0, 0, 0, more)), F.pad(targets, (0, more))
-                weights = F.pad(weights, (0, more))
+                padding = padded_rows(events) - events  # of weight 0
+                states, targets = F.pad(states, (0, 0, 0, padding)), F.pad(targets, (0, padding))
+                weights = F.pad(weights, (0, padding))
             nats = torch.empty_like(states[:, 0])
             gradients = [torch.empty_like(part) for part in (states, weight, weight[:, 0])] if differentiate else []
             rows = max(1, BUFFER_BYTES // (dtype.itemsize * len(weight)))
             chunks = _Chunks(weight.to(dtype), None if bias is None else bias.to(dtype))
             for start in range(0, max(1, len(states)), rows):
                 block = slice(start, start + rows)
-                inputs, wanted = states[block], targets[block]
-                exponentials, others, of_target, total = chunks.exponentials(inputs, wanted, keep=differentiate)
+                inputs, in_block = states[block], targets[block]  # (R, P), (R,)
+                exponentials, others, of_target, total = chunks.exponentials(inputs, in_block, keep=differentiate)
                 nats[block] = total.log() - of_target
                 if not differentiate:
                     continue
-                chunks.write_targets(exponentials, wanted, smoothing * total - others)
-                factor = weights[block].to(total.dtype) / total  # (rows,)
+                chunks.write_targets(exponentials, in_block, smoothing * total - others)
+                factor = weights[block].to(total.dtype) / total  # (R,)
                 gradients[0][block] = chunks.times_weight(exponentials, inputs).mul_(factor.unsqueeze(1))
                 chunks.weight_gradient(exponentials, inputs, factor, gradients[1], gradients[2], add=start > 0)
         states, targets, weights, nats = (part[:events] for part in (states, targets, weights, nats))
@@ -233,118 +223,112 @@ def _smooth(
     bias: Tensor | None,
     targets: Tensor,
     weights: Tensor,
-    share: float,
+    fraction: float,
     gradients: Sequence[Tensor],
 ) -> Tensor:
-    """The weighted sum of each target's logit over the mean logit; `gradients` get what the mean adds to them.
+    """The weighted sum of each target's logit minus the mean logit, (); adds the mean's part to `gradients`.
 
-    With a share e of the target spread out, an event costs nats + e * (logit of the target - mean logit).
+    With a fraction e of the target spread out, an event costs nats + e * (logit of the target - mean logit).
     """
     mean_weight = weight.sum(0) / len(weight)  # (P,)
-    lead = (states * (weight.index_select(0, targets) - mean_weight)).sum(1)
+    difference = (states * (weight.index_select(0, targets) - mean_weight)).sum(1)  # (N,)
     if bias is not None:
-        lead += bias.index_select(0, targets) - bias.mean()
+        difference += bias.index_select(0, targets) - bias.mean()
     if gradients:
         to_states, to_weight, to_bias = gradients
-        to_states.sub_(torch.outer(share * weights, mean_weight))
-        to_weight.sub_(weights @ states * (share / len(weight)))
-        to_bias.sub_(weights.sum() * (share / len(weight)))
-    return (lead * weights).sum()
+        to_states.sub_(torch.outer(fraction * weights, mean_weight))
+        to_weight.sub_(weights @ states * (fraction / len(weight)))
+        to_bias.sub_(weights.sum() * (fraction / len(weight)))
+    return (difference * weights).sum()
 
 
 class _Chunks:
-    """A vocabulary's weights in chunks of columns, and what the loss does with each; dtype is that of products."""
+    """A vocabulary's weight (V, P) and bias (V,), in the dtype of products, cut into chunks of W tokens."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         size = CHUNK if weight.device.type == "cpu" else len(weight)
-        self.weights = weight.split(size)  # (C, P) each
+        self.weights = weight.split(size)  # (W, P) each
         self.biases = [None] * len(self.weights) if bias is None else bias.split(size)
         self.starts = range(0, len(weight), size)
         self.dtype = weight.dtype
 
     def exponentials(self, inputs: Tensor, targets: Tensor, keep: bool) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """exp(logits) of each chunk (rows, C) but 0 for targets, an empty list unless `keep`; the sum of these over
-        the vocabulary (rows,); the targets' logits (rows,); the sum with the targets' exponentials (rows,).
+        """The exponentials (R, W) of each chunk, 0 at the targets (an empty list unless `keep`); their sum over the
+        vocabulary (R,); the targets' logits (R,); the sum with the targets' exponentials (R,).
 
-        All logits of a row are shifted by the greatest where some would leave the range of floats.
+        All logits are shifted by their row's greatest where a sum would leave the range of floats.
         """
         rounded = inputs.to(self.dtype)
-        found, others, of_target = self._exponentials(rounded, inputs.dtype, targets, None, keep)
+        kept, others, of_target = self._exponentials(rounded, inputs.dtype, targets, None, keep)
         total = others + of_target.exp()
         if not bool(((total > 1 / SAFE) & (total < SAFE)).all()):
             tops = [self._logits(rounded, chunk).amax(1) for chunk in range(len(self.weights))]
-            shift = torch.stack(tops).amax(0)  # (rows,)
-            found, others, of_target = self._exponentials(rounded, inputs.dtype, targets, shift, keep)
+            shift = torch.stack(tops).amax(0)  # (R,)
+            kept, others, of_target = self._exponentials(rounded, inputs.dtype, targets, shift, keep)
             total = others + of_target.exp()
-        return found, others, of_target, total
+        return kept, others, of_target, total
 
     def _exponentials(
         self, rounded: Tensor, exact: torch.dtype, targets: Tensor, shift: Tensor | None, keep: bool
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        found = []
+        kept = []
         others, of_target = torch.zeros_like(rounded[:, 0], dtype=exact), torch.zeros_like(rounded[:, 0], dtype=exact)
         for chunk, (start, weight) in enumerate(zip(self.starts, self.weights, strict=True)):
-            logits = self._logits(rounded, chunk)  # (rows, C)
+            logits = self._logits(rounded, chunk)  # (R, W)
             if shift is not None:
                 logits.sub_(shift.unsqueeze(1))
-            inside, place = self._places(targets, start, len(weight))
-            at = logits.gather(1, place)
-            of_target = torch.where(inside, at.squeeze(1).to(exact), of_target)
-            # apart from the rest, for a target that is nearly certain leaves little to the others
-            logits.scatter_(1, place, at.masked_fill(inside.unsqueeze(1), -torch.inf))
+            inside, column = self._columns(targets, start, len(weight))
+            at_column = logits.gather(1, column)
+            of_target = torch.where(inside, at_column.squeeze(1).to(exact), of_target)
+            # the target is summed apart: when it is nearly certain, little is left for the others
+            logits.scatter_(1, column, at_column.masked_fill(inside.unsqueeze(1), -torch.inf))
             others += _sum(logits.exp_(), exact)
             if keep:
-                found.append(logits)
-        return found, others, of_target
+                kept.append(logits)
+        return kept, others, of_target
 
     @staticmethod
-    def _places(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """Which targets lie in a chunk (rows,), and the column of each (rows, 1), any where it lies elsewhere."""
-        place = targets - start
-        return (place >= 0) & (place < size), place.clamp(0, size - 1).unsqueeze(1)
+    def _columns(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """Which targets lie in a chunk (R,), and the column of each (R, 1), which is arbitrary for the others."""
+        column = targets - start
+        return (column >= 0) & (column < size), column.clamp(0, size - 1).unsqueeze(1)
 
     def _logits(self, rounded: Tensor, chunk: int) -> Tensor:
         bias, weight = self.biases[chunk], self.weights[chunk].t()
         return rounded @ weight if bias is None else torch.addmm(bias, rounded, weight)
 
     def write_targets(self, exponentials: Sequence[Tensor], targets: Tensor, values: Tensor) -> None:
-        """Put a value (rows,) in the place of each row's target."""
+        """Write a value (R,) at the column of each row's target."""
         for start, part in zip(self.starts, exponentials, strict=True):
-            inside, place = self._places(targets, start, part.shape[1])
-            at = torch.where(inside.unsqueeze(1), values.to(part.dtype).unsqueeze(1), part.gather(1, place))
-            part.scatter_(1, place, at)
+            inside, column = self._columns(targets, start, part.shape[1])
+            written = torch.where(inside.unsqueeze(1), values.to(part.dtype).unsqueeze(1), part.gather(1, column))
+            part.scatter_(1, column, written)
 
     def times_weight(self, exponentials: Sequence[Tensor], like: Tensor) -> Tensor:
-        """The sum over chunks of exponentials @ weight, (rows, P) in the dtype of `like`."""
+        """The sum over chunks of exponentials @ weight, (R, P) in the dtype of `like`."""
         total = torch.zeros_like(like)
         for part, weight in zip(exponentials, self.weights, strict=True):
             add_product(total, part, weight)
         return total
 
     def weight_gradient(
-        self,
-        exponentials: Sequence[Tensor],
-        inputs: Tensor,
-        factor: Tensor,
-        to_weight: Tensor,
-        to_bias: Tensor,
-        add: bool,
+        self, parts: Sequence[Tensor], inputs: Tensor, factor: Tensor, to_weight: Tensor, to_bias: Tensor, add: bool
     ) -> None:
-        """exponentials.T @ (factor * inputs), and the same without inputs, written or added to (V, P) and (V,)."""
+        """Write to (V, P) and (V,), or add there, parts.T @ (factor * inputs) and parts.T @ factor, of parts (R, W)."""
         factored = (inputs * factor.unsqueeze(1)).to(self.dtype)
-        for start, part in zip(self.starts, exponentials, strict=True):
+        for start, part in zip(self.starts, parts, strict=True):
             block = slice(start, start + part.shape[1])
-            place = add_product if add else write_product
-            place(to_weight[block], part.t(), factored)
-            place(to_bias[block].unsqueeze(1), part.t(), factor.to(self.dtype).unsqueeze(1))
+            write = add_product if add else write_product
+            write(to_weight[block], part.t(), factored)
+            write(to_bias[block].unsqueeze(1), part.t(), factor.to(self.dtype).unsqueeze(1))
 
 
 def _sum(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of each row's C columns, summed up in `dtype`."""
+    """The sum (R,) of each row of `part` (R, W), added up in `dtype`."""
     if part.dtype == dtype:
         return part.sum(1)
-    # PyTorch would first copy all of a bf16 tensor to fp32; 64 columns at a time it keeps the sum in fp32, and what
-    # is rounded are so many parts of it that little of the rounding is left
+    # PyTorch would first copy a whole bf16 tensor to float32. Over 64 columns it keeps the sum in float32 and rounds
+    # only the result; the sums of many such groups together lose little.
     whole = part.shape[1] // 64 * 64
-    parts: Tensor = part[:, :whole].unflatten(1, (-1, 64)).sum(2)  # (rows, C / 64)
-    return parts.sum(1, dtype=dtype) + part[:, whole:].sum(1, dtype=dtype)
+    groups: Tensor = part[:, :whole].unflatten(1, (-1, 64)).sum(2)  # (R, W / 64)
+    return groups.sum(1, dtype=dtype) + part[:, whole:].sum(1, dtype=dtype)

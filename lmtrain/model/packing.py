@@ -1,4 +1,4 @@
-"""Where the tokens of a batch of ragged rows lie when they are packed time step by time step.
+"""Where the tokens of a batch of rows of different lengths lie when they are packed step by step.
 
 Shapes: B rows, L longest row, N packed rows (the sum of the lengths).
 """
@@ -12,31 +12,35 @@ from torch import Tensor
 
 
 class PackedRows(NamedTuple):
-    """Where the tokens of B rows lie when packed time step by time step, as in `PackedSequence`."""
+    """The layout of B rows: first all tokens of step 0, then all of step 1, as in PyTorch's `PackedSequence`.
+
+    For example, rows of lengths 3, 1 have batch_sizes 2, 1, 1, and their N = 4 packed rows have time 0, 0, 1, 2 and row
+    0, 1, 0, 0.
+    """
 
     lengths: Tensor  # (B,) int64 on CPU, non-increasing, >= 1
-    batch_sizes: list[int]  # (L,) rows that still run at each step
-    offsets: list[int]  # (L,) where each step begins among the packed rows
-    time: Tensor  # (N,) the step of each packed row
-    row: Tensor  # (N,) the batch row of each packed row
-    last: Tensor  # (B,) the packed row of each row's last token
+    batch_sizes: list[int]  # (L,) number of rows that still run at each step
+    offsets: list[int]  # (L,) packed row at which each step begins
+    time: Tensor  # (N,) step of each packed row
+    row: Tensor  # (N,) batch row of each packed row
+    last: Tensor  # (B,) packed row of each row's last token
 
     @property
     def equal(self) -> bool:
-        """Whether all rows are of one length."""
+        """Whether all rows have one length."""
         return self.batch_sizes[-1] == self.batch_sizes[0]
 
     def reversed(self) -> Tensor:
-        """The packed row that holds the same place of the row read from its end, (N,)."""
+        """For each packed row the one that it becomes when its row is read from the end, (N,)."""
         return self.at(self.lengths[self.row] - 1 - self.time, self.row)
 
     def previous(self) -> Tensor:
-        """The packed row one step before each of those that have one, which are all but the first B, (N - B,)."""
+        """The packed row one step earlier for each packed row after the first step, (N - B,)."""
         later = slice(self.batch_sizes[0], None)
         return self.at(self.time[later] - 1, self.row[later])
 
     def at(self, time: Tensor, row: Tensor) -> Tensor:
-        """The packed rows of the given steps of the given rows; all index tensors on CPU."""
+        """The packed rows of the given steps of the given rows, all of one shape and on CPU."""
         return torch.tensor(self.offsets)[time] + row
 
 
@@ -44,7 +48,7 @@ def pack_rows(lengths: Tensor) -> PackedRows:
     """Lay out rows of the given lengths, (B,) int64 on CPU, longest first."""
     longest = int(lengths[0])
     steps = torch.arange(longest)
-    sizes = torch.searchsorted(-lengths, -steps)  # rows with length > step, lengths being sorted
+    sizes = torch.searchsorted(-lengths, -steps)  # number of rows with length > step, since lengths are sorted
     ends = sizes.cumsum(0)
     starts = ends - sizes
     time = torch.repeat_interleave(steps, sizes)
@@ -54,7 +58,7 @@ def pack_rows(lengths: Tensor) -> PackedRows:
 
 
 def states_before(rows: PackedRows, device: torch.device) -> Tensor:
-    """Where the state before each packed row lies in a buffer of the B initial states and the N packed ones, (N,)."""
+    """The index (N,) of the state before each packed row in a buffer of the B initial states and the N packed ones."""
     count = rows.batch_sizes[0]
     starts = torch.tensor([0, *(count + offset for offset in rows.offsets[:-1])])
     return (starts[rows.time] + rows.row).to(device)

@@ -1,7 +1,9 @@
-"""Matrix products, and how precise they are: the one place that asks autocast.
+"""Matrix products and their precision: the only file that asks autocast.
 
-Under autocast each product is rounded to bf16, its operands going in and its result coming out. What is kept stays in
-fp32: weights, their gradients, states and sums.
+Under autocast the operands and the result of each product are rounded to bf16. What is kept stays in float32: weights,
+their gradients, states and sums.
+
+Shapes: B rows, N packed rows, X and Y the inner and the outer size of a product.
 """
 
 from __future__ import annotations
@@ -11,55 +13,52 @@ from torch import Tensor
 
 
 def product_dtype(inputs: Tensor) -> torch.dtype:
-    """bf16 under autocast, else the inputs' own."""
+    """The dtype of products: bf16 under autocast, else that of the inputs."""
     device = inputs.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
 
 
 def write_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out = left @ right; `out` may be of another dtype."""
+    """out (N, Y) = left (N, X) @ right (X, Y); `out` may have another dtype."""
     return torch.mm(left, right, out=out) if out.dtype == right.dtype else out.copy_(left @ right)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total += left @ right; `total` may be of another dtype."""
+    """total (N, Y) += left (N, X) @ right (X, Y); `total` may have another dtype."""
     return total.addmm_(left, right) if total.dtype == right.dtype else total.add_(left @ right)
 
 
-def room_for(rows: int) -> int:
-    """How many rows a rounded operand of N rows should have, the ones behind being zeros: a multiple of 64.
-
-    oneDNN prepares a bf16 product anew for each N, which takes longer than the product; so N is one of few.
-    """
+def padded_rows(rows: int) -> int:
+    """This number of rows rounded up to a multiple of 64, to which zeros fill up a bf16 operand: oneDNN prepares a bf16
+    product anew for each number of rows, which takes longer than the product, so there should be few."""
     return -(-rows // 64) * 64
 
 
 class StepWeight:
-    """A weight (K, M) that is multiplied from the left at each of many steps, prepared once.
+    """A weight (X, Y) that is multiplied from the left at each of many steps, and prepared once.
 
-    In fp32 its rows are laid out one after the other, which is up to three times as fast as columns where two threads
-    share a product of few rows. A weight of bf16, or a large one that lies in columns, goes to oneDNN's own blocked
-    layout, which a plain product would make anew each time.
+    In float32 its rows are laid out one after the other, which is up to three times as fast as columns where two
+    threads work on a product of few rows. A bf16 weight, or a large one that lies in columns, is converted to oneDNN's
+    blocked layout (for products of some B = `rows` rows); a plain product would convert it at each step.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int) -> None:
         self.packed: Tensor | None = None
-        columns = weight.t()  # (M, K), as oneDNN wants it
+        columns = weight.t()  # (Y, X), as oneDNN expects it
         large = dtype == torch.float32 and weight.numel() >= 1 << 20 and columns.is_contiguous()
-        if weight.device.type == "cpu" and (large or dtype == torch.bfloat16) and _onednn(dtype):
+        if weight.device.type == "cpu" and (large or dtype == torch.bfloat16) and _has_onednn(dtype):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(columns.to(dtype).contiguous(), rows)
         else:
             self.weight = weight.to(dtype).contiguous()
 
     def add_to(self, total: Tensor, left: Tensor) -> None:
-        """total (B, M) += left (B, K) @ weight, `left` being in the dtype of the product."""
+        """total (B, Y) += left (B, X) @ weight, where `left` has the dtype of the product."""
         if self.packed is None:
             add_product(total, left, self.weight)
         else:
             total.add_(torch.ops.mkldnn._linear_pointwise(left, self.packed, None, "none", [], ""))
 
 
-def _onednn(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _has_onednn(dtype: torch.dtype) -> bool:
+    available: bool = torch.backends.mkldnn.is_available()
+    return available and (dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))

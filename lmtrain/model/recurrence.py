@@ -1,64 +1,47 @@
 """A stack of recurrent layers in one direction over packed rows, and what may stand between its layers.
 
-Shapes: B rows, I input size, H size of a layer, N packed rows (the sum of the lengths).
+Shapes: B rows, I input size of a layer, H hidden size of a layer, N packed rows (the sum of the lengths).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lmtrain.model.cells import CELLS, layer_weights
 from lmtrain.model.dropout import drop, drop_locked
-from lmtrain.model.kernels import GRULayer, LSTMLayer, RNNLayer
 from lmtrain.model.packing import PackedRows
 from lmtrain.model.products import product_dtype
-from lmtrain.model.states import State
+from lmtrain.model.states import StackState
 
-Cell = Literal["lstm", "gru", "rnn"]
 Backend = Literal["auto", "packed", "torch"]
-
-TORCH_LAYERS: dict[str, type[nn.LSTM] | type[nn.GRU] | type[nn.RNN]] = {
-    "lstm": nn.LSTM,
-    "gru": nn.GRU,
-    "rnn": nn.RNN,
-}
-# what those modules call, with weights that need not be their own
-TORCH_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "lstm": torch.lstm,
-    "gru": torch.gru,
-    "rnn": torch.rnn_tanh,
-}
-KERNELS = {"lstm": LSTMLayer, "gru": GRULayer, "rnn": RNNLayer}
-STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {  # PyTorch's, as behind `nn.LSTMCell`
-    "lstm": torch.lstm_cell,
-    "gru": lambda inputs, state, *weights: (torch.gru_cell(inputs, state[0], *weights),),
-    "rnn": lambda inputs, state, *weights: (torch.rnn_tanh_cell(inputs, state[0], *weights),),
-}
 
 
 class RecurrentStack(nn.Module):
-    """Recurrent layers in one direction; the weights live in PyTorch's own modules, under its names.
+    """Recurrent layers in one direction; each layer's weights have the names that PyTorch's modules give them.
 
     Args:
+        cell: a name in `CELLS`.
         hidden_sizes: H of each layer, from the input up.
-        backend: `packed`, lmtrain's kernels; `torch`, PyTorch's (cuDNN on CUDA, oneDNN's fused LSTM for rows of
-            equal length on CPU); `auto`, the faster one for the device, cell, precision and lengths at hand.
-        dropout: share of each layer's output that is zeroed before the next layer, in training.
-        layer_dropout: the same, of features, locked over a row's steps.
-        weight_dropout: share of each recurrent weight that is zeroed for a batch, in training: DropConnect, Merity et
-            al. 2018, https://arxiv.org/abs/1708.02182. The kernel sees one weight as ever, and the optimizer the whole.
-        layer_norm: normalise each layer's output (outside of the recurrence, which keeps its kernels): Ba et al. 2016,
-            https://arxiv.org/abs/1607.06450.
-        residual: add a layer's input to its output where the two are of one size: He et al. 2016,
+        backend: `packed` runs lmtrain's kernels; `torch` runs PyTorch's (cuDNN on CUDA, on CPU oneDNN's fused LSTM for
+            rows of equal length); `auto` takes the faster one for the device, cell, precision and lengths. A cell that
+            PyTorch lacks always runs lmtrain's kernel.
+        dropout: fraction of each layer's output that is zeroed before the next layer in training.
+        layer_dropout: the same for whole features, which stay zero at all steps of a row.
+        weight_dropout: fraction of each recurrent weight that is zeroed for a batch in training: DropConnect (Merity et
+            al. 2018, https://arxiv.org/abs/1708.02182). The kernel gets one weight as always, the optimizer the whole.
+        layer_norm: normalise each layer's output (Ba et al. 2016, https://arxiv.org/abs/1607.06450), outside of the
+            recurrence, which keeps its fast kernels.
+        residual: add a layer's input to its output when both have one size: He et al. 2016,
             https://arxiv.org/abs/1512.03385.
     """
 
     def __init__(
         self,
-        cell: Cell,
+        cell: str,
         input_size: int,
         hidden_sizes: Sequence[int],
         dropout: float = 0.0,
@@ -70,101 +53,97 @@ class RecurrentStack(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        self.cell, self.backend, self.hidden_sizes = cell, backend, tuple(hidden_sizes)
+        self.cell, self.backend, self.hidden_sizes = CELLS[cell], backend, tuple(hidden_sizes)
         self.dropout, self.layer_dropout, self.weight_dropout = dropout, layer_dropout, weight_dropout
         self.residual = residual
-        # a module for each layer: cuDNN's own dropout between layers keeps a random state that can't be saved
+        # each layer is a module: cuDNN's own dropout between layers keeps a random state that cannot be saved
         sizes = zip((input_size, *self.hidden_sizes), self.hidden_sizes, strict=False)
-        self.layers = nn.ModuleList(TORCH_LAYERS[cell](before, size) for before, size in sizes)
+        self.layers = nn.ModuleList(self.cell.layer(before, size) for before, size in sizes)
         self.norms = nn.ModuleList(nn.LayerNorm(size) for size in self.hidden_sizes if layer_norm)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Orthogonal recurrent weights for each gate, and a forget gate that starts open (bias 1).
-
-        Orthogonal start: Saxe et al. 2014, https://arxiv.org/abs/1312.6120; forget bias: Jozefowicz et al. 2015,
-        https://proceedings.mlr.press/v37/jozefowicz15.html.
-        """
+        """Give each gate an orthogonal recurrent weight (Saxe et al. 2014, https://arxiv.org/abs/1312.6120) and its
+        `start_bias` (the LSTM's: Jozefowicz et al. 2015, https://proceedings.mlr.press/v37/jozefowicz15.html)."""
         for size, layer in zip(self.hidden_sizes, self.layers, strict=True):
-            _, weight_hh, bias_ih, bias_hh = _weights(layer)
+            _, weight_hh, bias_ih, bias_hh = layer_weights(layer)
             if not weight_hh.is_meta:
-                for gate in weight_hh.split(size):
-                    nn.init.orthogonal_(gate)
+                for gate_weight in weight_hh.split(size):
+                    nn.init.orthogonal_(gate_weight)
             bias_ih.zero_()
             bias_hh.zero_()
-            if self.cell == "lstm":
-                bias_ih[size : 2 * size] = 1.0
+            for gate, value in self.cell.start_bias.items():
+                bias_ih[gate * size : (gate + 1) * size] = value
 
-    def zero_state(self, batch_size: int, like: Tensor) -> State:
-        """Zeros on the input's device and in its dtype: of each layer h, and c for the LSTM, (B, H)."""
-        parts = 2 if self.cell == "lstm" else 1
-        return tuple(tuple(like.new_zeros(batch_size, size) for _ in range(parts)) for size in self.hidden_sizes)
+    def zero_state(self, batch_size: int, like: Tensor) -> StackState:
+        """Zeros (B, H) for each layer's states, with the dtype and device of `like`."""
+        return tuple(tuple(like.new_zeros(batch_size, size) for _ in self.cell.states) for size in self.hidden_sizes)
 
-    def forward(self, inputs: Tensor, rows: PackedRows, state: State | None = None) -> tuple[Tensor, State]:
-        """Packed inputs (N, I), laid out by `rows` -> packed output (N, H) and the state at each row's end."""
+    def forward(self, inputs: Tensor, rows: PackedRows, state: StackState | None = None) -> tuple[Tensor, StackState]:
+        """Packed inputs (N, I), laid out by `rows`, and the state before them (None: zeros) -> the last layer's output
+        (N, H) and the state after each row's last step."""
         if state is None:
             state = self.zero_state(rows.batch_sizes[0], inputs)
-        stock = self.backend == "torch" or (self.backend == "auto" and self._torch_is_faster(inputs, rows))
-        run = self._torch if stock else self._packed
-        lasts = []
+        run = self._run_torch if self._uses_torch(inputs, rows) else self._run_packed
+        new_state = []
         for number, layer in enumerate(self.layers):
-            before = inputs
+            layer_inputs = inputs
             if number:
                 inputs = drop(inputs, self.dropout, self.training)
                 inputs = drop_locked(inputs, rows, self.layer_dropout, self.training)
-            weight_ih, weight_hh, *biases = _weights(layer)
+            weight_ih, weight_hh, *biases = layer_weights(layer)
             weights = (weight_ih, drop(weight_hh, self.weight_dropout, self.training), *biases)
             output, *last = run(inputs, rows, state[number], weights)
-            inputs = self._above(number, before, output)
-            lasts.append(tuple(last))
-        return inputs, tuple(lasts)
+            inputs = self._finish_layer(number, layer_inputs, output)
+            new_state.append(tuple(last))
+        return inputs, tuple(new_state)
 
-    def step(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """One token of each row: inputs (B, I) -> output (B, H) and the state after it.
+    def step(self, inputs: Tensor, state: StackState | None = None) -> tuple[Tensor, StackState]:
+        """One token of each row, inputs (B, I) -> output (B, H) and the state after it.
 
-        Whatever the backend, by PyTorch's cells, which prepare nothing; without dropout, as it is not for training.
+        This runs the cell's `step`, whatever the backend, and without dropout: it is not for training.
         """
         if state is None:
             state = self.zero_state(len(inputs), inputs)
-        lasts = []
+        new_state = []
         for number, layer in enumerate(self.layers):
-            last = STEPS[self.cell](inputs, list(state[number]), *_weights(layer))
-            inputs = self._above(number, inputs, last[0])
-            lasts.append(tuple(last))
-        return inputs, tuple(lasts)
+            last = self.cell.step(inputs, state[number], *layer_weights(layer))
+            inputs = self._finish_layer(number, inputs, last[0])
+            new_state.append(last)
+        return inputs, tuple(new_state)
 
-    def _above(self, number: int, inputs: Tensor, output: Tensor) -> Tensor:
-        """What the next layer, or the model, reads of a layer."""
+    def _finish_layer(self, number: int, inputs: Tensor, output: Tensor) -> Tensor:
+        """Apply layer norm and the residual connection to a layer's output (..., H)."""
         if self.norms:
             output = self.norms[number](output)
         return output + inputs if self.residual and inputs.shape == output.shape else output
 
-    def _packed(
+    def _uses_torch(self, inputs: Tensor, rows: PackedRows) -> bool:
+        if self.cell.torch_function is None or self.backend == "packed":
+            return False
+        if self.backend == "torch" or inputs.device.type != "cpu":
+            return True
+        return self.cell.fused_on_cpu and rows.equal and product_dtype(inputs) == torch.float32
+
+    def _run_packed(
         self, inputs: Tensor, rows: PackedRows, state: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = KERNELS[self.cell].apply(inputs, *state, *weights, rows)  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, ...] = self.cell.kernel.apply(inputs, *state, *weights, rows)
         return result
 
-    def _torch_is_faster(self, inputs: Tensor, rows: PackedRows) -> bool:
-        fused = self.cell == "lstm" and rows.equal and product_dtype(inputs) == torch.float32
-        return inputs.device.type != "cpu" or fused
-
-    def _torch(
+    def _run_torch(
         self, inputs: Tensor, rows: PackedRows, state: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
+        assert self.cell.torch_function is not None
         first = [part.unsqueeze(0) for part in state]
-        initial = tuple(first) if self.cell == "lstm" else first[0]
-        # biases, one layer, no dropout of its own, one direction
-        how = (list(weights), True, 1, 0.0, self.training, False)
+        initial = tuple(first) if len(first) > 1 else first[0]
+        # with biases, one layer, no dropout of its own, one direction
+        settings = (list(weights), True, 1, 0.0, self.training, False)
         if rows.equal:
             columns = inputs.unflatten(0, (-1, rows.batch_sizes[0]))
-            output, *last = TORCH_FUNCTIONS[self.cell](columns, initial, *how, False)  # time comes first
+            output, *last = self.cell.torch_function(columns, initial, *settings, False)  # time comes first
             output = output.flatten(0, 1)
         else:
-            output, *last = TORCH_FUNCTIONS[self.cell](inputs, torch.tensor(rows.batch_sizes), initial, *how)
+            output, *last = self.cell.torch_function(inputs, torch.tensor(rows.batch_sizes), initial, *settings)
         return output, *(part.squeeze(0) for part in last)
-
-
-def _weights(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0  # type: ignore[return-value]

@@ -1,70 +1,83 @@
-"""The state of a recurrent stack: what it knows of what it has read.
+"""What a model keeps of the tokens it has read, and how it is carried from batch to batch.
 
-Shapes: B rows, H size of a layer.
+Shapes: B rows, H hidden size of a layer, K tokens of n-gram history, R chosen rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-State = tuple[tuple[Tensor, ...], ...]
-"""Of each layer h, and c for the LSTM, (B, H) each; layers may differ in size."""
+StackState = tuple[tuple[Tensor, ...], ...]
+"""The states of each layer of a stack, (B, H) each: h, and for the LSTM c; layers may differ in H."""
 
 
-def select(state: State, rows: Tensor) -> State:
-    """The state of some of the rows."""
-    return tuple(tuple(part.index_select(0, rows) for part in layer) for layer in state)
+class ModelState(NamedTuple):
+    """What a model keeps of what it has read."""
+
+    layers: StackState
+    history: Tensor | None = None  # (B, K) int64: ids + 1 of the last K tokens, 0 for none; None without n-grams
+
+
+def select(state: ModelState, rows: Tensor) -> ModelState:
+    """The state of the given rows, (R,) int64: each tensor (B, ...) -> (R, ...)."""
+    layers = tuple(tuple(part.index_select(0, rows) for part in layer) for layer in state.layers)
+    return ModelState(layers, None if state.history is None else state.history.index_select(0, rows))
 
 
 class CarriedState:
-    """The state of each column of a text between one batch and the next, outside the graph; zeros at the beginning.
+    """Carries the state of each column of a text from one batch to the next, outside the graph.
 
-    A batch may hold the columns in any order, and fewer of them where the text ends.
+    A batch may hold the columns in any order, and fewer of them where the text ends. For example, after a batch whose
+    `order` is [2, 0], `store` keeps its first row's state for column 2 and its second row's for column 0; `of` a later
+    batch's order [0, 1, 2] returns that state of column 0, zeros for column 1, and that state of column 2.
     """
 
     def __init__(self, columns: int) -> None:
-        self.columns, self._state = columns, None
+        self.columns = columns
+        self._tensors: dict[str, Tensor] = {}  # by the names that `tensors` gives
 
-    _state: State | None
+    def of(self, order: Tensor) -> ModelState | None:
+        """The state of the columns `order` (B,), in that order; None at the beginning of the text."""
+        if not self._tensors:
+            return None
+        return select(_from_named(self._tensors), order.to(self._tensors["0/0"].device))
 
-    def of(self, order: Tensor) -> State | None:
-        """The state of the columns `order` (B,), in that order; None at the beginning."""
-        return None if self._state is None else select(self._state, order.to(self._state[0][0].device))
-
-    def put(self, order: Tensor, state: State) -> None:
-        """Keep the state (B, H) of the columns `order`."""
-        order = order.to(state[0][0].device)
-        if self._state is None:
-            self._state = tuple(tuple(part.new_zeros(self.columns, part.shape[1]) for part in layer) for layer in state)
-        self._state = tuple(
-            tuple(old.index_copy(0, order, new.detach()) for old, new in zip(kept, layer, strict=True))
-            for kept, layer in zip(self._state, state, strict=True)
-        )
+    def store(self, order: Tensor, state: ModelState) -> None:
+        """Keep the state of B rows for the columns `order` (B,)."""
+        order = order.to(state.layers[0][0].device)
+        for name, new in _named(state).items():
+            old = self._tensors.get(name)
+            if old is None:
+                old = new.new_zeros(self.columns, new.shape[1])
+            self._tensors[name] = old.index_copy(0, order, new.detach())
 
     def clear(self) -> None:
-        """Back to the beginning of the text."""
-        self._state = None
+        """Return to the beginning of the text."""
+        self._tensors = {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: `LAYER/PART` -> (columns, H)."""
-        return {
-            f"{number}/{place}": part
-            for number, layer in enumerate(self._state or ())
-            for place, part in enumerate(layer)
-        }
+        """What a checkpoint keeps: `LAYER/PART` -> (columns, H), and `history` -> (columns, K)."""
+        return dict(self._tensors)
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Put back what `tensors` gave.
+        """Take back what `tensors` returned; raises ValueError for a name that `tensors` does not give."""
+        self._tensors = _named(_from_named({name: tensor.to(device) for name, tensor in tensors.items()}))
 
-        Raises:
-            ValueError: a name that `tensors` does not give.
-        """
-        layers: dict[int, dict[int, Tensor]] = {}
-        for key, value in tensors.items():
-            number, _, place = key.partition("/")
-            layers.setdefault(int(number), {})[int(place)] = value.to(device)
-        state = tuple(tuple(layers[number][place] for place in sorted(layers[number])) for number in sorted(layers))
-        self._state = state or None
+
+def _named(state: ModelState) -> dict[str, Tensor]:
+    layers = enumerate(state.layers)
+    named = {f"{number}/{part}": tensor for number, layer in layers for part, tensor in enumerate(layer)}
+    return named if state.history is None else {**named, "history": state.history}
+
+
+def _from_named(tensors: Mapping[str, Tensor]) -> ModelState:
+    layers: dict[int, dict[int, Tensor]] = {}
+    for name in tensors.keys() - {"history"}:
+        number, _, part = name.partition("/")
+        layers.setdefault(int(number), {})[int(part)] = tensors[name]
+    stack = tuple(tuple(layers[number][part] for part in sorted(layers[number])) for number in sorted(layers))
+    return ModelState(stack, tensors.get("history"))

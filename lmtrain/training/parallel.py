@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lmtrain.data.batches.rows import Batch
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.objectives import Losses, Objective
-from lmtrain.model.states import State
+from lmtrain.model.states import ModelState
 from lmtrain.system.device import random_state, set_random_state
 from lmtrain.system.processes import SingleProcess
 
@@ -68,7 +68,7 @@ class Gradients:
         self,
         batch: Batch,
         weights: Mapping[Objective, float],
-        state: State | None,
+        state: ModelState | None,
         precision: AbstractContextManager[Any],
         last: bool,
     ) -> Losses:

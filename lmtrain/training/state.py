@@ -105,7 +105,7 @@ def _belongs(name: str, spec: TensorSpec, wanted: Mapping[str, TensorSpec], conf
         case "carried":
             model, rows = config.model, config.batching.batch_size
             sizes = [*(model.layer_sizes or [model.hidden_size]), *model.ngram_embeddings, model.ngram_counts or 0]
-            known = re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
+            known = rest == "history" or re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
             return known and len(spec.shape) == 2 and spec.shape[0] == rows and spec.shape[1] <= max(sizes)
         case _:
             random = part in ("cpu", "cuda") and re.fullmatch("[0-9]{0,6}", rest) is not None  # of each process

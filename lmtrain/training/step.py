@@ -112,11 +112,11 @@ class TrainingStep:
                 last=place == len(batches),
             )
             if carried is not None:
-                carried.put(batch.order, losses.state)
+                carried.store(batch.order, losses.state)
             if not each.idle:
                 padded_tokens += batch.tokens.numel()
-                for objective, part in losses.parts.items():
-                    nats[objective] += float(part.nats)
+                for objective, of_batch in losses.nats.items():
+                    nats[objective] += float(of_batch)
 
         # 3. Exchange: every process learns the sums of all.
         own_busy_s = self.gradients.complete_s - self.synchronised_s

@@ -19,7 +19,7 @@ from lmtrain.errors import ConfigError
 from lmtrain.inference.scoring import evaluate
 from lmtrain.inference.trained_model import load
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.states import CarriedState
+from lmtrain.model.states import CarriedState, ModelState
 from lmtrain.training.start import train
 from tests.conftest import shared
 
@@ -169,10 +169,11 @@ def test_carried_states_come_back_as_they_were_saved():
     carried = CarriedState(3)
     assert carried.of(torch.tensor([0, 1])) is None
     assert carried.tensors() == {}
-    carried.put(torch.tensor([2, 0]), ((torch.ones(2, 4), torch.ones(2, 4) * 2), (torch.tensor([[5], [6]]),)))
+    layer, history = (torch.ones(2, 4), torch.ones(2, 4) * 2), torch.tensor([[5], [6]])
+    carried.store(torch.tensor([2, 0]), ModelState((layer,), history))
     other = CarriedState(3)
     other.load(carried.tensors(), torch.device("cpu"))
-    (h, c), (history,) = other.of(torch.tensor([0, 1, 2]))
+    ((h, c),), history = other.of(torch.tensor([0, 1, 2]))
     assert h.sum(1).tolist() == [4, 0, 4]
     assert c.sum(1).tolist() == [8, 0, 8]
     assert history.flatten().tolist() == [6, 0, 5]

@@ -75,11 +75,11 @@ def test_log_probabilities_and_a_batch_are_lmtrains():
 def test_int8_is_smaller_and_near(small, tmp_path):
     pytest.importorskip("onnxruntime")
     model = load(train(small("training.max_steps=20", "model.hidden_size=128", "model.embedding_size=64")).run)
-    told = model.export(tmp_path / "small", int8=True)
-    assert len(told) == 4
-    sizes = [float(part.split()[0]) for part in told[1].removeprefix("int8: ").split("-> ")]
+    lines = model.export(tmp_path / "small", int8=True)
+    assert len(lines) == 4
+    sizes = [float(part.split()[0]) for part in lines[1].removeprefix("int8: ").split("-> ")]
     assert sizes[1] < 0.4 * sizes[0]
-    words = told[3].split()
+    words = lines[3].split()
     before, after = float(words[2]), float(words[4])
     assert after == pytest.approx(before, rel=0.03)
     assert before == pytest.approx(model.evaluate().perplexity, rel=1e-4)  # all of it: it is short

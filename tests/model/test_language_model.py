@@ -26,7 +26,7 @@ def framed(*rows):
 
 
 def logits_by_place(model, batch):
-    """{(objective, column, predicted place): logits}."""
+    """The logits and the targets, each by (objective, column, predicted place)."""
     places = align(batch.lengths)
     time, row = places.rows.time.tolist(), places.rows.row.tolist()
     length = places.rows.lengths.tolist()  # events a row, the place of its <eos>
@@ -106,23 +106,20 @@ def test_packed_loss_is_the_sum_over_single_rows(cell, output, bidirectional, ro
     model = model_of(cell, bidirectional=bidirectional, output=output, tie_weights=output == "full", backend=backend)
     model.double()
     batch = framed(*rows)
-    together = model.loss(*batch[:2]).parts
-    alone = [model.loss(*framed(row)[:2]).parts for row in rows]
+    together = model.loss(*batch[:2]).nats
+    alone = [model.loss(*framed(row)[:2]).nats for row in rows]
     assert set(together) == ({"forward", "backward", "fill"} if bidirectional else {"forward"})
-    for objective, part in together.items():
-        total = sum(float(each[objective].nats) for each in alone)
-        assert float(part.nats) == pytest.approx(total, rel=1e-5)
-        assert part.tokens == sum(each[objective].tokens for each in alone)
-    assert {objective: part.tokens for objective, part in together.items()} == {
-        objective: count
-        for objective, count in count_events(len(batch.lengths), int(batch.lengths.sum())).items()
-        if objective in together
-    }
+    for objective, nats in together.items():
+        total = sum(float(each[objective]) for each in alone)
+        assert float(nats) == pytest.approx(total, rel=1e-5)
+    events = count_events(len(batch.lengths), int(batch.lengths.sum()))
+    for objective, part in model.read(*batch[:2]).events.items():
+        assert len(part.states) == len(part.targets) == events[objective]
     shuffled = framed(*chance.sample(rows, len(rows)))
     places = torch.arange(len(shuffled.tokens))[:, None]
     shuffled.tokens[places >= shuffled.lengths] = chance.randrange(VOCABULARY)  # whatever the padding
-    for objective, part in model.loss(*shuffled[:2]).parts.items():
-        assert float(part.nats) == pytest.approx(float(together[objective].nats), rel=1e-9)
+    for objective, nats in model.loss(*shuffled[:2]).nats.items():
+        assert float(nats) == pytest.approx(float(together[objective]), rel=1e-9)
 
 
 def test_padding_does_not_change_a_row():
@@ -150,7 +147,7 @@ def test_probabilities_sum_to_one_and_agree_with_the_loss(output):
         log_probabilities = model.output.log_probabilities(events.states)
         torch.testing.assert_close(log_probabilities.exp().sum(1), torch.ones(4))
         wanted = -log_probabilities.gather(1, events.targets.unsqueeze(1)).squeeze(1)
-        torch.testing.assert_close(model.output.nats(events.states, events.targets), wanted)
+        torch.testing.assert_close(model.nats("forward", events), wanted)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
@@ -169,21 +166,21 @@ def test_reading_on_step_by_step_equals_reading_at_once(cell):
     torch.testing.assert_close(prompt_state, last)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
-def test_dropout_zeroes_its_share_and_keeps_the_mean(share):
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.999])
+def test_dropout_zeroes_its_fraction_and_keeps_the_mean(fraction):
     torch.manual_seed(6)
     values = torch.full((301, 333), 2.0, requires_grad=True)  # of no round number
-    dropped = drop(values, share, training=True)
+    dropped = drop(values, fraction, training=True)
     zeros = float((dropped == 0).double().mean())
-    assert zeros == pytest.approx(share, abs=5 * (share * (1 - share) / values.numel()) ** 0.5)
+    assert zeros == pytest.approx(fraction, abs=5 * (fraction * (1 - fraction) / values.numel()) ** 0.5)
     kept = dropped[dropped != 0].detach()
-    torch.testing.assert_close(kept, torch.full_like(kept, 2 / (1 - share)), rtol=0.01, atol=0)
+    torch.testing.assert_close(kept, torch.full_like(kept, 2 / (1 - fraction)), rtol=0.01, atol=0)
     (gradient,) = torch.autograd.grad(dropped.sum(), values)
     torch.testing.assert_close(gradient, dropped.detach() / 2)
     torch.manual_seed(6)
-    assert drop(values, share, training=True).equal(dropped)
-    assert drop(values, share, training=True).equal(dropped) == (share == 0)
-    assert drop(values, share, training=False) is values
+    assert drop(values, fraction, training=True).equal(dropped)
+    assert drop(values, fraction, training=True).equal(dropped) == (fraction == 0)
+    assert drop(values, fraction, training=False) is values
 
 
 def test_dropout_chooses_neighbours_and_columns_independently():

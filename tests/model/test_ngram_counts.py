@@ -1,4 +1,4 @@
-"""Counted n-grams: probabilities of what was counted, of everything but the event itself in training, kept whole."""
+"""Counted n-grams give the probabilities of counting by hand, exclude the event itself in training, and stay whole."""
 
 import math
 import random
@@ -36,7 +36,7 @@ def mixture(rows, order=4):
     torch.manual_seed(1)
     ngrams = CountedNgrams(order, V, 5)
     torch.nn.init.normal_(ngrams.shares.weight)
-    ngrams.put(counts_of(rows, order))
+    ngrams.load_counts(counts_of(rows, order))
     return ngrams
 
 
@@ -73,7 +73,7 @@ def test_estimates_are_those_of_counting_by_hand():
     ngrams = mixture(rows, order)
     discounts = [each.discount for each in ngrams.orders]
     histories, targets = events(text(seed=2), order)
-    found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets).counted.exp()
+    found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets).log_estimates.exp()
     for at in range(0, len(targets), 5):
         wanted = by_hand(rows, histories[at].tolist(), int(targets[at]), order, discounts)
         assert found[at].tolist() == pytest.approx(wanted, rel=1e-5)
@@ -85,7 +85,7 @@ def test_in_training_an_event_is_left_out_of_the_counts_that_predict_it():
     discounts = [each.discount for each in ngrams.orders]
     for number, row in enumerate(rows):
         histories, targets = events([row], order)
-        found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets, left_out=True).counted.exp()
+        found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets, exclude_event=True).log_estimates.exp()
         for at in range(len(targets)):
             # the row without what comes at this event: its other events are put back one by one
             others = rows[:number] + rows[number + 1 :]
@@ -152,9 +152,7 @@ def test_step_by_step_a_model_says_what_it_says_of_whole_rows(ngrams):
                     assert float(logits.exp().sum()) == pytest.approx(1)
                     nats -= float(logits[0, 0, after])
                 assert float(model.nats(direction, read[direction]).sum()) == pytest.approx(nats, rel=1e-5)
-                assert float(model.loss(batch.tokens, batch.lengths).parts[direction].nats) == pytest.approx(
-                    nats, rel=1e-5
-                )
+                assert float(model.loss(batch.tokens, batch.lengths).nats[direction]) == pytest.approx(nats, rel=1e-5)
                 prompt = torch.tensor(order[:-1]).unsqueeze(1)
                 last, _ = model.read_prompts(prompt, torch.tensor([len(order) - 1]), direction)
                 torch.testing.assert_close(last, logits[0])
@@ -182,7 +180,7 @@ def test_nothing_counted_is_an_even_guess():
     ngrams = CountedNgrams(3, V, 5)
     histories, targets = events(text(rows=3), 3)
     found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets)
-    torch.testing.assert_close(found.counted, torch.full((len(targets), 2), -math.log(V)))
+    torch.testing.assert_close(found.log_estimates, torch.full((len(targets), 2), -math.log(V)))
 
 
 def test_lines_that_follow_on_are_not_counted(small):

@@ -1,4 +1,4 @@
-"""Direct connections from n-grams: what was read, nothing else, however it is cut."""
+"""Embedded n-grams depend on the last tokens read and on nothing else, however a text is cut into batches."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.ngrams.embedding import NgramEmbedding
-from lmtrain.model.ngrams.history import context_of, history_after
+from lmtrain.model.ngrams.history import context_of, history_at
 from lmtrain.training.optimization import build_optimizers, optimizer_step, optimizer_tensors, set_optimizer_tensors
 
 BOS, EOS = 1, 2
@@ -21,7 +21,7 @@ def vectors_of(orders=(2, 3), buckets=5000):
 
 def at_last(ngrams, tokens, history=None):
     """The vector after the last of these tokens."""
-    context = context_of(torch.tensor(tokens).unsqueeze(1), ngrams.history, history)
+    context = context_of(torch.tensor(tokens).unsqueeze(1), ngrams.history_size, history)
     return ngrams(context, torch.tensor([len(tokens) - 1]), torch.tensor([0]))[0]
 
 
@@ -49,7 +49,7 @@ def test_orders_are_summed():
 def test_history_is_what_was_read_before():
     ngrams = vectors_of([2, 5])
     tokens = torch.tensor([[4, 8], [5, 8], [6, 0]])
-    history = history_after(context_of(tokens, 4), 4, torch.tensor([3, 2]))
+    history = history_at(context_of(tokens, 4), 4, torch.tensor([6, 5]), torch.arange(2))
     assert history.tolist() == [[0, 5, 6, 7], [0, 0, 9, 9]]
     assert torch.equal(at_last(ngrams, [7], history[:1]), at_last(ngrams, [4, 5, 6, 7]))
 
@@ -73,10 +73,10 @@ def test_a_row_alone_is_what_it_is_in_a_batch(bidirectional):
         torch.nn.init.normal_(vectors)
     rows = [[BOS, 4, 5, 6, 7, EOS], [BOS, 8, 9, EOS], [BOS, 4, EOS]]
     with torch.no_grad():
-        whole = model.loss(*make_batch(rows, 0)[:2]).parts
-        single = [model.loss(*make_batch([row], 0)[:2]).parts for row in rows]
+        whole = model.loss(*make_batch(rows, 0)[:2]).nats
+        single = [model.loss(*make_batch([row], 0)[:2]).nats for row in rows]
     for name in whole:
-        torch.testing.assert_close(whole[name].nats, sum(part[name].nats for part in single))
+        torch.testing.assert_close(whole[name], sum(part[name] for part in single))
 
 
 def test_step_by_step_equals_at_once():

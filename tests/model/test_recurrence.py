@@ -1,14 +1,18 @@
-"""The kernels against torch.nn: values and gradients, ragged and equal lengths; and against the cells' equations."""
+"""The kernels equal torch.nn's layers, in values and gradients, for rows of equal and of different lengths."""
+
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from lmtrain.config.schema import ModelConfig
+from lmtrain.model.cells import CELLS
 from lmtrain.model.directions import RecurrentLayers
 from lmtrain.model.packing import pack_rows
-from lmtrain.model.recurrence import KERNELS, RecurrentStack
+from lmtrain.model.recurrence import RecurrentStack
 
-CELLS = ["lstm", "gru", "rnn"]
+IN_TORCH = [name for name, cell in CELLS.items() if cell.torch_module is not None]
 LENGTHS = [[7, 5, 5, 2, 1], [4, 4, 4], [1], [9]]
 
 
@@ -45,7 +49,7 @@ def check_parity(cell, num_layers, lengths, dtype, device, **tolerance):
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", IN_TORCH)
 def test_values_and_gradients_equal_torch(cell, num_layers, lengths):
     check_parity(cell, num_layers, lengths, torch.float64, "cpu", rtol=1e-9, atol=1e-11)
     check_parity(cell, num_layers, lengths, torch.float32, "cpu", rtol=1e-5, atol=1e-5)
@@ -55,7 +59,7 @@ def test_values_and_gradients_equal_torch(cell, num_layers, lengths):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", IN_TORCH)
 def test_values_and_gradients_equal_cudnn(cell, num_layers, lengths):
     check_parity(cell, num_layers, lengths, torch.float32, "cuda", rtol=1e-4, atol=1e-4)
 
@@ -87,24 +91,22 @@ def test_gradcheck(cell):
         *stack.parameters(),
     ]
     arguments = [argument.detach().double().requires_grad_() for argument in arguments]
-    assert torch.autograd.gradcheck(lambda *given: KERNELS[cell].apply(*given, rows), arguments)
+    assert torch.autograd.gradcheck(lambda *given: CELLS[cell].kernel.apply(*given, rows), arguments)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", IN_TORCH)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_one_layer_equals_torch_in_both_directions(cell, bidirectional):
     torch.manual_seed(4)
     ours = RecurrentLayers(cell, 5, 7, 1, bidirectional)
-    theirs = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[cell](
-        5, 7, 1, bidirectional=bidirectional
-    )
+    theirs = CELLS[cell].torch_module(5, 7, 1, bidirectional=bidirectional)
     for stack, suffix in zip(ours.stacks, ["", "_reverse"], strict=False):
         for name, parameter in stack.layers[0].named_parameters():
             getattr(theirs, name + suffix).data.copy_(parameter.data)
     packed = pack_padded_sequence(torch.randn(6, 4, 5), torch.tensor([6, 4, 3, 1]))
     (output, state), (wanted, wanted_state) = ours(packed), theirs(packed)
     torch.testing.assert_close(pad_packed_sequence(output), pad_packed_sequence(wanted), rtol=1e-5, atol=1e-6)
-    wanted_state = wanted_state if cell == "lstm" else (wanted_state,)
+    wanted_state = (wanted_state,) if len(state) == 1 else wanted_state
     torch.testing.assert_close(state, wanted_state, rtol=1e-5, atol=1e-6)
 
 
@@ -115,3 +117,22 @@ def test_start_values_are_orthogonal_with_an_open_forget_gate():
             torch.testing.assert_close(gate @ gate.t(), torch.eye(8), rtol=1e-5, atol=1e-5)
         bias = stack.layers[layer].bias_ih_l0 + stack.layers[layer].bias_hh_l0
         assert bias.view(4, 8).sum(1).tolist() == [0, 8, 0, 0]
+
+
+def test_a_configuration_may_name_every_cell():
+    assert list(get_args(ModelConfig.model_fields["cell"].annotation)) == list(CELLS)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_that_pytorch_lacks_has_its_own_weights_and_always_our_kernel(cell, monkeypatch):
+    monkeypatch.setitem(CELLS, "ours", CELLS[cell]._replace(torch_module=None, torch_function=None))
+    torch.manual_seed(5)
+    theirs = RecurrentStack(cell, 6, [8, 8], backend="packed")
+    rows, inputs = pack_rows(torch.tensor([3, 3])), torch.randn(6, 6)
+    for backend in ("auto", "torch", "packed"):
+        ours = RecurrentStack("ours", 6, [8, 8], backend=backend)
+        assert not ours._uses_torch(inputs.to("meta"), rows)  # on no device
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        assert all(0 < float(layer.weight_ih_l0.detach().abs().max()) <= 8**-0.5 for layer in ours.layers)
+        ours.load_state_dict(theirs.state_dict())
+        torch.testing.assert_close(ours(inputs, rows), theirs(inputs, rows), rtol=0, atol=0)

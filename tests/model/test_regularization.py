@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmtrain.data.batches.rows import make_batch
-from lmtrain.model.dropout import drop_locked, drop_words
+from lmtrain.model.dropout import drop_locked, drop_tokens
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.packing import pack_rows
 from lmtrain.model.recurrence import RecurrentStack
@@ -83,7 +83,7 @@ def test_a_locked_mask_keeps_the_mean():
 def test_a_dropped_word_is_dropped_wherever_it_stands():
     torch.manual_seed(3)
     tokens = torch.randint(0, 50, (400,))
-    dropped = drop_words(torch.ones(400, 6), tokens, 50, 0.5, training=True)
+    dropped = drop_tokens(torch.ones(400, 6), tokens, 50, 0.5, training=True)
     for token in tokens.unique():
         assert len(dropped[tokens == token].unique()) == 1
     zeroed = sum(not dropped[tokens == token].any() for token in tokens.unique())

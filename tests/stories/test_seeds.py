@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lmtrain.data.batches.rows import make_batch
+from lmtrain.model.cells import CELLS
 from lmtrain.model.directions import RecurrentLayers
-from lmtrain.model.kernels import GRULayer, LSTMLayer, RNNLayer
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.objectives import count_events
 from lmtrain.model.packing import pack_rows
@@ -82,7 +82,7 @@ def test_fact_6_greedy_steps():
             logits, state = model(tokens, state)
             assert logits.shape == (1, 10, 100)
             tokens = logits.argmax(-1)
-    # that a row stops at its end token: tests/test_generation.py
+    # that a row stops at its end token: tests/inference/test_generation.py
 
 
 def test_fact_7_second_sample():
@@ -160,7 +160,7 @@ def test_fact_14_device():
     assert device == torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     model = LanguageModel(100, embedding_size=8, hidden_size=8, bidirectional=True).to(device)
     losses = model.loss(BATCH.tokens.to(device), BATCH.lengths)
-    assert {part.nats.device for part in losses.parts.values()} == {device}
+    assert {nats.device for nats in losses.nats.values()} == {device}
 
 
 def hand_written(cell, x, state, w_ih, w_hh, b_ih, b_hh):
@@ -183,10 +183,9 @@ def hand_written(cell, x, state, w_ih, w_hh, b_ih, b_hh):
 def test_fact_15_cells_agree_with_their_equations(cell):
     """Against torch.nn, values and gradients: tests/model/test_recurrence.py."""
     torch.manual_seed(3)
-    gates = {"lstm": 4, "gru": 3, "rnn": 1}[cell]
-    kernel = {"lstm": LSTMLayer, "gru": GRULayer, "rnn": RNNLayer}[cell]
+    kernel, gates, names = CELLS[cell].kernel, CELLS[cell].gates, CELLS[cell].states
     weights = [torch.randn(gates * 5, size).double() for size in (4, 5)] + [torch.randn(gates * 5).double()] * 2
-    x, state = torch.randn(3, 4).double(), tuple(torch.randn(3, 5).double() for _ in range(1 + (cell == "lstm")))
+    x, state = torch.randn(3, 4).double(), tuple(torch.randn(3, 5).double() for _ in names)
     _, *ours = kernel.apply(x, *state, *weights, pack_rows(torch.ones(3, dtype=torch.int64)))
     torch.testing.assert_close(tuple(ours), hand_written(cell, x, state, *weights))
 
@@ -199,7 +198,9 @@ def test_fact_15_worked_example_of_the_cell_path():
     zeros = torch.zeros(12, 3, dtype=torch.float64)
     cell = torch.tensor([[3.0, 5.0, -2.0]], dtype=torch.float64)
     rows = pack_rows(torch.tensor([1]))
-    _, _, c_n = LSTMLayer.apply(zeros[:1], zeros[:1], cell, zeros, zeros, bias.flatten(), bias.flatten() * 0, rows)
+    _, _, c_n = CELLS["lstm"].kernel.apply(
+        zeros[:1], zeros[:1], cell, zeros, zeros, bias.flatten(), bias.flatten() * 0, rows
+    )
     torch.testing.assert_close(c_n, torch.tensor([[2.1, 2.0, -1.6]], dtype=torch.float64))
 
 
@@ -251,14 +252,15 @@ def test_fact_18_two_stacks_fill_what_one_can_not():
     rows = [[1, 4, 6, 2], [1, 5, 7, 2]] * 2
     batch = make_batch(rows, pad_id=0)
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
-    weights = {name: 1 / events for name, events in count_events(len(batch.lengths), int(batch.lengths.sum())).items()}
+    events = count_events(len(batch.lengths), int(batch.lengths.sum()))
+    weights = {name: 1 / count for name, count in events.items()}
     for _ in range(150):
         optimizer.zero_grad()
         model.loss(batch.tokens, batch.lengths, weights).total.backward()
         optimizer.step()
     with torch.no_grad():
-        losses = model.eval().loss(batch.tokens, batch.lengths).parts
-        first = {name: part.nats / part.tokens for name, part in losses.items()}
+        nats = model.eval().loss(batch.tokens, batch.lengths).nats
+        first = {name: nats[name] / events[name] for name in nats}
     assert float(first["fill"]) < 0.1
     assert float(first["forward"]) > 0.9 * torch.log(torch.tensor(2.0)) / 3  # the first of three words is a coin's toss
     own = {id(parameter) for parameter in model.recurrence.stacks[0].parameters()}

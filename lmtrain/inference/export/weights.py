@@ -22,6 +22,7 @@ def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
     """
     unsupported = {
         "model.layer_sizes": len(set(model.recurrence.hidden_sizes)) > 1,
+        "model.cell": model.stack("forward").cell.torch_module is None,
         "model.residual": model.stack("forward").residual,
         "model.layer_norm": bool(model.stack("forward").norms),
         "model.ngram_embeddings": bool(model.ngram_embeddings),

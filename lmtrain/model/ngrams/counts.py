@@ -1,18 +1,19 @@
-"""N-grams counted in the training text, and their mixture with what the network says.
+"""N-grams counted in the training text, and their mixture with the network's probabilities.
 
-Shapes: N events, H tokens of history, V vocabulary, O orders, C contexts and P pairs of one order.
+Shapes: C contexts of one order, J pairs (a context and a token that follows it) of one order, K tokens of n-gram
+history, N events, O orders, P output size, T tokens of a text, V vocabulary.
 
-What a network learns of a small text in minutes, counting knows after one look. Of each order n there is the estimate
+Counting learns from one look what a network learns of a small text in minutes. For each order n, the estimate is
 
     p_n(token | context) = max(count - d, 0) / total + (d * types / total) * p_(n-1)(token | shorter context)
 
-with the context's own counts and one discount d an order (absolute discounting, interpolated: Ney, Essen and Kneser
-1994, https://doi.org/10.1006/csla.1994.1001); p_0 is 1 / V. A small gate mixes these with the network's probability, by
-how often a context was seen and by the network's state. Each of them sums to one over the vocabulary, and so does the
-mixture.
+with the context's own counts and one discount d for each order (absolute discounting, interpolated: Ney, Essen and
+Kneser 1994, https://doi.org/10.1006/csla.1994.1001); p_0 is 1 / V. A small network, the gate, weighs the estimates and
+the language model's probability by how often a context was seen and by the model's state. Each of them sums to one over
+the vocabulary, and so does the mixture.
 
-In training an event is left out of the counts that predict it, all others left in: else the gate would trust contexts
-that were seen once, by which every event of the text itself is certain.
+In training, the counts that predict an event exclude that one event, and no other. Otherwise the gate would trust
+contexts that were seen once, which make every event of the training text certain.
 """
 
 from __future__ import annotations
@@ -23,33 +24,33 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-LARGEST_TOKENS = 1 << 24  # that are counted: that takes some 200 bytes a token, half of it until all is counted
-PARTS = ("contexts", "pairs", "counts")  # of an order, as `count_ngrams` makes and `CountedNgrams.put` takes them
-HIDDEN = 64  # of the gate
+LARGEST_TOKENS = 1 << 24  # longest text; counting takes some 200 bytes a token, half of them until it is done
+PARTS = ("contexts", "pairs", "counts")  # the tensors of one order, which `count_ngrams` returns
+GATE_SIZE = 64  # of its hidden layer
 LEAST_DISCOUNT, MOST_DISCOUNT = 0.05, 0.95
-FACTOR, SHIFT = -7046029254386353131, 29  # 2**64 / golden ratio; products of int64 wrap
+FACTOR, SHIFT = -7046029254386353131, 29  # 2**64 / golden ratio; int64 products wrap around
 
 
-class Mixed(NamedTuple):
-    """What the gate mixes for N events."""
+class Mixture(NamedTuple):
+    """Logarithms of a mixture's parts for N events."""
 
-    shares: Tensor  # (N, O) logarithms: of the network, then of the orders from 2 up
-    counted: Tensor  # (N, O - 1) logarithms of the target's probability by each order from 2 up
+    log_weights: Tensor  # (N, O) of the network, then of each order from 2 up
+    log_estimates: Tensor  # (N, O - 1) of the target's probability by each order from 2 up
 
 
 class _Order(nn.Module):
-    """The counts of one order: contexts by their keys, and under each the tokens that followed it."""
+    """The counts of one order: contexts by their keys, and for each context the tokens that followed it."""
 
-    contexts: Tensor  # (C,) int64, ascending
-    pairs: Tensor  # (P,) int64, ascending: place of the context * V + token
-    counts: Tensor  # (P,) int32
-    totals: Tensor  # (C,) int64: the sum of a context's counts
-    types: Tensor  # (C,) how many tokens followed it
-    singles: Tensor  # (C,) and how many of them once
+    contexts: Tensor  # (C,) int64 keys, ascending
+    pairs: Tensor  # (J,) int64, ascending: index of the context in `contexts` * V + token
+    counts: Tensor  # (J,) int32
+    totals: Tensor  # (C,) int64 sum of a context's counts
+    types: Tensor  # (C,) int64 number of different tokens that followed it
+    singles: Tensor  # (C,) int64 number of tokens that followed it exactly once
 
     def __init__(self) -> None:
         super().__init__()
-        nothing = torch.zeros(1, dtype=torch.int64)  # one context that was never seen, until `put`
+        nothing = torch.zeros(1, dtype=torch.int64)  # one context that was never seen
         for name in ("contexts", "totals", "types", "singles"):
             self.register_buffer(name, nothing, persistent=False)
         self.register_buffer("pairs", nothing - 1, persistent=False)
@@ -57,161 +58,159 @@ class _Order(nn.Module):
         self.discount = MOST_DISCOUNT
 
     def __deepcopy__(self, memo: Any) -> _Order:
-        return self  # nothing ever changes it
+        return self  # copies of a model share the counts, which never change
 
-    def put(self, contexts: Tensor, pairs: Tensor, counts: Tensor, vocab_size: int) -> None:
-        """Take up counts, and work out what is asked of them."""
+    def load_counts(self, vocab_size: int, contexts: Tensor, pairs: Tensor, counts: Tensor) -> None:
+        """Take the counts, (C,), (J,) and (J,), and compute from them what the estimates need."""
         self.contexts, self.pairs, self.counts = contexts, pairs, counts
-        place, size = pairs // vocab_size, len(contexts)
-        self.types = torch.bincount(place, minlength=size)
-        self.singles = torch.bincount(place[counts == 1], minlength=size)
-        self.totals = torch.zeros(size, dtype=torch.int64, device=place.device).index_add_(0, place, counts.long())
+        context, size = pairs // vocab_size, len(contexts)
+        self.types = torch.bincount(context, minlength=size)
+        self.singles = torch.bincount(context[counts == 1], minlength=size)
+        self.totals = torch.zeros(size, dtype=torch.int64, device=context.device).index_add_(0, context, counts.long())
         once, twice = int((counts == 1).sum()), int((counts == 2).sum())
         discount = once / (once + 2 * twice) if once else LEAST_DISCOUNT
         self.discount = min(MOST_DISCOUNT, max(LEAST_DISCOUNT, discount))
 
-    def find(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The place of each context (N,), any where it was never seen, and whether it was."""
-        return _find(self.contexts, keys)
+    def find_contexts(self, keys: Tensor) -> tuple[Tensor, Tensor, _Statistics]:
+        """The index of each context (N,), arbitrary for an unseen one; whether it was seen (N,); what followed it."""
+        context, seen = _find(self.contexts, keys)
+        counted = (torch.where(seen, part[context], 0) for part in (self.totals, self.types, self.singles))
+        return context, seen, _Statistics(*counted)
 
-    def seen(self, place: Tensor, found: Tensor) -> _Seen:
-        """How often contexts (N,) were seen."""
-        return _Seen(*(torch.where(found, part[place], 0) for part in (self.totals, self.types, self.singles)))
+    def target_counts(self, context: Tensor, seen: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        """How often targets (N,) followed these contexts, (N,)."""
+        pair, counted = _find(self.pairs, context * vocab_size + targets)
+        return torch.where(seen & counted, self.counts[pair].long(), 0)
 
-    def times(self, place: Tensor, found: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        """How often targets (N,) followed these contexts."""
-        at, there = _find(self.pairs, place * vocab_size + targets)
-        return torch.where(found & there, self.counts[at].long(), 0)
-
-    def followers(self, place: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of contexts (N,) that were seen: row, token and count of all that followed them, (F,) each."""
-        first = torch.searchsorted(self.pairs, place * vocab_size)
-        sizes = torch.searchsorted(self.pairs, (place + 1) * vocab_size) - first
-        row = torch.repeat_interleave(torch.arange(len(place), device=place.device), sizes)
-        at = torch.arange(len(row), device=place.device) + (first - sizes.cumsum(0) + sizes)[row]
-        return row, self.pairs[at] % vocab_size, self.counts[at]
+    def followers(self, context: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs of seen contexts (N,): for each pair the context's row in 0 .. N - 1, the token and its count."""
+        first = torch.searchsorted(self.pairs, context * vocab_size)
+        sizes = torch.searchsorted(self.pairs, (context + 1) * vocab_size) - first
+        row = torch.repeat_interleave(torch.arange(len(context), device=context.device), sizes)
+        pair = torch.arange(len(row), device=context.device) + (first - sizes.cumsum(0) + sizes)[row]
+        return row, self.pairs[pair] % vocab_size, self.counts[pair]
 
 
-class _Seen(NamedTuple):
-    """Of N contexts, as `_Order` has it; all (N,)."""
+class _Statistics(NamedTuple):
+    """What an order counted after N contexts, (N,) int64 each, with the meanings that `_Order` gives."""
 
     total: Tensor
     types: Tensor
     singles: Tensor
 
-    def without(self, times: Tensor) -> _Seen:
-        """The same but for one event, whose target followed the context so many times (N,), 0 where it never did."""
-        counted, once, twice = (times > 0).long(), (times == 1).long(), (times == 2).long()
-        return _Seen(self.total - counted, self.types - once, self.singles - once + twice)
+    def without_event(self, target_counts: Tensor) -> _Statistics:
+        """Exclude one event for each context; its target followed the context `target_counts` (N,) times."""
+        counted, once, twice = (target_counts > 0).long(), (target_counts == 1).long(), (target_counts == 2).long()
+        return _Statistics(self.total - counted, self.types - once, self.singles - once + twice)
 
 
 class CountedNgrams(nn.Module):
     """The counts of one direction, and the gate that mixes them with the network.
 
-    Counts are no weights: `count_ngrams` makes them once, from the training text, and a run keeps them in a file of
-    their own.
+    Counts are not weights: `count_ngrams` makes them once from the training text, and a run keeps them in a file.
 
     Args:
-        order: O, tokens of the longest n-grams.
-        vocab_size: V.
-        size: P of the states that the gate reads.
+        order, vocab_size: O, the number of tokens in the longest n-grams; V.
+        size: P, the size of the states that the gate reads.
     """
 
     def __init__(self, order: int, vocab_size: int, size: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.history = order - 1  # H
+        self.history_size = order - 1  # K
         self.orders = nn.ModuleList(_Order() for _ in range(order))
-        self.of_state = nn.Linear(size, HIDDEN)
-        self.of_counts = nn.Linear(4 * (order - 1), HIDDEN, bias=False)
-        self.shares = nn.Linear(HIDDEN, order)
+        self.of_state = nn.Linear(size, GATE_SIZE)
+        self.of_counts = nn.Linear(4 * (order - 1), GATE_SIZE, bias=False)
+        self.shares = nn.Linear(GATE_SIZE, order)  # the gate's last layer, under its name in checkpoints
         nn.init.zeros_(self.shares.weight)
         nn.init.zeros_(self.shares.bias)
 
-    def put(self, counts: Mapping[str, Tensor]) -> None:
-        """Take up what `count_ngrams` made, or a file keeps."""
+    def load_counts(self, counts: Mapping[str, Tensor]) -> None:
+        """Take the counts that `count_ngrams` returned."""
         device = self.shares.weight.device
         for number, order in enumerate(self._orders, 1):
-            contexts, pairs, own = (counts[f"{number}.{name}"].to(device) for name in PARTS)
-            order.put(contexts, pairs, own, self.vocab_size)
+            order.load_counts(self.vocab_size, *(counts[f"{number}.{name}"].to(device) for name in PARTS))
 
     @property
     def _orders(self) -> list[_Order]:
         return cast(list[_Order], list(self.orders))
 
-    def mix(self, states: Tensor, history: Tensor, targets: Tensor, left_out: bool = False) -> Mixed:
-        """What is mixed for each target.
+    def mix(self, states: Tensor, history: Tensor, targets: Tensor, exclude_event: bool = False) -> Mixture:
+        """The estimates for each target, and the weights of the mixture.
 
         Args:
-            states: (N, P), outside the graph: the gate learns from them, and not they from the gate.
-            history: (N, H) ids + 1 of the last tokens read, the last one last; 0 where there was none.
+            states: (N, P), outside the graph: the gate learns from them, but they do not learn from the gate.
+            history: (N, K) ids + 1 of the last tokens read, the last one last; 0 where there was none.
             targets: (N,).
-            left_out: these events were counted, and each does not count for itself.
+            exclude_event: these events were counted; predict each one from the counts of all others.
         """
         p = torch.full(targets.shape, 1 / self.vocab_size, device=targets.device)
         estimates, features = list[Tensor](), list[Tensor]()
         for number, (order, keys) in enumerate(zip(self._orders, context_keys(history), strict=True), 1):
-            place, found = order.find(keys)
-            seen, times = order.seen(place, found), order.times(place, found, targets, self.vocab_size)
-            if left_out:
-                seen, times = seen.without(times), (times - 1).clamp(min=0)
-            left = _left(order, seen)
-            p = (times - order.discount).clamp(min=0) / seen.total.clamp(min=1) + left * p
+            context, seen, statistics = order.find_contexts(keys)
+            target_counts = order.target_counts(context, seen, targets, self.vocab_size)
+            if exclude_event:
+                statistics = statistics.without_event(target_counts)
+                target_counts = (target_counts - 1).clamp(min=0)
+            backoff = _backoff(order, statistics)
+            p = (target_counts - order.discount).clamp(min=0) / statistics.total.clamp(min=1) + backoff * p
             if number > 1:
                 estimates.append(p)
-                features += _features(seen, left)
-        return Mixed(self._gate(states, features), torch.stack(estimates, 1).log())
+                features += _features(statistics, backoff)
+        return Mixture(self._gate(states, features), torch.stack(estimates, 1).log())
 
     def log_probabilities(self, states: Tensor, history: Tensor, network: Tensor) -> Tensor:
-        """The mixture for every token.
+        """The mixture's log-probabilities (N, V) of every token.
 
         Args:
-            states, history: as `mix`.
-            network: (N, V) its log-probabilities.
+            states, history: as in `mix`.
+            network: (N, V) log-probabilities of the network.
         """
         p = torch.full_like(network, 1 / self.vocab_size)
         estimates, features = [network], list[Tensor]()
         for number, (order, keys) in enumerate(zip(self._orders, context_keys(history), strict=True), 1):
-            place, found = order.find(keys)
-            seen = order.seen(place, found)
-            left = _left(order, seen)
-            p = p * left.unsqueeze(1)
-            row, token, count = order.followers(place[found], self.vocab_size)
-            row = found.nonzero().squeeze(1)[row]
-            p.view(-1).index_add_(0, row * self.vocab_size + token, (count - order.discount) / seen.total[row])
+            context, seen, statistics = order.find_contexts(keys)
+            backoff = _backoff(order, statistics)
+            p = p * backoff.unsqueeze(1)
+            row, token, count = order.followers(context[seen], self.vocab_size)
+            row = seen.nonzero().squeeze(1)[row]
+            p.view(-1).index_add_(0, row * self.vocab_size + token, (count - order.discount) / statistics.total[row])
             if number > 1:
                 estimates.append(p.log())
-                features += _features(seen, left)
-        shares = self._gate(states, features)  # (N, O)
-        return torch.logsumexp(torch.stack(estimates, 1) + shares.unsqueeze(2), 1)
+                features += _features(statistics, backoff)
+        log_weights = self._gate(states, features)
+        return torch.logsumexp(torch.stack(estimates, 1) + log_weights.unsqueeze(2), 1)
 
     def _gate(self, states: Tensor, features: list[Tensor]) -> Tensor:
+        """Logarithms (N, O) of the mixture's weights, from states (N, P) and 4 * (O - 1) features (N,)."""
         with torch.autocast(states.device.type, enabled=False):
             hidden = torch.tanh(self.of_state(states.float()) + self.of_counts(torch.stack(features, 1)))
             return torch.log_softmax(self.shares(hidden), -1)
 
 
-def _left(order: _Order, seen: _Seen) -> Tensor:
-    """What the discount leaves to the shorter context; all, where this one was never seen."""
-    return torch.where(seen.total > 0, order.discount * seen.types / seen.total.clamp(min=1), 1.0)
+def _backoff(order: _Order, statistics: _Statistics) -> Tensor:
+    """The weight (N,) of the shorter context's estimate: what the discount took away, or 1 for an unseen context."""
+    weight = order.discount * statistics.types / statistics.total.clamp(min=1)
+    return torch.where(statistics.total > 0, weight, 1.0)
 
 
-def _features(seen: _Seen, left: Tensor) -> list[Tensor]:
-    """What the gate goes by: nothing of it depends on the target."""
-    return [seen.total.float().log1p(), left, seen.types.float().log1p(), seen.singles.float().log1p()]
+def _features(statistics: _Statistics, backoff: Tensor) -> list[Tensor]:
+    """What the gate reads of one order, (N,) each; none of it depends on the target."""
+    total, types, singles = (part.float().log1p() for part in statistics)
+    return [total, backoff, types, singles]
 
 
 def _find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Where in ascending `keys`, one at least, each of `wanted` stands, any where it does not, and whether it does."""
-    place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
-    return place, keys[place] == wanted
+    """The index of each wanted key (N,) in ascending, non-empty `keys`, and whether it is there, (N,)."""
+    index = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
+    return index, keys[index] == wanted
 
 
 def context_keys(history: Tensor) -> Iterator[Tensor]:
-    """A key (N,) of the last 0, 1 .. H tokens of each history (N, H).
+    """A key (N,) int64 for the last 0, 1 .. K tokens of each history (N, K).
 
-    64 bits: that two of ten million contexts share one has a chance of some 3 in a million, and if they did, their
-    probabilities would still sum to one.
+    Keys have 64 bits: the chance that two of ten million contexts share one is some 3 in a million, and even then their
+    probabilities would sum to one.
     """
     key = torch.zeros(len(history), dtype=torch.int64, device=history.device)
     yield key
@@ -221,26 +220,25 @@ def context_keys(history: Tensor) -> Iterator[Tensor]:
         yield key
 
 
-def count_ngrams(tokens: Tensor, place: Tensor, order: int, vocab_size: int) -> dict[str, Tensor]:
+def count_ngrams(tokens: Tensor, position: Tensor, order: int, vocab_size: int) -> dict[str, Tensor]:
     """Count the n-grams of a text.
 
     Args:
-        tokens: (T,) int64 ids, one sequence behind the other, in the order in which they are read.
-        place: (T,) int64 tokens of its sequence before each one; those at place 0 begin one, and are not predicted.
-        order: tokens of the longest n-grams, >= 2.
+        tokens: (T,) int64 ids of all sequences one after the other, in the order in which they are read.
+        position: (T,) int64 number of tokens before each one in its sequence; those at 0 are not predicted.
+        order: number of tokens in the longest n-grams, >= 2.
 
     Returns:
-        By `ORDER.contexts` (C,) int64, `ORDER.pairs` (P,) int64 and `ORDER.counts` (P,) int32: what `CountedNgrams.put`
-        takes.
+        `ORDER.contexts` (C,) int64, `ORDER.pairs` (J,) int64 and `ORDER.counts` (J,) int32 for each order.
     """
-    events = place > 0
+    events = position > 0
     targets = tokens[events]
     history = torch.stack(  # from the farthest token to the last
-        [torch.where(place >= back, tokens.roll(back) + 1, 0)[events] for back in range(order - 1, 0, -1)], 1
+        [torch.where(position >= back, tokens.roll(back) + 1, 0)[events] for back in range(order - 1, 0, -1)], 1
     )
-    found: dict[str, Tensor] = {}
+    counted: dict[str, Tensor] = {}
     for number, keys in enumerate(context_keys(history), 1):
         contexts, context = torch.unique(keys, return_inverse=True)
         pairs, counts = torch.unique(context * vocab_size + targets, return_counts=True)
-        found |= {f"{number}.contexts": contexts, f"{number}.pairs": pairs, f"{number}.counts": counts.int()}
-    return found
+        counted |= {f"{number}.contexts": contexts, f"{number}.pairs": pairs, f"{number}.counts": counts.int()}
+    return counted

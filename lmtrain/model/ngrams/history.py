@@ -1,39 +1,43 @@
-"""The last few tokens read before each place.
+"""The last few tokens read before each token: what n-grams are made of.
 
-Shapes: B rows, L longest row, K tokens of history, N events.
+Shapes: B rows, L longest row, K tokens of n-gram history, N events, P output size.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class NgramInputs(NamedTuple):
+    """What the last tokens give to the output layer beside the recurrent states; None where the model lacks it."""
+
+    vectors: Tensor | None = None  # (N, P) of embedded n-grams, added to the projected states
+    history: Tensor | None = None  # (N, K) for counted n-grams
+    last: Tensor | None = None  # (B, K) history at each row's end, which the model's state keeps
+
+
 def context_of(tokens: Tensor, size: int, history: Tensor | None = None) -> Tensor:
-    """What has been read up to each token, (K + L, B): ids + 1, and 0 where there was nothing.
+    """Put the history before the tokens, (K + L, B): ids + 1, and 0 where nothing was read.
 
     Args:
         tokens: (L, B) ids, in the order in which they are read.
         size: K.
-        history: (B, K), as `history_after` gives it; None: nothing.
+        history: (B, K) of the rows' last tokens, from `history_at`; None: nothing was read before.
     """
     if history is None:
         history = tokens.new_zeros(tokens.shape[1], size)
     return torch.cat([history.t(), tokens + 1])
 
 
-def history_after(context: Tensor, size: int, lengths: Tensor) -> Tensor:
-    """The last K tokens of rows of which `lengths` (B,) tokens have been read, (B, K)."""
-    steps = torch.arange(size, device=context.device).unsqueeze(1)
-    return context.gather(0, lengths.to(context.device) + steps).t().contiguous()
-
-
 def history_at(context: Tensor, size: int, time: Tensor, row: Tensor) -> Tensor:
-    """The last `size` tokens read up to and with the given steps of the given rows, (N, size); the last one last.
+    """The last `size` tokens up to the given steps of the given rows, that of the step included and last, (N, size).
 
     Args:
-        context: (K + L, B) as `context_of` has it, K >= size - 1.
-        time, row: (N,) steps counted from the front of `context`.
+        context: (K + L, B) from `context_of`, K >= size - 1.
+        time, row: (N,) steps, counted from the start of `context`.
     """
     back = torch.arange(1 - size, 1, device=context.device)
     return context[time.unsqueeze(1) + back, row.unsqueeze(1)]
