@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 from lmtrain.errors import escape
+
+Notify = Callable[[str], None]
+"""A function that shows one line to the user."""
 
 
 def is_text(text: str) -> bool:
