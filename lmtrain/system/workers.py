@@ -43,13 +43,14 @@ MEMORY_SIGNS = ("memory", "MemoryError", "Resource temporarily unavailable", "fa
 
 
 class Task(Protocol[Item_contra, Result_co]):
-    """The work of one worker. A task may keep something from one item to the next."""
+    """The work of one worker, item by item. `finish` returns what a task that collects something has left at its end.
 
-    def work(self, item: Item_contra) -> Result_co:
-        """Work on one item; an LmtrainError that this raises is raised again in the parent."""
+    An LmtrainError that a task raises is raised again in the parent.
+    """
 
-    def finish(self) -> Result_co:
-        """Return what the task has left after its last item."""
+    def work(self, item: Item_contra) -> Result_co: ...
+
+    def finish(self) -> Result_co: ...
 
 
 class SingleWorker(Generic[Item, Result]):
@@ -67,9 +68,6 @@ class SingleWorker(Generic[Item, Result]):
 
 class WorkerPool(Generic[Item, Result]):
     """Does the work in several processes, for each of which a thread waits.
-
-    Args:
-        make_task: makes the task of a worker, in the worker; it is pickled.
 
     Raises:
         OutOfMemoryError: the system can't start another process.
@@ -100,23 +98,19 @@ class WorkerPool(Generic[Item, Result]):
         """
         pending: deque[tuple[Item, Future[Result]]] = deque()
         remaining = iter(items)
-        fault: LmtrainError | None = None
-        exhausted = False
-        while True:
+        end: Exception | None = None  # why no more items are read: they are exhausted, or have a fault
+        while pending or end is None:
             try:
-                while not exhausted and len(pending) < ITEMS_AHEAD * len(self.workers):
+                while end is None and len(pending) < ITEMS_AHEAD * len(self.workers):
                     item = next(remaining)
                     pending.append((item, self._threads.submit(self._ask_any, item)))
-            except StopIteration:
-                exhausted = True
-            except LmtrainError as error:
-                fault, exhausted = error, True
-            if not pending:
-                break
-            item, result = pending.popleft()
-            yield item, result.result()
-        if fault is not None:
-            raise fault
+            except (StopIteration, LmtrainError) as error:
+                end = error
+            if pending:
+                item, result = pending.popleft()
+                yield item, result.result()
+        if isinstance(end, LmtrainError):
+            raise end
 
     def _ask_any(self, item: Item) -> Result:
         worker = self._idle.get()
@@ -143,10 +137,10 @@ class WorkerPool(Generic[Item, Result]):
 def open_workers(
     make_task: Callable[[], Task[Item, Result]], size_bytes: int
 ) -> Iterator[SingleWorker[Item, Result] | WorkerPool[Item, Result]]:
-    """The workers for items of this size together; they end with the context.
+    """Yield workers for items of `size_bytes` together. They end with the context.
 
     Args:
-        make_task: makes the task of a worker; it is pickled where the worker is a process of its own.
+        make_task: makes the task of a worker, in the worker; it is pickled.
     """
     count = min(MOST_WORKERS, core_count())
     if size_bytes < FEW_BYTES or count == 1:

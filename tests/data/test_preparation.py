@@ -139,15 +139,15 @@ def test_counts_that_were_given_away_and_merged_are_exact(tmp_path_factory, bloc
 
 
 @pytest.fixture
-def crowd(monkeypatch):
+def use_workers(monkeypatch):
     """Three workers, and small blocks, for however little there is to do."""
 
-    def gather(count=3):
+    def use(count=3):
         monkeypatch.setattr(workers, "FEW_BYTES", 0)
         monkeypatch.setattr(workers, "core_count", lambda: count)
         monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
 
-    return gather
+    return use
 
 
 def lines(count, seed=1):
@@ -170,7 +170,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("kind", ["word", "char", "byte", "bpe"])
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_store_does_not_show_how_many_made_it(tmp_path, crowd, kind, name):
+def test_a_store_does_not_show_how_many_made_it(tmp_path, use_workers, kind, name):
     texts = [lines(700), lines(300, seed=2).removesuffix("\n")]
     if name == "jsonl":
         texts = ["\n".join(json.dumps({"text": line}) for line in text.split("\n")) for text in texts]
@@ -179,7 +179,7 @@ def test_a_store_does_not_show_how_many_made_it(tmp_path, crowd, kind, name):
     source = Source((str(tmp_path / "a"), str(tmp_path / "b.gz")), **SOURCES[name])
     made = []
     for count in (1, 3):
-        crowd(count)
+        use_workers(count)
         cache = tmp_path / str(count)
         cache.mkdir()
         made_of = ByteTokenizer() if kind == "byte" else learn_tokenizer(kind, source, cache, 300, 2, print, unwatched)
@@ -194,17 +194,17 @@ def test_a_store_does_not_show_how_many_made_it(tmp_path, crowd, kind, name):
     [(b"\xff", "is not UTF-8"), (b"\0", "a NUL"), (b"77", "id 77 is not in"), (b"x" * (17 << 20), "more than 16 MiB")],
     ids=["bytes", "nul", "id", "line"],
 )
-def test_the_first_fault_is_told_by_workers_as_by_one(tmp_path, crowd, bad, what):
+def test_the_first_fault_is_told_by_workers_as_by_one(tmp_path, use_workers, bad, what):
     path = tmp_path / "t.txt"
     path.write_bytes(b"1 2 3\n" * 3000 + b"4 " + bad + b"\n" + b"1 2 3\n" * 3000 + b"\0\xff\n")
-    told = []
+    messages = []
     for count in (1, 3):
-        crowd(count)
+        use_workers(count)
         with pytest.raises(DataError, match=what) as error:
             open_store(Source((str(path),)), IdsTokenizer(9, 0), tmp_path / "cache")
-        told.append(str(error.value))
-    assert told[0] == told[1]
-    assert ":3001" in told[0]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert ":3001" in messages[0]
     assert [*(tmp_path / "cache").iterdir()] == []
 
 
@@ -472,10 +472,10 @@ def test_prepare_does_all_that_train_would_read(small, shell):
         ("valid", 9, True),
         ("test", 9, False),
     ]
-    told = shell("prepare", "config.yaml").stdout.splitlines()
-    assert told[0] == "vocabulary: 12 tokens (word)"
-    assert told[1].startswith("train: 43 sequences, ")
-    assert told[-1] == "Next: lmtrain train config.yaml"
+    messages = shell("prepare", "config.yaml").stdout.splitlines()
+    assert messages[0] == "vocabulary: 12 tokens (word)"
+    assert messages[1].startswith("train: 43 sequences, ")
+    assert messages[-1] == "Next: lmtrain train config.yaml"
     trained = shell("train", "config.yaml", "training.max_steps=1")
     assert "reading" not in trained.stderr
 

@@ -84,14 +84,10 @@ class BlockEncoder:
 
 
 def _hashes(framed: NDArray[np.integer], ends: Ints) -> NDArray[np.uint64]:
-    """A 64-bit hash of each sequence: its (position, id) pairs, mixed by the last steps of splitmix64 and summed.
+    """Hash each sequence to 64 bits, (S,): its (position, id) pairs, mixed by splitmix64's last steps and summed.
 
     Args:
-        framed: (T,) ids.
-        ends: (S,) where each sequence ends.
-
-    Returns:
-        (S,)
+        framed: (T,) ids; `ends` (S,) says where each sequence ends in them.
     """
     parts, first = [], 0
     while first < len(ends):

@@ -1,15 +1,10 @@
 """The token store: a corpus as flat ids on disk, read through memory maps.
 
-A store is a directory of four files:
-
-- `tokens.bin` (T,), uint16 or uint32, little-endian: every sequence from its `<bos>` to its `<eos>`, or every line of
-  a stream up to its `<eos>`;
-- `offsets.bin` (S + 1,), uint64: where each sequence begins, and where the last one ends;
-- `hashes.bin` (S,), uint64: a hash of each sequence;
-- `store.json`: the counts.
-
-It is written in one pass and bounded memory, by several processes where the text is long, and renamed into place when
-it is whole. Its name is made from the content of the files and the tokenizer, so a changed file gets a new store.
+A store is a directory. `tokens.bin` (T,), uint16 or uint32, little-endian, has every sequence from its `<bos>` to its
+`<eos>`, or every line of a stream up to its `<eos>`; `offsets.bin` (S + 1,), uint64, where each sequence begins and
+the last one ends; `hashes.bin` (S,), uint64, a hash of each; `store.json` the counts. A store is written in one pass
+and bounded memory, by several processes where the text is long, and renamed into place when it is whole. Its name is
+made from the content of the files and the tokenizer, so a changed file gets a new store.
 
 Shapes: T tokens and S sequences of the store.
 """
@@ -91,8 +86,8 @@ class TokenStore:
         self.offsets: NDArray[np.uint64] = self._map("offsets", "uint64", self.counts.sequences + 1)
         self.hashes: NDArray[np.uint64] = self._map("hashes", "uint64", self.counts.sequences)
         digests = digests or Digests(None)
-        found = [digests.crc32(directory / f"{name}.bin") for name in ARRAYS]
-        if found != list(self.counts.checksums):
+        checksums = [digests.crc32(directory / f"{name}.bin") for name in ARRAYS]
+        if checksums != list(self.counts.checksums):
             raise ValueError("not the bytes that were written")
 
     def _map(self, name: str, dtype: str, size: int) -> NDArray[np.unsignedinteger]:
@@ -112,15 +107,15 @@ class TokenStore:
 
     def overlap(self, other: TokenStore) -> int:
         """The number of this store's sequences that also stand, token for token, in the other, which may be large."""
-        own, counts = np.unique(self.hashes, return_counts=True)
-        shift, found = np.uint64(40), np.zeros(len(own), bool)
-        begins = np.zeros(1 << 24, bool)  # which first 24 bits own hashes have: few of the others pass this test
-        begins[own >> shift] = True
+        own_hashes, counts = np.unique(self.hashes, return_counts=True)
+        shift, shared = np.uint64(40), np.zeros(len(own_hashes), bool)
+        begins = np.zeros(1 << 24, bool)  # the first 24 bits of own hashes: few of the others have them, too
+        begins[own_hashes >> shift] = True
         for first in range(0, len(other.hashes), COMPARED):
             hashes = other.hashes[first : first + COMPARED]
-            found |= np.isin(own, hashes[begins[hashes >> shift]])
+            shared |= np.isin(own_hashes, hashes[begins[hashes >> shift]])
             release_pages(other.hashes)
-        return int(counts[found].sum())
+        return int(counts[shared].sum())
 
 
 def open_store(
@@ -176,14 +171,9 @@ def _await_rest(home: Path) -> None:
 
 
 def _write(source: Source, tokenizer: Tokenizer, directory: Path, notify: Notify, watch: Watch) -> bool:
-    """Build a store, or continue an unfinished build of it.
+    """Build a store, or continue an unfinished build of it, and return whether there was one.
 
-    Returns:
-        Whether there was an unfinished build.
-
-    Raises:
-        DataError: a fault of the text.
-        OSError: the store can't be written.
+    Raises DataError for a fault of the text, and OSError where the store can't be written.
     """
     what = f"reading {source.name}"
     notify(what)

@@ -27,17 +27,15 @@ MERGED_BYTES = 4 << 20  # of all runs together, in memory at once
 
 
 class TokenCounts(Protocol):
-    """Counts of tokens, which hand runs out where they grow too large."""
+    """Counts tokens. `add` returns runs if it has counted too many different ones, `finish` returns all the rest."""
 
-    def add(self, texts: Sequence[str]) -> list[bytes]:
-        """Count the tokens of some texts; returns runs if too many different ones are counted by now."""
+    def add(self, texts: Sequence[str]) -> list[bytes]: ...
 
-    def finish(self) -> list[bytes]:
-        """Return runs of everything that was counted and not yet handed out."""
+    def finish(self) -> list[bytes]: ...
 
 
 class CharacterCounts:
-    """Counts characters. Its only run is an array instead of lines: (code points,) int64."""
+    """Counts characters. Its only run is an array instead of lines: (0x110000,) int64, by code point."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(0x110000, np.int64)

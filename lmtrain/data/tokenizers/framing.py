@@ -1,7 +1,4 @@
-"""The texts of a block become ids between their start and end tokens.
-
-Shapes: T tokens without the start and end tokens, S texts.
-"""
+"""The texts of a block become ids between their start and end tokens. Shapes: S texts, T ids without those tokens."""
 
 from __future__ import annotations
 
@@ -39,12 +36,7 @@ def frame_texts(
 ) -> tuple[NDArray[Any], Ints]:
     """Put a start token before each text, unless it is None, and an end token after it.
 
-    Args:
-        flat: (T,) ids of all texts.
-        lengths: (S,) number of ids of each text.
-
-    Returns:
-        The ids (T + S,), or (T + 2 S,) with start tokens, and where each text ends in them (S,).
+    From flat ids (T,) and lengths (S,) to the framed ids, (T + S,) or (T + 2 S,), and where each text ends (S,).
     """
     added = 1 if start is None else 2
     ends = (lengths + added).cumsum()

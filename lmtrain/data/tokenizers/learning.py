@@ -52,7 +52,8 @@ def learn_tokenizer(
         if step > 1:
             taken = sum(len(raw.data) for raw in sample)
             notify(f"note: of that, {taken / 2**20:,.0f} MiB are learnt from: evenly spaced parts, one in {step}")
-        return train_tokenizer(kind, _texts(source, sample), vocab_size=vocab_size)
+        texts = (text for raw in sample for text in source.kept(source.parse(raw)).texts if text.strip())
+        return train_tokenizer(kind, texts, vocab_size=vocab_size)
     with ExitStack() as stack:
         tokens = _count_tokens(kind, source, cache, max(1, vocab_size - FIRST), min_frequency, stack, watch, what)
     if not tokens:
@@ -102,11 +103,6 @@ def _sample(source: Source, most_bytes: int, watch: Callable[[int], None]) -> tu
             kept, step = kept[::2], 2 * step
             held = sum(len(each.data) for each in kept)
     return kept, step
-
-
-def _texts(source: Source, raws: list[RawBlock]) -> Iterator[str]:
-    for raw in raws:
-        yield from filter(str.strip, source.kept(source.parse(raw)).texts)
 
 
 def train_tokenizer(

@@ -18,10 +18,7 @@ def as_artefact_errors(what: str) -> Iterator[None]:
     """Raise an ArtefactError for anything that the tokenizers library raises.
 
     Its panics are no `Exception`, and it writes them to standard error itself. That is switched off meanwhile, since a
-    user should see our one line and nothing else.
-
-    Args:
-        what: the beginning of the error's line.
+    user should see our one line alone, which begins with `what`.
     """
     with _REDIRECTING, open(os.devnull, "w") as nowhere:
         try:
@@ -41,28 +38,19 @@ def as_artefact_errors(what: str) -> Iterator[None]:
 
 
 def train_library(kind: str, texts: Iterable[str], size: int) -> str:
-    """Learn a tokenizer of byte-level pieces, and return its JSON.
+    """Learn a tokenizer of byte-level pieces (bpe or unigram, of `size` at most), and return its JSON.
 
     It can encode any text and decodes it to the same text, so no token is unknown.
-
-    Args:
-        kind: bpe or unigram.
-        size: upper bound of the vocabulary.
     """
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    trainer: Any
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if kind == "bpe":
-        library = Library(models.BPE())
-        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    else:
-        library = Library(models.Unigram())
-        trainer = trainers.UnigramTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    library = Library(models.BPE() if kind == "bpe" else models.Unigram())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    library.train_from_iterator(texts, trainer)
+    make_trainer: Any = trainers.BpeTrainer if kind == "bpe" else trainers.UnigramTrainer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    library.train_from_iterator(texts, make_trainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
     return str(library.to_str())
 
 

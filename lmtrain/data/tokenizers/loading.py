@@ -13,11 +13,7 @@ from lmtrain.errors import ArtefactError
 
 
 def parse_tokenizer(content: str, name: str = "tokenizer.json") -> Tokenizer:
-    """Make the tokenizer that `Tokenizer.dumps` wrote.
-
-    Args:
-        content: the JSON.
-        name: the file, for an error's line.
+    """Make the tokenizer that `Tokenizer.dumps` wrote; `name` is the file, for messages.
 
     Raises:
         ArtefactError: the content is not a tokenizer, or has a newer format.

@@ -22,12 +22,8 @@ class SubwordTokenizer(Tokenizer):
     The library's ids are shifted to follow the special tokens. Its own special tokens are left out, so that no text
     can stand for one.
 
-    Args:
-        content: the library's JSON.
-        name: the file, for an error's line.
-
     Raises:
-        ArtefactError: the JSON is not a tokenizer, or its ids have gaps.
+        ArtefactError: the content is not the library's JSON, or its ids have gaps.
     """
 
     def __init__(self, content: str, kind: str = "file", name: str = "tokenizer.json") -> None:

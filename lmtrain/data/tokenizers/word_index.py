@@ -39,9 +39,8 @@ class Words(NamedTuple):
     def bytes_of(self, chosen: Ints) -> list[bytes]:
         """The words at these positions."""
         data, starts = self.flat.tobytes(), self.starts[chosen]
-        return [
-            data[start:end] for start, end in zip(starts.tolist(), (starts + self.sizes[chosen]).tolist(), strict=True)
-        ]
+        ends = starts + self.sizes[chosen]
+        return [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
     def registers(self, chosen: Ints) -> Keys:
         """The words at these positions, each of 8 bytes at most, as numbers that sort as the bytes do."""
@@ -83,13 +82,13 @@ class WordIndex:
         self._table = np.zeros(1 << bits, np.int32)  # position + 1; 0: a free slot
         self._sizes = np.concatenate([[-1], sizes])
         self._registers = [np.concatenate([np.zeros(1, np.uint64), key]) for key in keys]
-        left = np.flatnonzero(sizes <= LONGEST_BYTES)
-        slots = slots[left]
-        while len(left):
+        remaining = np.flatnonzero(sizes <= LONGEST_BYTES)
+        slots = slots[remaining]
+        while len(remaining):
             free = self._table[slots] == 0
-            self._table[slots[free][::-1]] = left[free][::-1] + 1  # of several words for one slot, the first gets it
-            without = self._table[slots] != left + 1
-            left, slots = left[without], (slots[without] + 1) & self._mask
+            self._table[slots[free][::-1]] = remaining[free][::-1] + 1  # the first word gets a contested slot
+            without = self._table[slots] != remaining + 1
+            remaining, slots = remaining[without], (slots[without] + 1) & self._mask
 
     def _keys(self, flat: NDArray[np.uint8], starts: Ints, sizes: Ints) -> tuple[list[Keys], Ints]:
         """The three registers of each word, (W,) each, and the slot where its search begins (W,)."""
@@ -108,19 +107,19 @@ class WordIndex:
     def look_up(self, words: Words) -> NDArray[np.int32]:
         """The position of each word plus 1, or 0 for a word that is not in the list; (W,)."""
         keys, slots = self._keys(words.flat, words.starts, words.sizes)
-        found = self._table[slots]
-        same = (self._registers[0][found] == keys[0]) & (self._sizes[found] == words.sizes)
+        positions = self._table[slots]
+        same = (self._registers[0][positions] == keys[0]) & (self._sizes[positions] == words.sizes)
         long = np.flatnonzero(words.sizes > 8)
         for number in (1, 2):
-            same[long] &= self._registers[number][found[long]] == keys[number][long]
-        left = np.flatnonzero(~same & (found > 0))
-        found *= same
-        while len(left):
-            slots[left] = (slots[left] + 1) & self._mask
-            other = self._table[slots[left]]
-            same = self._sizes[other] == words.sizes[left]
+            same[long] &= self._registers[number][positions[long]] == keys[number][long]
+        remaining = np.flatnonzero(~same & (positions > 0))
+        positions *= same
+        while len(remaining):
+            slots[remaining] = (slots[remaining] + 1) & self._mask
+            other = self._table[slots[remaining]]
+            same = self._sizes[other] == words.sizes[remaining]
             for number in range(3):
-                same &= self._registers[number][other] == keys[number][left]
-            found[left[same]] = other[same]
-            left = left[~same & (other > 0)]
-        return found
+                same &= self._registers[number][other] == keys[number][remaining]
+            positions[remaining[same]] = other[same]
+            remaining = remaining[~same & (other > 0)]
+        return positions
