@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +15,10 @@ from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.data.tokenizers.learning import learn_tokenizer, train_tokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, DataError, StorageError
+from lmtrain.system.console import Notify
 from lmtrain.system.files import reason_of, write_atomically
 
 MANY_SEQUENCES = 1 << 22  # that are compared with others only once
-Notify = Callable[[str], None]
 
 
 class Corpora(NamedTuple):
