@@ -7,7 +7,6 @@ runs/NAME/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from lmtrain.errors import ArtefactError, ConfigError, StorageError
 from lmtrain.runs import checkpoint
 from lmtrain.runs.checkpoint import INFERENCE_FILES
 from lmtrain.system.files import read_json, read_text, write_atomically
+from lmtrain.system.locks import hold_lock
 
 
 class RunDirectory:
@@ -43,23 +43,17 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process alone.
+        """Be the only process that trains in this directory.
 
         Raises:
             StorageError: another process trains here.
         """
-        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                holder = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
-                raise StorageError(f"{self.path}: process {holder} trains here; wait for it, or name another") from None
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+
+        def refuse(holder: str) -> None:
+            raise StorageError(f"{self.path}: process {holder} trains here; wait for it, or name another")
+
+        with hold_lock(self.path / ".lock", refuse):
             yield
-        finally:
-            os.close(descriptor)
 
     def write_start(self, config: Config, tokenizer: Tokenizer, environment: dict[str, Any]) -> None:
         """Write the files of a new run. The config comes last, since a directory with a config counts as a run."""

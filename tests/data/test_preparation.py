@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.data.store import build as building
-from lmtrain.data.store import workers
 from lmtrain.data.store.build import locked, remove_abandoned
 from lmtrain.data.store.token_store import TokenStore, open_store
 from lmtrain.data.text import digests, reading
@@ -28,7 +26,8 @@ from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.data.tokenizers.learning import learn_tokenizer, train_tokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.data.tokenizers.vocabulary import ByteTokenizer, WordTokenizer
-from lmtrain.errors import DataError, OutOfMemoryError, StorageError
+from lmtrain.errors import DataError
+from lmtrain.system import workers
 from lmtrain.system.files import sealed
 from tests.conftest import sentences
 
@@ -123,7 +122,7 @@ def test_counts_that_were_given_away_and_merged_are_exact(tmp_path_factory, bloc
     counts, runs = WordCounts(held_short=held, held_long=held // 2, learnt=held), []
     for texts in blocks:
         runs += counts.add(texts)
-    runs += counts.rest()
+    runs += counts.finish()
     folder = tmp_path_factory.mktemp("runs")
     for number, run in enumerate(runs):
         (folder / str(number)).write_bytes(run)
@@ -140,15 +139,15 @@ def test_counts_that_were_given_away_and_merged_are_exact(tmp_path_factory, bloc
 
 
 @pytest.fixture
-def crowd(monkeypatch):
+def use_workers(monkeypatch):
     """Three workers, and small blocks, for however little there is to do."""
 
-    def gather(count=3):
+    def use(count=3):
         monkeypatch.setattr(workers, "FEW_BYTES", 0)
         monkeypatch.setattr(workers, "core_count", lambda: count)
         monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
 
-    return gather
+    return use
 
 
 def lines(count, seed=1):
@@ -171,7 +170,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("kind", ["word", "char", "byte", "bpe"])
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_store_does_not_show_how_many_made_it(tmp_path, crowd, kind, name):
+def test_a_store_does_not_show_how_many_made_it(tmp_path, use_workers, kind, name):
     texts = [lines(700), lines(300, seed=2).removesuffix("\n")]
     if name == "jsonl":
         texts = ["\n".join(json.dumps({"text": line}) for line in text.split("\n")) for text in texts]
@@ -180,7 +179,7 @@ def test_a_store_does_not_show_how_many_made_it(tmp_path, crowd, kind, name):
     source = Source((str(tmp_path / "a"), str(tmp_path / "b.gz")), **SOURCES[name])
     made = []
     for count in (1, 3):
-        crowd(count)
+        use_workers(count)
         cache = tmp_path / str(count)
         cache.mkdir()
         made_of = ByteTokenizer() if kind == "byte" else learn_tokenizer(kind, source, cache, 300, 2, print, unwatched)
@@ -195,34 +194,18 @@ def test_a_store_does_not_show_how_many_made_it(tmp_path, crowd, kind, name):
     [(b"\xff", "is not UTF-8"), (b"\0", "a NUL"), (b"77", "id 77 is not in"), (b"x" * (17 << 20), "more than 16 MiB")],
     ids=["bytes", "nul", "id", "line"],
 )
-def test_the_first_fault_is_told_by_workers_as_by_one(tmp_path, crowd, bad, what):
+def test_the_first_fault_is_told_by_workers_as_by_one(tmp_path, use_workers, bad, what):
     path = tmp_path / "t.txt"
     path.write_bytes(b"1 2 3\n" * 3000 + b"4 " + bad + b"\n" + b"1 2 3\n" * 3000 + b"\0\xff\n")
-    told = []
+    messages = []
     for count in (1, 3):
-        crowd(count)
+        use_workers(count)
         with pytest.raises(DataError, match=what) as error:
             open_store(Source((str(path),)), IdsTokenizer(9, 0), tmp_path / "cache")
-        told.append(str(error.value))
-    assert told[0] == told[1]
-    assert ":3001" in told[0]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert ":3001" in messages[0]
     assert [*(tmp_path / "cache").iterdir()] == []
-
-
-@pytest.mark.parametrize(("number", "fault"), [(signal.SIGKILL, OutOfMemoryError), (signal.SIGTERM, StorageError)])
-def test_a_worker_that_is_killed_is_told_in_a_line(tmp_path, crowd, number, fault):
-    crowd()
-    (tmp_path / "t.txt").write_text(lines(5000))
-    source = Source((str(tmp_path / "t.txt"),))
-    header = {"task": "encode", "source": {**source.__dict__}}
-    with workers.crew(header, [ByteTokenizer().dumps().encode()], 1 << 30) as crew:
-        answers = crew.work(source.raws())
-        next(answers)
-        for worker in crew._all:
-            os.kill(worker.process.pid, number)
-        with pytest.raises(fault) as error:
-            list(answers)
-    assert len(error.value.faults) == 1
 
 
 def children(pid):
@@ -233,10 +216,10 @@ BUILD = """
 import sys
 from lmtrain.data.text import reading
 from lmtrain.data.store import build as building
-from lmtrain.data.store import workers
 from lmtrain.data.store.token_store import open_store
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
+from lmtrain.system import workers
 building.SAVE_BYTES, reading.BLOCK_BYTES, workers.FEW_BYTES = int(sys.argv[2]), 1000, 0
 workers.core_count = lambda: int(sys.argv[1])
 open_store(Source(tuple(sys.argv[3:])), ByteTokenizer(), "cache", lambda line: print(line, flush=True))
@@ -263,10 +246,38 @@ def test_no_worker_outlives_its_parent(tmp_path):
         time.sleep(0.01)
 
 
-def test_a_worker_loads_no_torch():
-    for module in ("lmtrain.data.store.worker", "lmtrain.data.preparation", "lmtrain.system.progress"):
-        script = f"import sys, {module}; print('torch' in sys.modules)"
+def test_preparing_loads_no_torch():
+    for module in ("data.store.encoding", "data.tokenizers.counting", "data.preparation", "system.workers"):
+        script = f"import sys, lmtrain.{module}; print('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"
+
+
+SCRIPT = """
+import sys
+from lmtrain.data.text import reading
+from lmtrain.system import workers
+workers.FEW_BYTES, workers.core_count, reading.BLOCK_BYTES = 0, lambda: 3, 1000
+start, started = workers._Worker.__init__, []
+workers._Worker.__init__ = lambda worker: start(worker) or started.append(worker)
+import lmtrain
+print("at the top level")
+lmtrain.train(lmtrain.load_config("config.yaml", ["training.max_steps=1"]))
+print(len(started), "workers")
+"""
+
+
+def test_a_script_without_a_guard_is_run_once_and_not_by_its_workers(corpus):
+    """`multiprocessing` would run it again in each worker."""
+    (corpus / "script.py").write_text(SCRIPT)
+    for name in ("random.py", "struct.py", "lmtrain.py"):  # nor do workers import files of the working directory
+        (corpus / "here").mkdir(exist_ok=True)
+        (corpus / "here" / name).write_text("raise SystemExit('not mine')")
+    for name in ("train.txt", "valid.txt", "config.yaml"):
+        (corpus / name).rename(corpus / "here" / name)
+    done = subprocess.run(
+        [sys.executable, corpus / "script.py"], cwd=corpus / "here", capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "at the top level\n9 workers\n"), done.stderr
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -291,7 +302,7 @@ def test_a_build_that_is_killed_again_and_again_comes_to_the_same_store(tmp_path
             time.sleep(0.005)
         process.kill()
         said = process.communicate()[0]
-        went_on += "going on after" in said
+        went_on += "continuing after" in said
         if process.returncode == 0:
             break
         kills += 1
@@ -461,10 +472,10 @@ def test_prepare_does_all_that_train_would_read(small, shell):
         ("valid", 9, True),
         ("test", 9, False),
     ]
-    told = shell("prepare", "config.yaml").stdout.splitlines()
-    assert told[0] == "vocabulary: 12 tokens (word)"
-    assert told[1].startswith("train: 43 sequences, ")
-    assert told[-1] == "Next: lmtrain train config.yaml"
+    messages = shell("prepare", "config.yaml").stdout.splitlines()
+    assert messages[0] == "vocabulary: 12 tokens (word)"
+    assert messages[1].startswith("train: 43 sequences, ")
+    assert messages[-1] == "Next: lmtrain train config.yaml"
     trained = shell("train", "config.yaml", "training.max_steps=1")
     assert "reading" not in trained.stderr
 

@@ -1,1 +1,1 @@
-"""Ids on disk: how a token store is built by several processes, and how it is read."""
+"""Ids on disk: token stores, how they are built by several processes, and how they are read."""

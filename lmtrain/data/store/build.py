@@ -1,18 +1,17 @@
-"""A token store under construction: one process builds it, and what one was killed over, the next one goes on with.
+"""A token store under construction. One process builds it; if that process is killed, the next one continues.
 
 `.building-KEY` holds the arrays so far and, from the first save on, `progress.json`: how many bytes of each array are
-on the disk itself, their checksums, the sums so far, and the place in the text from which on to read. What stands
-behind that in the arrays is cut off. `.building-KEY.lock` is held as long as somebody builds.
+safe on the disk, their checksums, the sums so far, and the place in the text where reading continues. Bytes of an
+array after those are cut off. The builder holds the lock `.building-KEY.lock`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,20 +21,20 @@ import numpy as np
 from lmtrain.data.store.encoding import BlockResult
 from lmtrain.data.text.reading import RawBlock
 from lmtrain.errors import ArtefactError, DataError
+from lmtrain.system.console import Notify
 from lmtrain.system.files import read_sealed, sealed, sync_directory, write_atomically
+from lmtrain.system.locks import hold_lock
 
 ARRAYS = ("tokens", "offsets", "hashes")
 SUMS = ("sequences", "tokens", "unknown_tokens", "characters", "bytes", "blank", "longest")
-SAVE_BYTES, SAVE_S = 64 << 20, 10.0  # of text, or of time, between two saves
-KEPT_S = 7 * 24 * 3600.0  # a build that nobody goes on with
+SAVE_BYTES, SAVE_S = 64 << 20, 10.0  # text, and time, between two saves
+KEPT_S = 7 * 24 * 3600.0  # how long an unfinished build is kept
 PROGRESS = "progress.json"
 BUILD_FORMAT = 1
 
-Notify = Callable[[str], None]
-
 
 class Place(NamedTuple):
-    """Where to read on."""
+    """Where in the text reading continues."""
 
     file: int = 0
     offset: int = 0
@@ -46,10 +45,11 @@ class Build:
     """The arrays of a store, written from the first block to the last.
 
     Args:
-        directory: empty, or what an earlier build of the same store has left.
+        directory: an empty directory, or one with what an earlier build of the same store has left.
+        stack: closes the files.
 
     Raises:
-        OSError: here or later, it can't be written.
+        OSError: here or later, where the arrays can't be written.
     """
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
@@ -59,20 +59,20 @@ class Build:
                 path.unlink()
         self.place, self.totals = Place(), dict.fromkeys(SUMS, 0)
         self.sizes, self.checksums = dict.fromkeys(ARRAYS, 0), dict.fromkeys(ARRAYS, 0)
-        self.continued = self._take_over()
+        self.continued = self._load_progress()
         self._files: dict[str, IO[bytes]] = {}
         for name in ARRAYS:
             self._files[name] = stack.enter_context(self._path(name).open("ab"))
             self._files[name].truncate(self.sizes[name])
         if not self.continued:
-            self._put("offsets", np.zeros(1, "<u8").tobytes())
+            self._append("offsets", np.zeros(1, "<u8").tobytes())
         self._saved_s, self._unsaved_bytes = time.monotonic(), 0
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.bin"
 
-    def _take_over(self) -> bool:
-        """Whether there is a build to go on with; its arrays are what was written."""
+    def _load_progress(self) -> bool:
+        """Take over what an earlier build has saved; False where it has saved nothing, or its arrays are damaged."""
         with suppress(ArtefactError, OSError, ValueError, KeyError, TypeError):
             saved = read_sealed(self.directory / PROGRESS)
             if saved["format"] != BUILD_FORMAT:
@@ -85,42 +85,38 @@ class Build:
             return True
         return False
 
-    def _put(self, name: str, data: bytes) -> None:
+    def _append(self, name: str, data: bytes) -> None:
         self._files[name].write(data)
         self.sizes[name] += len(data)
-        self.checksums[name] = zlib.crc32(data, self.checksums[name])  # of what should be there, not of what is
+        self.checksums[name] = zlib.crc32(data, self.checksums[name])  # of the bytes to be written, not read back
 
-    def add(self, raw: RawBlock, answer: BlockResult) -> None:
-        """The next block, and what `Encoding` made of it."""
-        tokens, ends, hashes = answer.parts
-        self._put("tokens", tokens)
-        self._put("offsets", (np.frombuffer(ends, "<u8") + np.uint64(self.totals["tokens"])).tobytes())
-        self._put("hashes", hashes)
-        longest = max(self.totals["longest"], answer.figures.get("longest", 0))
-        for name, value in answer.figures.items():
-            self.totals[name] += value
-        self.totals["longest"] = longest
+    def add(self, raw: RawBlock, result: BlockResult) -> None:
+        """Append the next block, which has been encoded."""
+        self._append("tokens", result.tokens)
+        self._append("offsets", (np.frombuffer(result.ends, "<u8") + np.uint64(self.totals["tokens"])).tobytes())
+        self._append("hashes", result.hashes)
+        for name, value in result.figures.items():
+            self.totals[name] = max(self.totals[name], value) if name == "longest" else self.totals[name] + value
         self.place = Place(raw.file, raw.end, raw.next_line)
         self._unsaved_bytes += len(raw.data)
         if self._unsaved_bytes >= SAVE_BYTES or time.monotonic() - self._saved_s >= SAVE_S:
             self._save()
 
     def _save(self) -> None:
-        self.sync()
+        self._sync()
         progress = {"format": BUILD_FORMAT, "place": self.place, "totals": self.totals}
         progress |= {"sizes": self.sizes, "checksums": self.checksums}
         write_atomically(self.directory / PROGRESS, sealed(progress))
         self._saved_s, self._unsaved_bytes = time.monotonic(), 0
 
-    def sync(self) -> None:
-        """Have all that was added on the disk itself."""
+    def _sync(self) -> None:
         for handle in self._files.values():
             handle.flush()
             os.fsync(handle.fileno())
 
     def finish(self, counts: dict[str, Any]) -> None:
-        """The arrays are whole: seal them with their counts."""
-        self.sync()
+        """Complete the store: write its counts beside the arrays."""
+        self._sync()
         (self.directory / PROGRESS).unlink(missing_ok=True)
         (self.directory / "store.json").write_bytes(sealed(counts))
         sync_directory(self.directory)
@@ -131,8 +127,7 @@ def _checksum(path: Path, size: int) -> int:
     checksum = 0
     with open(path, "rb") as handle:
         for start in range(0, size, 1 << 20):
-            part = handle.read(min(1 << 20, size - start))
-            checksum = zlib.crc32(part, checksum)
+            checksum = zlib.crc32(handle.read(min(1 << 20, size - start)), checksum)
         if handle.tell() != size:
             raise ValueError(f"{path}: shorter than it was")
     return checksum
@@ -140,19 +135,20 @@ def _checksum(path: Path, size: int) -> int:
 
 @contextmanager
 def locked(cache: Path, key: str, notify: Notify) -> Iterator[Path]:
-    """The one who builds `key`; who comes second waits, and says so.
+    """Be the only process that builds `key`; a second one says that it waits, and waits.
 
-    Gives the directory to build in, which need not be there. What is left of it stays only where it can be continued.
+    Yields the directory to build in, which need not exist. What is left of it afterwards is kept only where another
+    build can continue from it.
 
     Raises:
         OSError: the lock can't be made.
     """
     lock = cache / f".building-{key}.lock"
     directory = lock.with_suffix("")
-    with _held(lock, lambda: notify(f"waiting for another process that prepares the same ({lock})")):
+    with hold_lock(lock, lambda holder: notify(f"waiting for another process that prepares the same ({lock})")):
         try:
             yield directory
-        except DataError:  # of this text there will be no store
+        except DataError:  # the text has a fault, so no store can be made of it
             shutil.rmtree(directory, ignore_errors=True)
             raise
         finally:
@@ -161,27 +157,12 @@ def locked(cache: Path, key: str, notify: Notify) -> Iterator[Path]:
                 lock.unlink(missing_ok=True)
 
 
-@contextmanager
-def _held(lock: Path, on_waiting: Callable[[], None]) -> Iterator[None]:
-    while True:
-        with open(lock, "a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_waiting()
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            if lock.exists() and os.path.samestat(os.fstat(handle.fileno()), lock.stat()):  # not removed meanwhile
-                yield
-                return
-
-
 def remove_abandoned(cache: Path, but: str) -> None:
-    """Remove what killed builders left, where nobody could or would go on with it: directories nobody has locked."""
+    """Remove what killed builders of other keys have left and nobody can or will continue."""
     for lock in cache.glob(".building-*.lock"):
         if lock.name == f".building-{but}.lock":
             continue
-        with suppress(OSError), open(lock) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), hold_lock(lock, _give_up):
             directory = lock.with_suffix("")
             with suppress(ArtefactError):
                 read_sealed(directory / PROGRESS)
@@ -189,3 +170,7 @@ def remove_abandoned(cache: Path, but: str) -> None:
                     continue
             shutil.rmtree(directory, ignore_errors=True)
             lock.unlink()
+
+
+def _give_up(holder: str) -> None:
+    raise BlockingIOError(f"process {holder} builds it")

@@ -1,48 +1,51 @@
-"""What is made of one block of a corpus, without regard to any other: any process can do it.
+"""A block of a corpus becomes its part of a token store. No block depends on another, so any process can do it.
 
-Shapes: T tokens, S sequences of the block.
+Shapes: T tokens and S sequences of the block, start and end tokens included.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lmtrain.data.arrays import Ints
 from lmtrain.data.text.reading import RawBlock
 from lmtrain.data.text.source import Source
-from lmtrain.data.tokenizers.base import Ids, Tokenizer
 from lmtrain.data.tokenizers.framing import encode_block, frame_texts
+from lmtrain.data.tokenizers.loading import parse_tokenizer
 
-HASHED_TOKENS = 1 << 15  # at once: what stays in a processor's cache
+HASHED_TOKENS = 1 << 15  # hashed at once: they fit into a processor's cache
 
 
 class BlockResult(NamedTuple):
-    """What is made of a block: figures, and arrays as bytes."""
+    """The part of a store that a block becomes; the arrays as the bytes that are written."""
 
-    figures: dict[str, Any]
-    parts: list[bytes]
+    figures: dict[str, int]  # what `StoreCounts` adds up over all blocks
+    tokens: bytes = b""  # (T,) of the store's type
+    ends: bytes = b""  # (S,) uint64: where each sequence ends, counted from the start of the block
+    hashes: bytes = b""  # (S,) uint64
 
 
 def token_type(vocab_size: int) -> str:
-    """The narrowest type of a store's ids."""
+    """The narrowest type that holds the ids of a store."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 class BlockEncoder:
-    """From a block to its part of a token store.
+    """Encodes blocks of a source, as a task of a worker.
 
-    Answers with the figures that `StoreCounts` sums up, and as parts the ids with their frames (T,), where each
-    sequence ends (S,) uint64, counted from the block's begin, and their hashes (S,) uint64.
+    Args:
+        tokenizer: as `Tokenizer.dumps` gives it.
     """
 
-    def __init__(self, source: Source, tokenizer: Tokenizer) -> None:
-        self.source, self.tokenizer = source, tokenizer
-        self._type = np.dtype(token_type(tokenizer.vocab_size)).newbyteorder("<")
+    def __init__(self, source: Source, tokenizer: str) -> None:
+        self.source, self.tokenizer = source, parse_tokenizer(tokenizer)
+        self._type = np.dtype(token_type(self.tokenizer.vocab_size)).newbyteorder("<")
 
-    def answer(self, raw: RawBlock) -> BlockResult:
-        """The ids of a block; raises DataError with the place of its fault."""
+    def work(self, raw: RawBlock) -> BlockResult:
+        """Encode a block; raises DataError with the place of its fault."""
         stream = self.source.stream
         block = self.source.parse(raw)
         texts = block.texts if stream else list(filter(str.strip, block.texts))
@@ -51,18 +54,18 @@ class BlockEncoder:
             block = self.source.kept(block)
             texts = block.texts if stream else list(filter(str.strip, block.texts))
         if not texts:
-            return BlockResult({"blank": blank}, [b"", b"", b""])
+            return BlockResult({"blank": blank})
         flat, lengths = encode_block(self.tokenizer, block, texts)
         framed, ends = frame_texts(
             flat, lengths, self.tokenizer.eos_id, None if stream else self.tokenizer.bos_id, self._type
         )
         newlines = len(texts)
-        if stream and raw.last and not block.ended:  # no newline, no end token
+        if stream and raw.last and not block.ended:  # without a newline there is no end token
             framed, newlines = framed[:-1], newlines - 1
             ends = ends[: len(ends) - (lengths[-1] == 0)]
             ends[-1:] = len(framed)
             if not len(ends):
-                return BlockResult({"blank": blank}, [b"", b"", b""])
+                return BlockResult({"blank": blank})
         whole = "".join(texts)
         figures = {
             "sequences": len(ends),
@@ -73,29 +76,33 @@ class BlockEncoder:
             "blank": blank,
             "longest": int(lengths.max()),
         }
-        return BlockResult(figures, [framed.tobytes(), ends.astype("<u8").tobytes(), hashes(framed, ends).tobytes()])
+        return BlockResult(figures, framed.tobytes(), ends.astype("<u8").tobytes(), _hashes(framed, ends).tobytes())
 
-    def rest(self) -> BlockResult:
-        """What is left at the end: nothing."""
-        return BlockResult({}, [])
+    def finish(self) -> BlockResult:
+        """Nothing is left after the last block."""
+        return BlockResult({})
 
 
-def hashes(framed: NDArray[np.integer], ends: Ids) -> NDArray[np.uint64]:
-    """A 64-bit hash of each sequence: its (place, id) pairs, mixed by splitmix64's last steps and summed."""
-    found, first = [], 0
+def _hashes(framed: NDArray[np.integer], ends: Ints) -> NDArray[np.uint64]:
+    """Hash each sequence to 64 bits, (S,): its (position, id) pairs, mixed by splitmix64's last steps and summed.
+
+    Args:
+        framed: (T,) ids; `ends` (S,) says where each sequence ends in them.
+    """
+    parts, first = [], 0
     while first < len(ends):
         begin = int(ends[first - 1]) if first else 0
         last = max(first + 1, int(np.searchsorted(ends, begin + HASHED_TOKENS, "right")))
-        part = ends[first:last] - begin
-        starts = np.concatenate([[0], part[:-1]])
-        place = np.arange(int(part[-1]), dtype=np.uint64)
-        place -= np.repeat(starts, part - starts).astype(np.uint64)
-        mixed = framed[begin : begin + len(place)].astype(np.uint64)
+        part_ends = ends[first:last] - begin
+        starts = np.concatenate([[0], part_ends[:-1]])
+        positions = np.arange(int(part_ends[-1]), dtype=np.uint64)
+        positions -= np.repeat(starts, part_ends - starts).astype(np.uint64)
+        mixed = framed[begin : begin + len(positions)].astype(np.uint64)
         mixed *= np.uint64(0x9E3779B97F4A7C15)
-        mixed += place
+        mixed += positions
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
             mixed ^= mixed >> np.uint64(shift)
             mixed *= np.uint64(factor)
-        found.append(np.add.reduceat(mixed, starts))
+        parts.append(np.add.reduceat(mixed, starts))
         first = last
-    return np.concatenate(found).astype("<u8", copy=False)
+    return np.concatenate(parts).astype("<u8", copy=False)

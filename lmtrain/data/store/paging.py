@@ -1,7 +1,7 @@
-"""Which pages of a memory-mapped array are in memory: asked for before they are read, let go when they are done with.
+"""Which pages of a memory-mapped array are in memory: requested before they are read, released after.
 
-What was read of a map counts as this process's memory until it is let go, though the system could take it back at any
-time; it stays in the system's cache. An array that is not mapped from a file is left as it is.
+The pages that a process has read of a map count as its memory until it releases them, although the system could take
+them back at any time. They stay in the system's cache. Both functions leave an array that is not mapped as it is.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def prefetch_pages(array: NDArray[Any], stretches: Iterable[tuple[int, int]]) -> None:
-    """Have the system read these stretches, (first, end) in elements, while this process goes on."""
-    if (home := _home(array)) is None:
+def prefetch_pages(array: NDArray[Any], ranges: Iterable[tuple[int, int]]) -> None:
+    """Ask the system to read these ranges, (first, end) in elements, while this process continues."""
+    if (found := _find_map(array)) is None:
         return
-    mapped, before = home
-    for first, end in stretches:
-        start = (before + first * array.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_WILLNEED, start, before + end * array.itemsize - start)
+    mapped, before_bytes = found
+    for first, end in ranges:
+        start = (before_bytes + first * array.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, start, before_bytes + end * array.itemsize - start)
 
 
 def release_pages(array: NDArray[Any]) -> None:
-    """Let go of all that was read of the file; what is read again is mapped again."""
-    if (home := _home(array)) is not None:
-        home[0].madvise(mmap.MADV_DONTNEED)
+    """Release all pages of the array's file; those that are read again are mapped again."""
+    if (found := _find_map(array)) is not None:
+        found[0].madvise(mmap.MADV_DONTNEED)
 
 
-def _home(array: NDArray[Any]) -> tuple[mmap.mmap, int] | None:
-    """The map that an array lies in, and how many bytes of it stand before the array."""
+def _find_map(array: NDArray[Any]) -> tuple[mmap.mmap, int] | None:
+    """The map that an array lies in, and the bytes of the map before the array."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base

@@ -1,1 +1,1 @@
-"""Texts to ids and back: the tokenizers, how they are learnt, and what they look up."""
+"""Texts to ids and back: the tokenizers, how they are learnt, and how they look words up."""

@@ -1,7 +1,7 @@
-"""How often each token of a text occurs, exactly and in bounded memory.
+"""Counts how often each token of a text occurs, exactly and in bounded memory.
 
-A count that grows too large is given away as a run: a line for each token, its UTF-8 and its count with a space
-between them, sorted by bytes, which is the order of code points. Runs are merged a stretch at a time.
+A count that grows too large is handed out as runs. A run has a line for each token, its UTF-8 and its count with a
+space between them, sorted by bytes, which is the order of code points. Runs are merged a part at a time.
 """
 
 from __future__ import annotations
@@ -14,110 +14,104 @@ from typing import IO, Protocol
 import numpy as np
 
 from lmtrain.data.arrays import Ints
-from lmtrain.data.store.encoding import BlockResult
 from lmtrain.data.text.reading import RawBlock
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.word_index import Keys, WordIndex, cut_words
 
-LEARNT_WORDS = 1 << 18  # after so many the most frequent ones are known
+LEARNT_WORDS = 1 << 18  # after this many words the most frequent ones are known
 FREQUENT = 1 << 16
-HELD_SHORT = 1 << 20  # words of 8 bytes at most: 16 bytes each
-HELD_LONG = 1 << 18  # longer words: some 200 bytes each
-WRITTEN = 1 << 16  # short words that are made lines at once
+HELD_SHORT = 1 << 20  # words of 8 bytes at most: 16 bytes of memory each
+HELD_LONG = 1 << 18  # longer words: some 200 bytes of memory each
+WRITTEN = 1 << 16  # short words that are written as lines at once
 MERGED_BYTES = 4 << 20  # of all runs together, in memory at once
 
 
 class TokenCounts(Protocol):
-    """A count under way, which gives runs away when it grows too large."""
+    """Counts tokens. `add` returns runs if it has counted too many different ones, `finish` returns all the rest."""
 
     def add(self, texts: Sequence[str]) -> list[bytes]: ...
 
-    def rest(self) -> list[bytes]: ...
+    def finish(self) -> list[bytes]: ...
 
 
-class Characters:
-    """Counts characters. A run of it is an array instead: (code points,) int64."""
+class CharacterCounts:
+    """Counts characters. Its only run is an array instead of lines: (0x110000,) int64, by code point."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(0x110000, np.int64)
 
     def add(self, texts: Sequence[str]) -> list[bytes]:
-        """Count the characters of some texts."""
         points = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
-        found = np.bincount(points)
-        self.counts[: len(found)] += found
+        counts = np.bincount(points)
+        self.counts[: len(counts)] += counts
         return []
 
-    def rest(self) -> list[bytes]:
-        """All counts."""
+    def finish(self) -> list[bytes]:
         return [self.counts.tobytes()]
 
 
 class WordCounts:
-    """Counts words: frequent ones by their place in an index, short ones as registers, the others one by one."""
+    """Counts words: frequent ones by their position in an index, short ones as numbers, the others one by one."""
 
     def __init__(self, held_short: int = HELD_SHORT, held_long: int = HELD_LONG, learnt: int = LEARNT_WORDS) -> None:
         self.held_short, self.held_long, self.learnt = held_short, held_long, learnt
-        self._frequent: list[str] | None = None  # not known yet
-        self._forget()
-        self._index, self._places = WordIndex([]), np.zeros(1, np.int64)
+        self._frequent: list[str] | None = None  # None: not known yet
+        self._clear()
+        self._index, self._frequent_counts = WordIndex([]), np.zeros(1, np.int64)  # 0: words that are not frequent
 
-    def _forget(self) -> None:
-        self._new: list[Keys] = []  # short words as they come, each a big-endian number
-        self._keys, self._counts = np.zeros(0, np.uint64), np.zeros(0, np.int64)  # of short words, sorted
+    def _clear(self) -> None:
+        self._new: list[Keys] = []  # short words in the order of the text, each as a big-endian number
+        self._keys, self._counts = np.zeros(0, np.uint64), np.zeros(0, np.int64)  # short words, sorted
         self._long: Counter[bytes] = Counter()
 
     def add(self, texts: Sequence[str]) -> list[bytes]:
-        """Count the words of some texts; runs, if there are too many by now."""
         words = cut_words("\n".join(texts))
-        found = self._index.find(words)
-        self._places += np.bincount(found, minlength=len(self._places))
-        others = np.flatnonzero(found == 0)
+        positions = self._index.look_up(words)
+        self._frequent_counts += np.bincount(positions, minlength=len(self._frequent_counts))
+        others = np.flatnonzero(positions == 0)
         short = words.sizes[others] <= 8
         self._new.append(words.registers(others[short]))
         self._long.update(words.bytes_of(others[~short]))
         if sum(map(len, self._new)) > (self.learnt if self._frequent is None else self.held_short // 2):
-            self._gather()
+            self._count_new()
             if self._frequent is None:
-                self._learn()
+                self._learn_frequent()
         return self._runs() if len(self._keys) > self.held_short or len(self._long) > self.held_long else []
 
-    def _gather(self) -> None:
-        """Add the short words that came to the sorted ones."""
-        self._add(*np.unique(np.concatenate([np.zeros(0, np.uint64), *self._new]), return_counts=True))
+    def _count_new(self) -> None:
+        self._add_short(*np.unique(np.concatenate([np.zeros(0, np.uint64), *self._new]), return_counts=True))
         self._new = []
 
-    def _add(self, keys: Keys, counts: Ints) -> None:
+    def _add_short(self, keys: Keys, counts: Ints) -> None:
         keys, counts = np.concatenate([self._keys, keys]), np.concatenate([self._counts, counts])
         order = np.argsort(keys, kind="stable")
         keys, counts = keys[order], counts[order]
         first = np.flatnonzero(np.diff(keys, prepend=keys[:1] + np.uint64(1)))
         self._keys, self._counts = keys[first], np.add.reduceat(counts, first) if len(first) else counts
 
-    def _learn(self) -> None:
-        """From here on the words that were frequent so far are counted by their place."""
+    def _learn_frequent(self) -> None:
+        """From here on, count the words that were frequent so far by their position."""
         held = [*_short_words(self._keys, self._counts), *self._long.items()]
         held.sort(key=lambda item: -item[1])
         self._frequent = [word.decode() for word, _ in held[:FREQUENT]]
         self._index = WordIndex(self._frequent)
-        self._places = np.zeros(1 + len(self._frequent), np.int64)
+        self._frequent_counts = np.zeros(1 + len(self._frequent), np.int64)
 
     def _runs(self) -> list[bytes]:
-        """Give all away that was not counted by its place."""
-        self._gather()
+        """Hand out all counts but those of frequent words."""
+        self._count_new()
         slices = [slice(start, start + WRITTEN) for start in range(0, len(self._keys), WRITTEN)]
         short = b"".join(_lines(_short_words(self._keys[part], self._counts[part])) for part in slices)
         long = _lines(sorted(self._long.items()))
-        self._forget()
+        self._clear()
         return [part for part in (short, long) if part]
 
-    def rest(self) -> list[bytes]:
-        """Runs of all that was counted and not given away."""
+    def finish(self) -> list[bytes]:
         words = cut_words("\n".join(self._frequent or ()))
-        counts = self._places[1:]
+        counts = self._frequent_counts[1:]
         short = np.flatnonzero((words.sizes <= 8) & (counts > 0))
         long = np.flatnonzero((words.sizes > 8) & (counts > 0))
-        self._add(words.registers(short), counts[short])
+        self._add_short(words.registers(short), counts[short])
         for word, count in zip(words.bytes_of(long), counts[long].tolist(), strict=True):
             self._long[word] += count
         return self._runs()
@@ -128,59 +122,59 @@ def _short_words(keys: Keys, counts: Ints) -> Iterator[tuple[bytes, int]]:
 
 
 def _lines(counts: Iterable[tuple[bytes, int]]) -> bytes:
-    """The lines of a run; the counts are sorted."""
+    """The lines of a run, from sorted counts."""
     return b"".join(b"%b %d\n" % item for item in counts)
 
 
 class BlockCounter:
-    """From a block to the counts of its tokens, which are kept and given away when they are many."""
+    """Counts the tokens of blocks, as a task of a worker; its results are runs."""
 
     def __init__(self, source: Source, kind: str) -> None:
         self.source = source
-        self.tally: TokenCounts = Characters() if kind == "char" else WordCounts()
+        self._counts: TokenCounts = CharacterCounts() if kind == "char" else WordCounts()
         self._lines_do_not_matter = kind == "word" and source.part == "all"
 
-    def answer(self, raw: RawBlock) -> BlockResult:
-        """Count a block; raises DataError with the place of its fault."""
+    def work(self, raw: RawBlock) -> list[bytes]:
+        """Count the tokens of a block; raises DataError with the place of its fault."""
         if self._lines_do_not_matter:
-            return BlockResult({}, self.tally.add(self.source.unsplit_texts(raw)))
-        return BlockResult({}, self.tally.add(list(filter(str.strip, self.source.kept(self.source.parse(raw)).texts))))
+            return self._counts.add(self.source.unsplit_texts(raw))
+        return self._counts.add(list(filter(str.strip, self.source.kept(self.source.parse(raw)).texts)))
 
-    def rest(self) -> BlockResult:
-        """What is left at the end."""
-        return BlockResult({}, self.tally.rest())
+    def finish(self) -> list[bytes]:
+        return self._counts.finish()
 
 
-class _Stretches:
-    """A run, read a stretch at a time."""
+class _RunReader:
+    """Reads a run a part at a time."""
 
     def __init__(self, handle: IO[bytes], size: int) -> None:
         self.handle, self.size = handle, size
         self.words: list[bytes] = []
         self.counts: list[int] = []
-        self.whole = False  # whether nothing more is to come
+        self.at_end = False
 
     def fill(self) -> None:
-        if not self.words and not self.whole:
+        """Read the next part once the last one is used up."""
+        if not self.words and not self.at_end:
             parts = (self.handle.read(self.size) + self.handle.readline()).split()
             self.words, self.counts = parts[::2], list(map(int, parts[1::2]))
-            self.whole = not parts
+            self.at_end = not parts
 
-    def take(self, last: bytes | None) -> Iterator[tuple[bytes, int]]:
-        """What stands up to here; None: all."""
-        count = len(self.words) if last is None else bisect_right(self.words, last)
+    def take(self, last: bytes) -> Iterator[tuple[bytes, int]]:
+        """Take the words of this part up to and including `last`."""
+        count = bisect_right(self.words, last)
         taken = zip(self.words[:count], self.counts[:count], strict=True)
         self.words, self.counts = self.words[count:], self.counts[count:]
         return taken
 
 
 def merge_runs(runs: Sequence[IO[bytes]], held_bytes: int = MERGED_BYTES) -> Iterator[dict[bytes, int]]:
-    """The sums of several runs, each word once, a stretch of the alphabet at a time."""
-    readers = [_Stretches(handle, max(1, held_bytes // len(runs))) for handle in runs]
+    """Add up several runs; yields a part of the alphabet at a time, each word once."""
+    readers = [_RunReader(handle, max(1, held_bytes // len(runs))) for handle in runs]
     while True:
         for reader in readers:
             reader.fill()
-        readers = [reader for reader in readers if not reader.whole]
+        readers = [reader for reader in readers if not reader.at_end]
         if not readers:
             return
         last = min(reader.words[-1] for reader in readers)
@@ -192,11 +186,12 @@ def merge_runs(runs: Sequence[IO[bytes]], held_bytes: int = MERGED_BYTES) -> Ite
 
 
 def most_frequent(parts: Iterable[Mapping[bytes, int]], size: int, least: int, left_out: bytes = b"") -> list[bytes]:
-    """The most frequent tokens first, equal counts in the order of their code points.
+    """The `size` most frequent tokens, best first, equal counts in the order of their code points.
 
     Args:
-        parts: together they name each token once.
-        least: how often a token has to occur.
+        parts: counts that together have each token once.
+        least: how often a token must occur.
+        left_out: a token that is not wanted.
     """
     best: list[tuple[int, bytes]] = []
     for part in parts:
@@ -207,10 +202,10 @@ def most_frequent(parts: Iterable[Mapping[bytes, int]], size: int, least: int, l
     return [token for _, token in sorted(best)[:size]]
 
 
-def sum_characters(answers: Iterable[bytes]) -> dict[bytes, int]:
-    """The sums of what `Characters` gave."""
+def sum_characters(runs: Iterable[bytes]) -> dict[bytes, int]:
+    """Add up the runs of `CharacterCounts`."""
     total: Ints = np.zeros(0x110000, np.int64)
-    for part in answers:
-        total += np.frombuffer(part, np.int64)
+    for run in runs:
+        total += np.frombuffer(run, np.int64)
     points = np.flatnonzero(total).tolist()
     return {chr(point).encode(): int(total[point]) for point in points}

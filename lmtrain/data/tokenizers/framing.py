@@ -1,4 +1,4 @@
-"""Texts of a block to ids between their start and end tokens."""
+"""The texts of a block become ids between their start and end tokens. Shapes: S texts, T ids without those tokens."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from lmtrain.data.arrays import Ints
 from lmtrain.data.text.reading import Block
-from lmtrain.data.tokenizers.base import Ids, Tokenizer
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import DataError
 
 
-def encode_block(tokenizer: Tokenizer, block: Block, texts: Sequence[str]) -> tuple[Ids, Ids]:
-    """The flat ids and lengths of these texts of a block; raises DataError with the place."""
+def encode_block(tokenizer: Tokenizer, block: Block, texts: Sequence[str]) -> tuple[Ints, Ints]:
+    """Encode these texts of a block: flat ids (T,) and lengths (S,); raises DataError with the place of its fault."""
     try:
         return tokenizer.encode_texts(texts)
     except DataError:
-        for number, text in zip(block.lines, block.texts, strict=True):  # once more, for the place
+        for number, text in zip(block.lines, block.texts, strict=True):  # once more, to find the place
             column = 0
             for word in text.split():
                 column = text.index(word, column)
@@ -31,14 +32,17 @@ def encode_block(tokenizer: Tokenizer, block: Block, texts: Sequence[str]) -> tu
 
 
 def frame_texts(
-    flat: Ids, lengths: Ids, end: int, start: int | None, dtype: DTypeLike = np.int64
-) -> tuple[NDArray[Any], Ids]:
-    """Put a start token before (None: nothing) and an end token behind each sequence; also where each one ends."""
-    more = 1 if start is None else 2
-    ends = (lengths + more).cumsum()
+    flat: Ints, lengths: Ints, end: int, start: int | None, dtype: DTypeLike = np.int64
+) -> tuple[NDArray[Any], Ints]:
+    """Put a start token before each text, unless it is None, and an end token after it.
+
+    From flat ids (T,) and lengths (S,) to the framed ids, (T + S,) or (T + 2 S,), and where each text ends (S,).
+    """
+    added = 1 if start is None else 2
+    ends = (lengths + added).cumsum()
     framed = np.empty(int(ends[-1]), dtype)
     inner = np.ones(len(framed), bool)
-    starts = ends - lengths - more
+    starts = ends - lengths - added
     framed[ends - 1], inner[ends - 1] = end, False
     if start is not None:
         framed[starts], inner[starts] = start, False

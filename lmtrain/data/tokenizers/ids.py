@@ -1,4 +1,4 @@
-"""Text that is ids already."""
+"""The tokenizer of text that consists of ids already."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from lmtrain.data.tokenizers.base import Ids, Tokenizer
+from lmtrain.data.arrays import Ints
+from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import DataError
 
 
 class IdsTokenizer(Tokenizer):
-    """Text that is ids already: whitespace-separated integers in 0 .. ids - 1, the pad id excepted.
+    """Reads text that consists of ids: integers from 0 to ids - 1 between white space, without the pad id.
 
     Args:
-        ids: how many ids there are, the pad id counted; `<bos>` is `ids` and `<eos>` is `ids + 1`.
+        ids: the number of ids, the pad id included; `<bos>` is `ids` and `<eos>` is `ids + 1`.
+        pad_id: the id that never occurs in a text.
     """
 
     kind = "ids"
@@ -27,7 +29,7 @@ class IdsTokenizer(Tokenizer):
         self.ids, self.pad_id = ids, pad_id
         self.bos_id, self.eos_id, self.vocab_size = ids, ids + 1, ids + 2
 
-    def encode_texts(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
         words = [text.split() for text in texts]
         flat = np.fromiter(map(self._id, chain.from_iterable(words)), np.int64)
         return flat, np.array([len(part) for part in words], np.int64)

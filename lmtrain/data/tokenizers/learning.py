@@ -1,7 +1,7 @@
-"""Learning a tokenizer from a corpus of any size, in bounded memory.
+"""Learns a tokenizer from a corpus of any size, in bounded memory.
 
-Characters and words are counted exactly. Subwords are learnt from the whole of a text that is small enough, and from
-evenly spaced parts of a larger one.
+Characters and words are counted exactly. Subwords are learnt from the whole of a small text, and from evenly spaced
+parts of a large one.
 """
 
 from __future__ import annotations
@@ -11,38 +11,37 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO
 
-from lmtrain.data.store.workers import crew
 from lmtrain.data.text.digests import Watch
 from lmtrain.data.text.reading import RawBlock
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.base import FIRST, Tokenizer
-from lmtrain.data.tokenizers.counting import merge_runs, most_frequent, sum_characters
+from lmtrain.data.tokenizers.counting import BlockCounter, merge_runs, most_frequent, sum_characters
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.data.tokenizers.library import train_library
 from lmtrain.data.tokenizers.subword import SubwordTokenizer
 from lmtrain.data.tokenizers.vocabulary import ByteTokenizer, CharTokenizer, WordTokenizer
 from lmtrain.errors import DataError
+from lmtrain.system.console import Notify
+from lmtrain.system.workers import open_workers
 
-SAMPLE_BYTES = {"bpe": 64 << 20, "unigram": 16 << 20}  # what the library's trainers take 500 MB for
-SMALL_RUN_BYTES = 1 << 20  # that is not worth a file
-
-Notify = Callable[[str], None]
+SAMPLE_BYTES = {"bpe": 64 << 20, "unigram": 16 << 20}  # the library's trainers take 500 MB of memory for these
+SMALL_RUN_BYTES = 1 << 20  # a run of this size is not worth a file
 
 
 def learn_tokenizer(
     kind: str, source: Source, cache: Path, vocab_size: int, min_frequency: int, notify: Notify, watch: Watch
 ) -> Tokenizer:
-    """The tokenizer of a source: char, word, bpe or unigram.
+    """Learn a tokenizer of kind char, word, bpe or unigram from a source.
 
     Args:
-        cache: a directory for what does not stay in memory.
+        cache: a directory for what does not fit into memory.
 
     Raises:
-        DataError: a fault of the text, with its place; or nothing to learn a vocabulary from.
+        DataError: the text has a fault, which is named with its place, or there is nothing to learn from.
         OSError: the cache directory can't be written.
     """
     what = f"learning the {kind} vocabulary from {source.name}"
@@ -53,44 +52,45 @@ def learn_tokenizer(
         if step > 1:
             taken = sum(len(raw.data) for raw in sample)
             notify(f"note: of that, {taken / 2**20:,.0f} MiB are learnt from: evenly spaced parts, one in {step}")
-        return train_tokenizer(kind, _texts(source, sample), vocab_size=vocab_size)
+        texts = (text for raw in sample for text in source.kept(source.parse(raw)).texts if text.strip())
+        return train_tokenizer(kind, texts, vocab_size=vocab_size)
     with ExitStack() as stack:
-        tokens = _count(kind, source, cache, max(1, vocab_size - FIRST), min_frequency, stack, watch, what)
+        tokens = _count_tokens(kind, source, cache, max(1, vocab_size - FIRST), min_frequency, stack, watch, what)
     if not tokens:
         raise no_vocabulary(min_frequency)
     return CharTokenizer(tokens) if kind == "char" else WordTokenizer(tokens)
 
 
-def _count(
+def _count_tokens(
     kind: str, source: Source, cache: Path, size: int, least: int, stack: ExitStack, watch: Watch, what: str
 ) -> list[str]:
     """The most frequent tokens, best first."""
     runs: list[IO[bytes]] = []
     total_bytes = source.size()
-    workers = stack.enter_context(crew({"task": "count", "source": asdict(source), "kind": kind}, [], total_bytes))
+    workers = stack.enter_context(open_workers(partial(BlockCounter, source, kind), total_bytes))
 
-    def keep(parts: list[bytes]) -> None:
-        for part in parts:
-            # without a name: whatever ends this process, nothing is left of it
-            large = len(part) > SMALL_RUN_BYTES
+    def store(new_runs: list[bytes]) -> None:
+        for run in new_runs:
+            # a file without a name: nothing is left of it, whatever ends this process
+            large = len(run) > SMALL_RUN_BYTES
             handle: IO[bytes] = tempfile.TemporaryFile(dir=cache) if large else io.BytesIO()  # noqa: SIM115
             stack.callback(handle.close)
-            handle.write(part)
+            handle.write(run)
             handle.seek(0)
             runs.append(handle)
 
-    for raw, answer in workers.work(source.raws()):
-        keep(answer.parts)
+    for raw, new_runs in workers.work(source.raws()):
+        store(new_runs)
         watch(what, raw.read_bytes, total_bytes)
-    for answer in workers.rest():
-        keep(answer.parts)
+    for new_runs in workers.finish():
+        store(new_runs)
     if kind == "char":
         return [token.decode() for token in most_frequent([sum_characters(run.read() for run in runs)], size, least)]
     return [token.decode() for token in most_frequent(merge_runs(runs), size, least, left_out=b"<unk>")]
 
 
 def _sample(source: Source, most_bytes: int, watch: Callable[[int], None]) -> tuple[list[RawBlock], int]:
-    """Every n-th block of a source, and n: the smallest power of two by which they have no more bytes than that."""
+    """Every n-th block of a source, and n: the smallest power of two with which they have at most `most_bytes`."""
     kept: list[RawBlock] = []
     held, step = 0, 1
     for number, raw in enumerate(source.raws()):
@@ -105,11 +105,6 @@ def _sample(source: Source, most_bytes: int, watch: Callable[[int], None]) -> tu
     return kept, step
 
 
-def _texts(source: Source, raws: list[RawBlock]) -> Iterator[str]:
-    for raw in raws:
-        yield from filter(str.strip, source.kept(source.parse(raw)).texts)
-
-
 def train_tokenizer(
     kind: str,
     texts: Iterable[str],
@@ -119,15 +114,15 @@ def train_tokenizer(
     path: str | None = None,
     pad_id: int = 0,
 ) -> Tokenizer:
-    """Make the tokenizer that a config's `tokenizer` section asks for, from the training texts.
+    """Make the tokenizer that a config's `tokenizer` section describes, from the training texts.
 
     Args:
-        texts: read only where the kind has something to learn.
-        vocab_size: upper bound, special tokens counted; for kind ids the exact number of ids.
+        texts: read only for a kind that is learnt.
+        vocab_size: upper bound, special tokens included; for kind ids the exact number of ids.
 
     Raises:
-        DataError: nothing to learn a vocabulary from.
-        ArtefactError: kind file, and the file is not a tokenizer.
+        DataError: there is nothing to learn a vocabulary from.
+        ArtefactError: for kind file, the file is not a tokenizer.
     """
     match kind:
         case "byte":
@@ -149,7 +144,7 @@ def train_tokenizer(
 def _most_frequent(
     counts: Iterator[Counter[str]], vocab_size: int, min_frequency: int, left_out: str | None = None
 ) -> list[str]:
-    """The most frequent tokens first, equal counts in the order of their code points."""
+    """The most frequent tokens, best first, equal counts in the order of their code points."""
     total: Counter[str] = Counter()
     for part in counts:
         total.update(part)
@@ -162,5 +157,5 @@ def _most_frequent(
 
 
 def no_vocabulary(min_frequency: int) -> DataError:
-    """The error to raise where everything is rarer than that."""
+    """The error to raise where every token is rarer than that."""
     return DataError(f"no token occurs {min_frequency} times or more: there is no vocabulary to learn")

@@ -1,4 +1,4 @@
-"""The tokenizers library: its faults as ours, its trainers."""
+"""The `tokenizers` library: its errors as ours, and its trainers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 
 from lmtrain.errors import ArtefactError
 
-_REDIRECTING = Lock()  # file 2 is the whole process's
+_REDIRECTING = Lock()  # all threads of the process have the same standard error
 
 
 @contextmanager
-def caught(what: str) -> Iterator[None]:
-    """Whatever the tokenizers library raises, as an ArtefactError.
+def as_artefact_errors(what: str) -> Iterator[None]:
+    """Raise an ArtefactError for anything that the tokenizers library raises.
 
-    Its panics are no `Exception`, and it tells them to file 2 by itself: a user should have one line, and ours.
+    Its panics are no `Exception`, and it writes them to standard error itself. That is switched off meanwhile, since a
+    user should see our one line alone, which begins with `what`.
     """
-    with _REDIRECTING, open(os.devnull, "w") as unseen:
+    with _REDIRECTING, open(os.devnull, "w") as nowhere:
         try:
-            shown = os.dup(2)
-        except OSError:  # closed by whoever started us
-            shown = os.dup(unseen.fileno())
-        os.dup2(unseen.fileno(), 2)
+            standard_error = os.dup(2)
+        except OSError:  # it was closed by whoever started this process
+            standard_error = os.dup(nowhere.fileno())
+        os.dup2(nowhere.fileno(), 2)
         try:
             yield
         except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -32,30 +33,27 @@ def caught(what: str) -> Iterator[None]:
         except BaseException as error:  # noqa: BLE001
             raise ArtefactError(f"{what}: {first_line(error)}") from None
         finally:
-            os.dup2(shown, 2)
-            os.close(shown)
+            os.dup2(standard_error, 2)
+            os.close(standard_error)
 
 
 def train_library(kind: str, texts: Iterable[str], size: int) -> str:
-    """The JSON of a tokenizer of byte-level pieces: any text can be encoded and comes back as it was, so nothing is
-    unknown."""
+    """Learn a tokenizer of byte-level pieces (bpe or unigram, of `size` at most), and return its JSON.
+
+    It can encode any text and decodes it to the same text, so no token is unknown.
+    """
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    trainer: Any
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if kind == "bpe":
-        library = Library(models.BPE())
-        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    else:
-        library = Library(models.Unigram())
-        trainer = trainers.UnigramTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    library = Library(models.BPE() if kind == "bpe" else models.Unigram())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    library.train_from_iterator(texts, trainer)
+    make_trainer: Any = trainers.BpeTrainer if kind == "bpe" else trainers.UnigramTrainer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    library.train_from_iterator(texts, make_trainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
     return str(library.to_str())
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in short."""
+    """The first line of an error's message, cut after 200 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

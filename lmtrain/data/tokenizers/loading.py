@@ -1,4 +1,4 @@
-"""A tokenizer as a run keeps it, read back."""
+"""Reads the tokenizer that a run has stored."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lmtrain.errors import ArtefactError
 
 
 def parse_tokenizer(content: str, name: str = "tokenizer.json") -> Tokenizer:
-    """Read what `Tokenizer.dumps` wrote.
+    """Make the tokenizer that `Tokenizer.dumps` wrote; `name` is the file, for messages.
 
     Raises:
-        ArtefactError: not a tokenizer, or of a newer format.
+        ArtefactError: the content is not a tokenizer, or has a newer format.
     """
     try:
         stored = json.loads(content)

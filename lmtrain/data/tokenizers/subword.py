@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lmtrain.data.tokenizers.base import FIRST, SMALL_TEXT, Ids, Tokenizer
-from lmtrain.data.tokenizers.library import caught
+from lmtrain.data.arrays import Ints
+from lmtrain.data.tokenizers.base import FIRST, SMALL_TEXT, Tokenizer
+from lmtrain.data.tokenizers.library import as_artefact_errors
 from lmtrain.data.tokenizers.pieces import Pieces, cuts_at_spaces
 from lmtrain.errors import ArtefactError
 
@@ -18,19 +19,19 @@ from lmtrain.errors import ArtefactError
 class SubwordTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library (bpe, unigram, or a tokenizer.json of the user's).
 
-    The library's ids are shifted behind the special tokens, and its own special tokens are left out, so that no text
+    The library's ids are shifted to follow the special tokens. Its own special tokens are left out, so that no text
     can stand for one.
 
     Raises:
-        ArtefactError: the JSON is not a tokenizer's, or its ids have gaps.
+        ArtefactError: the content is not the library's JSON, or its ids have gaps.
     """
 
     def __init__(self, content: str, kind: str = "file", name: str = "tokenizer.json") -> None:
         from tokenizers import Tokenizer as Library
 
         self.name = name
-        self.kind = kind  # type: ignore[misc]  # bpe, unigram and file differ in their origin alone
-        with caught(f"{name}: not a tokenizer of the tokenizers library"):
+        self.kind = kind  # type: ignore[misc]  # bpe, unigram and file differ only in their origin
+        with as_artefact_errors(f"{name}: not a tokenizer of the tokenizers library"):
             self.library = Library.from_str(content)
         self.library.no_padding()
         self.library.no_truncation()
@@ -42,14 +43,14 @@ class SubwordTokenizer(Tokenizer):
         self.vocab_size = FIRST + len(tokens)
         unknown = getattr(self.library.model, "unk_token", None)
         unknown_id = self.library.token_to_id(unknown) if isinstance(unknown, str) else None
-        if unknown_id is None:  # unigram names it by its id
+        if unknown_id is None:  # unigram gives its id instead
             unknown_id = json.loads(self.library.to_str())["model"].get("unk_id")
         self.unk_id = None if unknown_id is None else FIRST + unknown_id
         by_spaces = cuts_at_spaces(json.loads(self.library.to_str()))
         self._pieces = Pieces(self._encode, list(map(len, tokens))) if by_spaces else None  # a character is a byte
 
-    def encode_texts(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        with caught(f"{self.name}: can't encode this text"):
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
+        with as_artefact_errors(f"{self.name}: can't encode this text"):
             if self._pieces is not None and sum(map(len, texts)) >= SMALL_TEXT:
                 flat, lengths = self._pieces.encode_texts(texts)
             else:
@@ -62,7 +63,7 @@ class SubwordTokenizer(Tokenizer):
         return [part.ids for part in self.library.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        with caught(f"{self.name}: can't decode these tokens"):
+        with as_artefact_errors(f"{self.name}: can't decode these tokens"):
             text: str = self.library.decode([int(i) - FIRST for i in ids if i >= FIRST], skip_special_tokens=False)
         return text
 

@@ -1,4 +1,4 @@
-"""Tokenizers that are a list of characters, bytes or words."""
+"""Tokenizers whose tokens are characters, bytes or words."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from lmtrain.data.tokenizers.base import FIRST, SMALL_TEXT, Ids, Tokenizer
+from lmtrain.data.arrays import Ints
+from lmtrain.data.tokenizers.base import FIRST, SMALL_TEXT, Tokenizer
 from lmtrain.data.tokenizers.word_index import LONGEST_BYTES, WordIndex, cut_words
 from lmtrain.errors import ArtefactError
 
 
 class _Vocabulary(Tokenizer):
-    """A list of tokens, the id of each being its place behind the special ones."""
+    """A list of tokens, whose ids follow the special tokens."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens = list(tokens)
         self.vocab_size = FIRST + len(self.tokens)
-        "".join(self.tokens).encode()  # lone surrogates are no text
-        self.ids = {token: FIRST + place for place, token in enumerate(self.tokens)}
+        "".join(self.tokens).encode()  # raises where a token is half a surrogate pair
+        self.ids = {token: FIRST + position for position, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             raise ArtefactError("the vocabulary names a token twice")
 
@@ -33,7 +34,7 @@ class _Vocabulary(Tokenizer):
 
 
 class CharTokenizer(_Vocabulary):
-    """A token a Unicode character."""
+    """Each Unicode character is a token."""
 
     kind = "char"
 
@@ -44,19 +45,19 @@ class CharTokenizer(_Vocabulary):
         self._id_of = np.full(0x110000, self.unk_id, np.int64)  # by code point: no loop over characters
         self._id_of[[ord(token) for token in self.tokens]] = list(self.ids.values())
 
-    def encode_texts(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
         points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
         return self._id_of[points], np.array([len(text) for text in texts], np.int64)
 
 
 class ByteTokenizer(Tokenizer):
-    """A token a UTF-8 byte: 256 of them, nothing is unknown."""
+    """Each of the 256 bytes of UTF-8 is a token; no text has an unknown one."""
 
     kind = "byte"
     vocab_size = FIRST + 256
     unk_id = None
 
-    def encode_texts(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
         encoded = [text.encode() for text in texts]
         flat = np.frombuffer(b"".join(encoded), np.uint8).astype(np.int64) + FIRST
         return flat, np.array([len(text) for text in encoded], np.int64)
@@ -69,7 +70,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class WordTokenizer(_Vocabulary):
-    """A token a word between white space; what is not in the vocabulary is `<unk>`."""
+    """Each word between white space is a token; a word that is not in the vocabulary is `<unk>`."""
 
     kind = "word"
     separator = " "
@@ -78,20 +79,20 @@ class WordTokenizer(_Vocabulary):
         super().__init__(tokens)
         self._index: WordIndex | None = None  # made for the first long text
 
-    def encode_texts(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
         whole = "\n".join(texts)
         if len(whole) < SMALL_TEXT or whole.count("\n") >= len(texts):
             return self._encode_slowly(texts)
         if self._index is None:
             self._index = WordIndex(self.tokens)
         words = cut_words(whole)
-        flat = self._index.find(words).astype(np.int64) + (FIRST - 1)  # 0, not found, is FIRST - 1: <unk>
-        for place in np.flatnonzero(words.sizes > LONGEST_BYTES).tolist():
-            [word] = words.bytes_of(np.array([place]))
-            flat[place] = self.ids.get(word.decode("utf-8", "surrogatepass"), 3)
+        flat = self._index.look_up(words).astype(np.int64) + (FIRST - 1)  # an unknown word, 0, becomes 3: <unk>
+        for position in np.flatnonzero(words.sizes > LONGEST_BYTES).tolist():
+            [word] = words.bytes_of(np.array([position]))
+            flat[position] = self.ids.get(word.decode("utf-8", "surrogatepass"), 3)
         return flat, words.lengths()
 
-    def _encode_slowly(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+    def _encode_slowly(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
         words = [text.split() for text in texts]
         flat = [self.ids.get(word, 3) for word in chain.from_iterable(words)]
         return np.array(flat, np.int64), np.array([len(part) for part in words], np.int64)

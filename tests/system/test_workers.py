@@ -1,0 +1,133 @@
+"""Worker processes: what they do comes back in order, and what ends them is said in a line."""
+
+import os
+import re
+import signal
+import struct
+import sys
+import time
+
+import pytest
+
+from lmtrain.errors import ArtefactError, DataError, OutOfMemoryError, StorageError
+from lmtrain.system import workers
+from lmtrain.system.workers import SingleWorker, WorkerPool, open_workers
+
+
+class Square:
+    """A task that remembers what it has seen. It is imported by the workers, so this file imports no torch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def work(self, item):
+        self.seen.append(item)
+        if item == "modules":
+            return sorted(sys.modules), signal.getsignal(signal.SIGINT) == signal.SIG_IGN, os.environ["OMP_NUM_THREADS"]
+        if item in (7, 11):
+            time.sleep(0.2 if item == 7 else 0)  # the later fault is found first
+            raise (DataError if item == 7 else ArtefactError)(f"{item}: a fault", "and another")
+        if item == "memory":
+            raise MemoryError
+        if item == "bug":
+            raise ZeroDivisionError("a bug")
+        if item == "half a message":
+            [descriptor] = re.findall(r"\d+", sys.orig_argv[-1])
+            os.write(int(descriptor), struct.pack("!i", 1 << 20) + b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if isinstance(item, signal.Signals):
+            os.kill(os.getpid(), item)
+        return item * item
+
+    def finish(self):
+        return self.seen
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(workers, "core_count", lambda: 3)
+    with open_workers(Square, workers.FEW_BYTES) as pool:
+        assert isinstance(pool, WorkerPool)
+        yield pool
+
+
+def test_few_bytes_or_one_core_need_no_process(monkeypatch):
+    for cores, size_bytes in ((3, workers.FEW_BYTES - 1), (1, workers.FEW_BYTES)):
+        monkeypatch.setattr(workers, "core_count", lambda cores=cores: cores)
+        with open_workers(Square, size_bytes) as alone:
+            assert isinstance(alone, SingleWorker)
+            assert list(alone.work([3, 1])) == [(3, 9), (1, 1)]
+            assert list(alone.finish()) == [[3, 1]]
+
+
+def test_results_come_in_order_and_each_worker_gives_what_it_has_left(pool):
+    items = [number for number in range(60) if number not in (7, 11)]
+    assert list(pool.work(iter(items))) == [(number, number**2) for number in items]
+    assert sorted(number for seen in pool.finish() for number in seen) == items
+
+
+def test_items_are_read_only_a_little_ahead(pool):
+    read = []
+    results = pool.work(read.append(number) or 2 for number in range(1000))
+    next(results)
+    assert len(read) == 3 * workers.ITEMS_AHEAD
+
+
+def test_the_first_fault_in_order_is_raised_with_all_its_lines(pool):
+    with pytest.raises(DataError) as error:
+        list(pool.work(range(20)))
+    assert error.value.faults == ("7: a fault", "and another")
+    with pytest.raises(ArtefactError):
+        list(pool.work([11]))
+
+
+def test_what_comes_before_a_fault_of_the_items_is_done_first(pool):
+    def items():
+        yield from (1, 2, 3)
+        raise DataError("broken")
+
+    done = []
+    with pytest.raises(DataError, match="broken"):
+        done.extend(item for item, _ in pool.work(items()))
+    assert done == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("item", "fault", "what"),
+    [
+        (signal.SIGKILL, OutOfMemoryError, "out of memory while text was read; "),
+        ("memory", OutOfMemoryError, "out of memory while text was read; "),
+        ("half a message", OutOfMemoryError, "out of memory while text was read; "),
+        (signal.SIGTERM, StorageError, "ended by SIGTERM; start again"),
+        ("bug", RuntimeError, "(?s)Traceback.*in work.*ZeroDivisionError: a bug"),
+    ],
+    ids=str,
+)
+def test_the_end_of_a_worker_is_said(pool, item, fault, what):
+    with pytest.raises(fault, match=what) as error:
+        list(pool.work([1, 2, item, 4]))
+    assert fault is RuntimeError or len(error.value.faults) == 1
+
+
+def test_a_worker_has_one_thread_and_no_torch_and_leaves_ctrl_c_to_its_parent(pool):
+    [(_, (modules, ignored, threads))] = pool.work(["modules"])
+    assert (ignored, threads) == (True, "1")
+    assert "torch" not in modules
+
+
+def test_the_end_of_the_pool_ends_workers_in_the_middle_of_their_work(monkeypatch):
+    monkeypatch.setattr(workers, "core_count", lambda: 2)
+    with open_workers(Square, workers.FEW_BYTES) as pool:
+        processes = [worker.process for worker in pool.workers]
+        pool._threads.submit(pool._ask_any, 7)
+    assert [process.returncode for process in processes] == [-signal.SIGKILL] * 2
+
+
+def test_a_pool_that_the_system_refuses_is_a_lack_of_memory(monkeypatch):
+    def refuse(*arguments, **more):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(workers, "core_count", lambda: 2)
+    monkeypatch.setattr(workers.subprocess, "Popen", refuse)
+    with pytest.raises(OutOfMemoryError, match="out of memory"), open_workers(Square, workers.FEW_BYTES):
+        pass
