@@ -5,8 +5,6 @@ command line prints each of `faults` on a line and exits with `exit_code`. Any o
 traceback.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

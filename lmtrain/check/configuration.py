@@ -1,7 +1,5 @@
 """`lmtrain check CONFIG`: the faults of a configuration and its data, and what training on them would cost."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import time

@@ -1,7 +1,5 @@
 """What training would cost on this machine: a few of its steps, measured."""
 
-from __future__ import annotations
-
 import resource
 import time
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """`lmtrain check RUN`: what a run directory holds, and whether every part of it is whole."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

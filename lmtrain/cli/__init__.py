@@ -1,7 +1,5 @@
 """The command line: each command parses, calls one function and prints; it imports torch only if it needs it."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

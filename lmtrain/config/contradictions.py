@@ -1,7 +1,5 @@
 """Finds keys whose values are right by themselves and wrong together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from lmtrain.config.schema import Config

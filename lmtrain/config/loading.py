@@ -1,7 +1,5 @@
 """Turns a YAML file and command-line overrides into a configuration, or into all of its faults, each with its place."""
 
-from __future__ import annotations
-
 import difflib
 import glob
 import json

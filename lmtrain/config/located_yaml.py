@@ -6,8 +6,6 @@ rest on the way, so that an alias bomb is refused before it is expanded. Scalars
 `1e-3` is a number.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat

@@ -1,7 +1,5 @@
 """Every configuration key with its type, bounds, default and meaning; `configs/README.md` has them in a table."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field

@@ -1,7 +1,5 @@
 """Prepares the data of a configuration: learns the tokenizer and builds the token stores, unless the cache has them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

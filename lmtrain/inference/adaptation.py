@@ -4,8 +4,6 @@ anything is adapted to it, so both give true probabilities of the text.
 Shapes: N events of a batch, W events in the cache, P output size.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass

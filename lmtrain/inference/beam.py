@@ -3,8 +3,6 @@
 Shapes: R running hypotheses of all prompts, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

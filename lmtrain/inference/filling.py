@@ -3,8 +3,6 @@
 Shapes: R candidates, V vocabulary.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

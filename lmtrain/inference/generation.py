@@ -3,8 +3,6 @@
 Shapes: B rows that still run, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What a user may ask of a trained model, with every check that needs no torch: the command line answers at once."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence

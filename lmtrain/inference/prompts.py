@@ -1,7 +1,5 @@
 """Prompts become token ids, and the ids that a model writes become text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Shapes: N events of a batch, V vocabulary, T tokens of a block of lines, start and end tokens included.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """A trained run for use from Python: `lmtrain.load(run)`."""
 
-from __future__ import annotations
-
 import heapq
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -3,8 +3,6 @@
 Shapes: D directions, H hidden size, T tokens of all lines of a block.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import zipfile

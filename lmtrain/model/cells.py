@@ -5,8 +5,6 @@ To add a cell, write its kernel, add its row to `CELLS`, and add its name to `mo
 Shapes: B rows, I input size of a layer, H hidden size, G gates.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -7,8 +7,6 @@ The two stacks never see each other. `nn.LSTM(bidirectional=True)` differs: it f
 layer, so that from the second layer on every output has seen every input. With one layer both give the same numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

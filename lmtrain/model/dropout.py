@@ -6,8 +6,6 @@ is not in training.
 Shapes: B rows, F features, N packed rows, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

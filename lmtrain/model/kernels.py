@@ -10,8 +10,6 @@ The gates' order (LSTM: i, f, g, o; GRU: r, z, n) and the weights' layouts are P
 with `torch.nn` up to rounding.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import Any

@@ -9,8 +9,6 @@ forward state before a token and the backward state after it together predict th
 seen the token that it predicts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 

@@ -4,8 +4,6 @@ Shapes: B rows, L longest row, H hidden size, K tokens of n-gram history, M inne
 packed rows or events, P output size.
 """
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 from torch import Tensor

@@ -3,8 +3,6 @@
 Shapes: B rows, L longest row, N packed rows (the sum of the lengths).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -6,8 +6,6 @@ their gradients, states and sums.
 Shapes: B rows, N packed rows, X and Y the inner and the outer size of a product.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

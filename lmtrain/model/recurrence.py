@@ -3,8 +3,6 @@
 Shapes: B rows, I input size of a layer, H hidden size of a layer, N packed rows (the sum of the lengths).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Shapes: B rows, H hidden size of a layer, K tokens of n-gram history, R chosen rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ runs/NAME/
   events.out.tfevents...  checkpoints/step-00000500/  best.json  last.json
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What the result of a run depends on beside its configuration; a run keeps it in `environment.json`."""
 
-from __future__ import annotations
-
 import platform
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """Loads the trained model of a run directory, with the configuration and the tokenizer that belong to it."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: T tokens of the training text; C contexts and P pairs (context, next token) of one order.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Builds the model that a configuration describes, and checks and loads its weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from math import prod
 from typing import Any

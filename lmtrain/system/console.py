@@ -1,7 +1,5 @@
 """Lines on standard error, and the text that a file or a terminal can hold."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Chooses device and precision, and sets what PyTorch keeps for a process: random state and freed memory."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import statistics

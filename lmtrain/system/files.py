@@ -1,7 +1,5 @@
 """Reads and writes single files: a write is whole or does nothing, a read has a size limit and follows no link."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

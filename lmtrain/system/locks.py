@@ -4,8 +4,6 @@ The `filelock` library keeps them. From version 4 on it leaves alone what stands
 locked, opens no symbolic link, and tries again where the file that it has locked was removed meanwhile.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress

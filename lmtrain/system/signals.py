@@ -1,7 +1,5 @@
 """Notes the signals that end a training run, so that the run can save its state first."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

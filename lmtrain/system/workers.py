@@ -8,8 +8,6 @@ it keeps the worker's end of the pipe open. And `multiprocessing` runs the user'
 starts, so a script would have to guard its call of `lmtrain.train` with `if __name__ == "__main__"`.
 """
 
-from __future__ import annotations
-
 import errno
 import gc
 import os

@@ -3,8 +3,6 @@
 The vectors of n-grams are not averaged: a step moves few of them, and to average all would take longer than the step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal

@@ -1,7 +1,5 @@
 """Saves the checkpoints of a run, and restores the run from them as if it had never been stopped."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any

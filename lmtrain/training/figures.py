@@ -1,7 +1,5 @@
 """The figures of a run, under the tags that metrics.jsonl and TensorBoard share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ where the processor has no bf16, and it iterates on the matrix itself. This one 
 squares of products between rows or columns: a quarter of the size where an LSTM's four gates stand above each other.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

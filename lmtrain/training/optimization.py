@@ -1,7 +1,5 @@
 """Optimizers, the learning rate's schedules, gradient clipping."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Iterable, Sequence

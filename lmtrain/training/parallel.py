@@ -5,8 +5,6 @@ megabytes of weights at a time, as soon as they are computed. The loss is a sum 
 tokens of all processes, so gradients are summed, not averaged.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """From a configuration to a training run: a new one, or one that is resumed."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import nullcontext

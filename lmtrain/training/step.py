@@ -6,8 +6,6 @@ A step takes `training.accumulate` batches. Their nats are summed, over all proc
 tokens predicted: a mean of means would be wrong, since batches differ in size.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

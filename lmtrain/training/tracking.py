@@ -1,7 +1,5 @@
 """The metric files of a run: `metrics.jsonl` in full precision, and the same tags in TensorBoard."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

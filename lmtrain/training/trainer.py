@@ -4,8 +4,6 @@ Each step depends only on the state after the step before, so a run that is stop
 for bit as if it had never been stopped.
 """
 
-from __future__ import annotations
-
 import math
 import signal
 import time

@@ -1,7 +1,5 @@
 """Validation of a model in training: its figures and its samples."""
 
-from __future__ import annotations
-
 import math
 
 from lmtrain.config import Config

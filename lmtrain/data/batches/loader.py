@@ -3,8 +3,6 @@
 Shapes: B rows of a batch, or columns of a text whose state is carried; L longest row.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@ A row is what the model reads from left to right: a stored sequence `<bos> t1 ..
 Shapes: B rows of a batch, L longest row, R rows of a corpus, T tokens of a corpus.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 

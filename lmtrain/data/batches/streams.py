@@ -6,8 +6,6 @@ column 0 predicts 0 1, then 2 3, then 4, while column 1 predicts 5 6, then 7 8, 
 Shapes: B columns, L longest row, T tokens of the stream, R rows of a corpus.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

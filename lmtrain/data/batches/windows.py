@@ -5,8 +5,6 @@ of a single row. A window is some hundred blocks from all over the corpus. Of th
 blocks are in memory. Shapes: B rows of a batch, R rows of some blocks, T tokens of the corpus.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

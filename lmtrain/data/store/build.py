@@ -5,8 +5,6 @@ safe on the disk, their checksums, the sums so far, and the place in the text wh
 array after those are cut off. The builder holds the lock `.building-KEY.lock`.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

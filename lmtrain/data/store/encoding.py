@@ -3,8 +3,6 @@
 Shapes: T tokens and S sequences of the block, start and end tokens included.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -4,8 +4,6 @@ The pages that a process has read of a map count as its memory until it releases
 them back at any time. They stay in the system's cache. Both functions leave an array that is not mapped as it is.
 """
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Iterable
 from typing import Any

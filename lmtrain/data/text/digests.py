@@ -6,8 +6,6 @@ remembered only if the file had been unchanged for longer than any file system's
 (https://git-scm.com/docs/racy-git).
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

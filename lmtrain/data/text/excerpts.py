@@ -1,7 +1,5 @@
 """Takes excerpts from files that are too large to be read as a whole by `lmtrain check`: pieces from all over them."""
 
-from __future__ import annotations
-
 import json
 import os
 import zlib

@@ -1,7 +1,5 @@
 """Gives each letter one spelling."""
 
-from __future__ import annotations
-
 import unicodedata
 
 

@@ -4,8 +4,6 @@ Text is UTF-8 and is normalised to NFC when it is decoded; a BOM is left out. A 
 unpacked as it is read. The formats (`formats/`) cut the chunks into blocks and parse these into texts.
 """
 
-from __future__ import annotations
-
 import glob
 import gzip
 import os

@@ -7,8 +7,6 @@ text, with one exception: for kind `word` a literal `<unk>` is the unknown word,
 Shapes: S texts, T tokens of all of them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from abc import ABC, abstractmethod

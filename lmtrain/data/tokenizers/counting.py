@@ -4,8 +4,6 @@ A count that grows too large is handed out as runs. A run has a line for each to
 space between them, sorted by bytes, which is the order of code points. Runs are merged a part at a time.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The texts of a block become ids between their start and end tokens. Shapes: S texts, T ids without those tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The tokenizer of text that consists of ids already."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any

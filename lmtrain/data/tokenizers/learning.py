@@ -4,8 +4,6 @@ Characters and words are counted exactly. Subwords are learnt from the whole of 
 parts of a large one.
 """
 
-from __future__ import annotations
-
 import io
 import tempfile
 from collections import Counter

@@ -1,7 +1,5 @@
 """The `tokenizers` library: its errors as ours, and its trainers."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Reads the tokenizer that a run has stored."""
 
-from __future__ import annotations
-
 import json
 
 from lmtrain.data.tokenizers.base import LARGEST_VOCABULARY, TOKENIZER_FORMAT, Tokenizer

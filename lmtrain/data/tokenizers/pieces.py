@@ -9,8 +9,6 @@ text whose white space is single spaces may be cut before each space, and its pi
 (tests/data/test_preparation.py compares the two). Any other text is encoded whole.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from itertools import chain, islice, repeat

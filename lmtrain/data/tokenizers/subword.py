@@ -1,7 +1,5 @@
 """Tokenizers of the `tokenizers` library: byte pair encoding, unigram, or a tokenizer.json of the user's own."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import chain

@@ -1,7 +1,5 @@
 """Tokenizers whose tokens are characters, bytes or words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any

@@ -4,8 +4,6 @@ A word is what `str.split` gives. Words are compared byte by byte, never by thei
 bytes of a word as one number. Shapes: W words, F bytes of a text with its padding.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """An exported model in a new folder, complete or not at all."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

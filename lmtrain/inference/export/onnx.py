@@ -3,8 +3,6 @@
 Shapes: B rows, H hidden size of a layer, K tokens of n-gram history, O orders of n-grams, P output size, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

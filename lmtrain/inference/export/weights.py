@@ -1,7 +1,5 @@
 """The weights of a trained model, named as `torch.nn` names them."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from lmtrain.errors import ConfigError

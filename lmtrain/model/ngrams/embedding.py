@@ -9,8 +9,6 @@ layer multiplies the vectors, so that a large vocabulary needs no more of them. 
 share it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

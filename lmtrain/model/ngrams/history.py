@@ -3,8 +3,6 @@
 Shapes: B rows, L longest row, K tokens of n-gram history, N events, P output size.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
