@@ -1,19 +1,20 @@
 """The metric files of a run: `metrics.jsonl` in full precision, and the same tags in TensorBoard."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.tensorboard.summary import histogram, hparams, scalar, text
 
 from lmtrain.errors import StorageError
@@ -50,7 +51,10 @@ class Tracker:
         if self.metrics.tell() < lengths.get(METRICS, 0):
             notify(f"warning: {run / METRICS} is shorter than it was at the checkpoint: rows are missing")
         self.board: Board | None = None
-        self._on_board(lambda: setattr(self, "board", Board(run)))
+        try:
+            self.board = Board(run)
+        except OSError as error:
+            self._lose_board(error)
 
     def _fault(self, error: OSError) -> StorageError:
         return StorageError(
@@ -66,43 +70,31 @@ class Tracker:
             self.metrics.flush()
         except OSError as error:
             raise self._fault(error) from None
-        self._on_board(lambda: self._add(step, values))
-
-    def _add(self, step: int, values: Mapping[str, Any]) -> None:
-        summaries = []
-        for tag, value in values.items():
-            if tag == "samples":
-                lines = "\n\n".join(f"    {sample['text'] or ' '}".replace("\n", "\n    ") for sample in value)
-                summaries.append(text("samples", lines))
-            elif value is not None:
-                summaries.append(scalar(tag, value))
-        if self.board is not None:
-            self.board.write(step, summaries)
+        self._on_board(lambda board: board.write(step, _summaries(values)))
 
     def histograms(self, step: int, model: nn.Module) -> None:
         """Write the distribution of every weight."""
-        for name, parameter in model.named_parameters():
-            self._on_board(partial(self._add_histogram, name, parameter.detach(), step))
-
-    def _add_histogram(self, name: str, values: Tensor, step: int) -> None:
-        if self.board is not None:
-            self.board.write(step, [histogram(name, values.cpu().numpy(), HISTOGRAM_BINS)])
+        weights = ((name, weight.detach().cpu().numpy()) for name, weight in model.named_parameters())
+        summaries = (histogram(name, values, HISTOGRAM_BINS) for name, values in weights)
+        self._on_board(lambda board: board.write(step, summaries))
 
     def hyperparameters(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         """Write the run's settings and its figures for TensorBoard's HPARAMS page."""
         plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in settings.items()}
-        if self.board is not None:
-            self._on_board(partial(self.board.write, 0, hparams(plain, dict(figures))))
+        self._on_board(lambda board: board.write(0, hparams(plain, dict(figures))))
 
-    def _on_board(self, action: Callable[[], object]) -> None:
+    def _on_board(self, write: Callable[[Board], None]) -> None:
         """Write to TensorBoard's file. Where it can't be written, training continues without it and says so once."""
+        if self.board is None:
+            return
         try:
-            action()
+            write(self.board)
         except OSError as error:
-            self.board = None
-            self.notify(
-                f"warning: TensorBoard's file can't be written ({error.strerror}); training continues without it"
-            )
+            self._lose_board(error)
+
+    def _lose_board(self, error: OSError) -> None:
+        self.board = None
+        self.notify(f"warning: TensorBoard's file can't be written ({error.strerror}); training continues without it")
 
     def lengths(self) -> Lengths:
         """Bytes of each metric file, once all rows are on the disk itself."""
@@ -116,8 +108,16 @@ class Tracker:
     def close(self) -> None:
         with suppress(OSError):  # what could not be written was reported before
             self.metrics.close()
-        if self.board is not None:
-            self._on_board(self.board.close)
+        self._on_board(Board.close)
+
+
+def _summaries(values: Mapping[str, Any]) -> Iterator[Any]:
+    """TensorBoard's summaries of a row of metrics."""
+    for tag, value in values.items():
+        if tag == "samples":
+            yield text(tag, "\n\n".join(f"    {each['text'] or ' '}".replace("\n", "\n    ") for each in value))
+        elif value is not None:
+            yield scalar(tag, value)
 
 
 class NullTracker(Tracker):

@@ -193,17 +193,9 @@ class Trainer:
         """Learning rate of the next step. With random chunk lengths it is scaled by the chunk's length (Merity et al.
         2018, https://arxiv.org/abs/1708.02182)."""
         schedule, batching = self.config.schedule, self.config.batching
-        rate = learning_rate(
-            self.state.step,
-            self._progress(),
-            lr=self.config.optimizer.lr,
-            name=schedule.name,
-            warmup_steps=schedule.warmup_steps,
-            final_fraction=schedule.final_fraction,
-            hold_fraction=schedule.hold_fraction,
-            rise_fraction=schedule.rise_fraction,
-            cut=self.state.cut,
-        )
+        settings = schedule.model_dump(exclude={"patience", "factor"})
+        peak, state = self.config.optimizer.lr, self.state
+        rate = learning_rate(state.step, self._progress(), lr=peak, cut=state.cut, **settings)
         if batching.random_bptt:
             rate *= sum(each.longest - 1 for each in batches.batches) / (len(batches.batches) * batching.bptt)
         return rate
