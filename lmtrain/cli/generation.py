@@ -143,8 +143,5 @@ def _read_prompts(source: str) -> list[str]:
         raise ConfigError(f"--prompts {source}: {(error.strerror or 'can not be read').lower()}") from None
     if len(data) > LARGEST_PROMPTS_BYTES:
         raise ConfigError(f"--prompts {source}: over {LARGEST_PROMPTS_BYTES >> 20} MiB; cut it into parts")
-    try:
-        text = decode_utf8(data, f"--prompts {source}")
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    text = decode_utf8(data, f"--prompts {source}")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []

@@ -88,7 +88,7 @@ def read_config_text(path: str) -> str:
         return decode_utf8(data, path)
     except OSError as error:
         raise ConfigError(f"{path}: {(error.strerror or 'cannot be read').lower()}") from None
-    except ValueError as error:
+    except ValueError as error:  # the path holds a NUL or half a surrogate pair
         raise ConfigError(str(error)) from None
 
 

@@ -3,9 +3,10 @@
 Shapes: B rows that still run, V vocabulary.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count as numbers_from
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def generate(
 ) -> list[Generation]:
     """Continue each prompt until its end token, one of the stop texts, or `max_tokens`; see `TrainedModel.generate`."""
     texts = [text for text in prompts for _ in range(count)]
-    numbers = _repetition_numbers(texts)
+    repetitions = defaultdict[str, Iterator[int]](numbers_from)
+    numbers = [next(repetitions[text]) for text in texts]  # how many equal texts precede each: a, b, a -> 0, 0, 1
     results = []
     for start in range(0, len(texts), ROWS_AT_ONCE):
         block = slice(start, start + ROWS_AT_ONCE)
@@ -94,15 +96,6 @@ def stream(
     whole = to_generation(codec, prompt, writer.rows[0], stop).completion
     if whole != shown and whole.startswith(shown):
         yield whole[len(shown) :]
-
-
-def _repetition_numbers(texts: Sequence[str]) -> list[int]:
-    """For each text, how many equal texts precede it: a, b, a -> 0, 0, 1."""
-    seen, numbers = Counter[str](), []
-    for text in texts:
-        numbers.append(seen[text])
-        seen[text] += 1
-    return numbers
 
 
 def to_generation(codec: PromptCodec, prompt: str, row: PartialText, stop: Sequence[str] = ()) -> Generation:
@@ -179,7 +172,8 @@ class _Writer:
             row.log_probabilities.append(log_probability)
             if token != self.codec.end:
                 row.ids.append(token)
-            row.finished = token == self.codec.end or self._reached_stop(index)
+            completion = self.codec.completion(self.prompts[index], row.prompt, row.ids) if self.stop else ""
+            row.finished = token == self.codec.end or any(text in completion for text in self.stop)
             if not row.finished:
                 kept.append(position)
         if len(kept) == len(running):
@@ -199,8 +193,3 @@ class _Writer:
         allowed = logits.index_fill(1, self.excluded, -torch.inf)
         probabilities = token_probabilities(self.sampling, allowed, seen)
         return draw_tokens(probabilities, [self.generators[index] for index in running]).to(logits.device)
-
-    def _reached_stop(self, index: int) -> bool:
-        row = self.rows[index]
-        completion = self.codec.completion(self.prompts[index], row.prompt, row.ids) if self.stop else ""
-        return any(text in completion for text in self.stop)

@@ -171,13 +171,7 @@ def score(
         for number, (first, end) in enumerate(zip(offsets[:-1].tolist(), ends.tolist(), strict=True)):
             inner = slice(first + 1, end) if direction == "forward" else slice(first, end - 1)
             named = zip(map(codec.name, flat[inner].tolist()), (-nats[inner]).tolist(), strict=True) if each else ()
-            yield Score(
-                block.lines[number],
-                -float(totals[number]),
-                end - first - 1,
-                int(unknown[number]),
-                list(named),
-            )
+            yield Score(block.lines[number], -float(totals[number]), end - first - 1, int(unknown[number]), list(named))
 
 
 def _nats_of_tokens(

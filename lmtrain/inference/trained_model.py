@@ -319,5 +319,4 @@ def load(
         ArtefactError: the directory is not a run, or it is damaged.
     """
     directory = run if isinstance(run, RunDirectory) else find_run(run)
-    loaded = load_run(directory, choose_device(device), notify)
-    return TrainedModel(loaded.run.path, loaded.config, loaded.tokenizer, loaded.model, loaded.step)
+    return TrainedModel(directory.path, *load_run(directory, choose_device(device), notify))

@@ -272,7 +272,6 @@ def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     import safetensors.torch
 
     try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(data)
-        return tensors
+        return dict(safetensors.torch.load(data))
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path}: not a safetensors file: {str(error)[:100]}") from None

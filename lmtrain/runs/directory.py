@@ -107,8 +107,12 @@ class RunDirectory:
         if self._config_and_tokenizer is None:
             self.refuse_links()
             refuse_old_version(self.path)
+            try:
+                config = load_config(self.path / "config.yaml", check_files=False)
+            except ConfigError as error:
+                raise ArtefactError(*error.faults) from None
             tokenizer_file = self.path / "tokenizer.json"
-            self._config_and_tokenizer = self._config(), parse_tokenizer(read_text(tokenizer_file), str(tokenizer_file))
+            self._config_and_tokenizer = config, parse_tokenizer(read_text(tokenizer_file), str(tokenizer_file))
             checkpoint.load_first_whole(
                 self.candidates(), lambda step: checkpoint.read_headers(self.checkpoints, step, INFERENCE_FILES)
             )
@@ -118,12 +122,6 @@ class RunDirectory:
         """List the steps whose weights inference may load: the best, then the last, then the others, newest first."""
         pointed = [step for step in (self.read_pointer("best"), self.read_pointer("last")) if step is not None]
         return list(dict.fromkeys([*pointed, *checkpoint.steps(self.checkpoints)]))
-
-    def _config(self) -> Config:
-        try:
-            return load_config(self.path / "config.yaml", check_files=False)
-        except ConfigError as error:
-            raise ArtefactError(*error.faults) from None
 
 
 def refuse_old_version(run: Path) -> None:

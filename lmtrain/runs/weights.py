@@ -16,27 +16,12 @@ from lmtrain.runs.checkpoint import TensorSpec
 
 def build_model(config: Config, vocab_size: int) -> LanguageModel:
     """Build the model that a configuration describes, with freshly initialised weights."""
-    model = config.model
     return LanguageModel(
         vocab_size,
-        embedding_size=model.embedding_size,
-        hidden_size=model.hidden_size,
-        num_layers=model.num_layers,
-        layer_sizes=model.layer_sizes,
-        cell=model.cell,
-        bidirectional=model.bidirectional,
-        dropout=model.dropout,
-        residual=model.residual,
-        layer_norm=model.layer_norm,
-        ngram_embeddings=model.ngram_embeddings,
-        ngram_embedding_buckets=model.ngram_embedding_buckets,
-        ngram_counts=model.ngram_counts,
-        tie_weights=model.tie_weights,
-        output=model.output,
-        backend=model.backend,
+        **config.model.model_dump(),
+        **config.regularization.model_dump(),
         sampled_tokens=config.training.sampled_tokens,
         frequent_tokens=config.training.frequent_tokens,
-        **config.regularization.model_dump(),
     )
 
 

@@ -52,17 +52,14 @@ def choose_precision(name: str, device: torch.device, size: int) -> tuple[str, s
     """
     if name != "auto":
         return name, "as configured"
-    operands = {
-        dtype: (
-            torch.ones(512, size, device=device, dtype=dtype),
-            torch.ones(size, 4 * size, device=device, dtype=dtype),
-        )
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+    shapes = (512, size), (size, 4 * size)
+    operands = [
+        [torch.ones(shape, device=device, dtype=dtype) for shape in shapes] for dtype in (torch.float32, torch.bfloat16)
+    ]
     pairs: list[tuple[float, ...]] = []
     start_s = time.monotonic()
     while len(pairs) < 5 or (len(pairs) < 50 and time.monotonic() - start_s < 0.1):
-        pairs.append(tuple(_product_seconds(device, *each) for each in operands.values()))
+        pairs.append(tuple(_product_seconds(device, *each) for each in operands))
     pairs = pairs[1:]  # the first product of each precision includes preparation
     # the two are timed in turn, and medians compared, since a busy machine slows both; bf16 must win clearly, since
     # its casts cost time too
