@@ -109,7 +109,7 @@ def generate(
 
 
 def _sampling(**options: Any) -> Sampling | None:
-    """How to draw, by the options that were given; None if none was. A penalty alone leaves the text greedy."""
+    """Return how the given options draw; None if none was given. A penalty alone leaves the text greedy."""
     given = {name: value for name, value in options.items() if value is not None}
     if not given:
         return None
@@ -121,7 +121,7 @@ def _sampling(**options: Any) -> Sampling | None:
 
 
 def _row(result: Generation, probabilities: bool) -> dict[str, Any]:
-    """The JSON object of one generated text."""
+    """Return the JSON object of one generated text."""
     row = {**vars(result)}
     tokens = row.pop("tokens")
     if not math.isfinite(result.log_probability):

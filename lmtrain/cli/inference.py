@@ -128,13 +128,13 @@ def score(
 
 
 def _run_and_source(run: str | None, source: str | None) -> tuple[str | None, str | None]:
-    """A single argument that is a file, or `-`, is not the run but its text."""
+    """Take a single argument that is a file, or `-`, for the text and not for the run."""
     only_source = run is not None and source is None and (run == "-" or Path(run).is_file())
     return (None, run) if only_source else (run, source)
 
 
 def _lines(source: str | None, model: TrainedModel) -> Iterator[Block]:
-    """The lines of a file or of standard input, a block at a time."""
+    """Read the lines of a file or of standard input, a block at a time."""
     from lmtrain.data.text.formats.text import read_lines_of
 
     if source is None or source == "-":

@@ -73,11 +73,7 @@ def parse_yaml(text: str, name: str) -> Located:
 
 
 def read_config_text(path: str) -> str:
-    """Return the text of a configuration file.
-
-    Raises:
-        ConfigError: the file does not exist, is not a regular file, is not UTF-8, or is larger than 1 MiB.
-    """
+    """Return the text of a regular UTF-8 file of at most 1 MiB; raises ConfigError if there is none."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
             raise ConfigError(f"{path}: not a regular file")

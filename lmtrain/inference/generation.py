@@ -111,7 +111,7 @@ def to_generation(codec: PromptCodec, prompt: str, row: PartialText, stop: Seque
 
 
 def _cut_at_stop(codec: PromptCodec, completion: str, stop: Sequence[str]) -> str:
-    """The completion up to the first stop text; of a backward completion, what follows the last one."""
+    """Return a completion up to its first stop text; of a backward completion, what follows its last one."""
     for text in stop:
         if text in completion:
             backward = codec.direction == "backward"
@@ -120,7 +120,7 @@ def _cut_at_stop(codec: PromptCodec, completion: str, stop: Sequence[str]) -> st
 
 
 def _partial_stop_length(text: str, stop: Sequence[str]) -> int:
-    """How many of the text's last characters may be the beginning of a stop text."""
+    """Count the last characters of a text that may be the beginning of a stop text."""
     lengths = (size for each in stop for size in range(1, len(each)) if text.endswith(each[:size]))
     return max(lengths, default=0)
 
@@ -178,11 +178,11 @@ class _Writer:
                 kept.append(position)
         if len(kept) == len(running):
             return tokens, running, state
-        places = torch.tensor(kept, dtype=torch.int64, device=tokens.device)
-        return tokens[places], [running[position] for position in kept], select(state, places)
+        rows = torch.tensor(kept, dtype=torch.int64, device=tokens.device)
+        return tokens[rows], [running[position] for position in kept], select(state, rows)
 
     def _choose(self, logits: Tensor, log_probabilities: Tensor, running: list[int]) -> Tensor:
-        """The next token (B,) of each running row."""
+        """Choose the next token (B,) of each running row."""
         if self.sampling is None:
             return argmax(log_probabilities)
         seen = None

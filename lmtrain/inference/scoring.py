@@ -1,4 +1,4 @@
-"""How probable text is under a model: a whole text (and how well the model fills its blanks), or line by line.
+"""Computes how probable text is under a model: a whole text (and how well its blanks are filled), or line by line.
 
 Shapes: N events of a batch, V vocabulary, T tokens of a block of lines, start and end tokens included.
 """
@@ -177,7 +177,7 @@ def score(
 def _nats_of_tokens(
     model: LanguageModel, rows: Rows, directions: Sequence[Direction], pad_id: int
 ) -> NDArray[np.float64]:
-    """Nats (T,) of each token, the mean over the directions; a direction gives 0 to a token it does not predict."""
+    """Compute each token's nats (T,), the mean over the directions; one gives 0 to a token that it does not predict."""
     device = model.embedding.weight.device
     nats = np.zeros(len(rows.flat))
     for indices in sorted_parts(rows.row_lengths, SCORED_TOKENS):

@@ -162,7 +162,7 @@ class TrainedModel:
         return export_model(self.model, self.tokenizer, Path(path), format, int8, self._first_rows(COMPARED_TOKENS))
 
     def _first_rows(self, tokens: int) -> Iterator[list[int]]:
-        """The first rows of the text that `evaluate` reads, with their start and end tokens; a stream is one row."""
+        """Yield the first rows of the text that `evaluate` reads, with start and end tokens; a stream is one row."""
         codec = self._codec("forward")
         row, stream = [codec.start], codec.stream
         try:
@@ -198,7 +198,7 @@ class TrainedModel:
         return PromptCodec(self.tokenizer, self.config.batching.mode == "stream", direction)
 
     def unknown_tokens(self, text: str) -> list[str]:
-        """The words or characters of a text that are not in the vocabulary; a newline is none: it may be an end token.
+        """List a text's words or characters that the vocabulary lacks, but no newline, which may be an end token.
 
         >>> model.unknown_tokens("a zebra b")
         ['zebra']

@@ -60,6 +60,9 @@ class TensorSpec(NamedTuple):
     dtype: str  # as safetensors writes it: F32
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}"
+
 
 class Checkpoint(NamedTuple):
     """What a checkpoint holds."""

@@ -41,11 +41,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only process that trains in this directory.
-
-        Raises:
-            StorageError: another process trains here.
-        """
+        """Be the only process that trains in this directory; raises StorageError if another one trains here."""
 
         def refuse(holder: str) -> None:
             raise StorageError(f"{self.path}: process {holder} trains here; wait for it, or name another")
@@ -154,9 +150,8 @@ def create_run(config: Config, run_dir: str | None) -> RunDirectory:
     runs = Path(config.runs_dir)
     runs.mkdir(parents=True, exist_ok=True)
     while True:
-        number = max(_numbers(config), default=0) + 1
         with suppress(FileExistsError):  # another process was quicker: try the next number
-            path = _numbered(config, number)
+            path = _numbered(config, max(_numbers(config), default=0) + 1)
             path.mkdir()
             return RunDirectory(path)
 
@@ -205,18 +200,18 @@ def _numbered(config: Config, number: int) -> Path:
     return Path(config.runs_dir) / (config.name if number == 1 else f"{config.name}-{number}")
 
 
-def find_run(run: str | Path | None, runs_dir: str = "runs") -> RunDirectory:
-    """Find the run with this path, or the newest run under `runs_dir` that has a checkpoint.
+def find_run(run: str | Path | None) -> RunDirectory:
+    """Find the run with this path; without a path, the newest run under `runs/` that has a checkpoint.
 
     Raises:
-        ConfigError: no run is named, and there is none under `runs_dir`.
+        ConfigError: no run is named, and there is none under `runs/`.
         ArtefactError: the path is not that of a run.
     """
     if run is None:
-        saved = [path for path in Path(runs_dir).glob("*/last.json") if path.is_file()]
+        saved = [path for path in Path("runs").glob("*/last.json") if path.is_file()]
         if not saved:
             raise ConfigError(
-                f"no trained run under {runs_dir}/; train one (lmtrain train configs/quickstart.yaml) or name one"
+                "no trained run under runs/; train one (lmtrain train configs/quickstart.yaml) or name one"
             )
         return RunDirectory(max(saved, key=lambda path: path.stat().st_mtime_ns).parent)
     found = RunDirectory(Path(run))

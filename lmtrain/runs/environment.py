@@ -14,9 +14,7 @@ from lmtrain import __version__
 def environment(device: torch.device, processes: int = 1, launch: str | None = None) -> dict[str, Any]:
     """Describe this process: versions, device, number of threads, command and git commit.
 
-    Args:
-        processes: how many processes train together.
-        launch: torchrun's name for them; None if torchrun did not start them.
+    `launch` is torchrun's name for the `processes` that train together; None if torchrun did not start them.
     """
     return {
         "lmtrain": __version__,

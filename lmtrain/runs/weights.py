@@ -66,10 +66,7 @@ def check_weights(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSp
         raise ArtefactError(f"{path}: {'missing' if name in wanted else 'unknown'} tensor {name[:100]!r}")
     for name, spec in wanted.items():
         if found[name] != spec:
-            raise ArtefactError(
-                f"{path}: tensor {name!r} is {_describe(found[name])}, the run's config and tokenizer need "
-                f"{_describe(spec)}"
-            )
+            raise ArtefactError(f"{path}: tensor {name!r} is {found[name]}, the run's config and tokenizer need {spec}")
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str) -> None:
@@ -77,10 +74,6 @@ def check_finite(tensors: Mapping[str, Tensor], path: str) -> None:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ArtefactError(f"{path}: tensor {name!r} holds values that are not finite")
-
-
-def _describe(spec: TensorSpec) -> str:
-    return f"{spec.shape} {spec.dtype}"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The weights of a trained model, named as `torch.nn` names them."""
+"""Gives the weights of a trained model the names that `torch.nn` gives them."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from lmtrain.model.output import FullOutput
 
 
 def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights by names that `torch.nn` knows.
+    """Return the weights by names that `torch.nn` knows.
 
     `forward.weight_ih_l0` ... belong to one `nn.LSTM`, `nn.GRU` or `nn.RNN` of all layers, `backward.weight_ih_l0` ...
     to a second one, which reads from the right. `embedding.weight` belongs before it, `output.weight` and `output.bias`
