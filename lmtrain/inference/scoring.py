@@ -34,8 +34,8 @@ class Evaluation:
 
     tallies: dict[Objective, Tally]
     counts: StoreCounts = field(default_factory=StoreCounts)
-    without: dict[str, Tally] = field(default_factory=dict)  # of forward, without these targets: `end_tokens`, ...
-    adapted: dict[str, Tally] = field(default_factory=dict)  # of forward, with a `cache` and with `dynamic` evaluation
+    without: dict[str, Tally] = field(default_factory=dict)  # forward sums that leave out `end_tokens`, ...
+    adapted: dict[str, Tally] = field(default_factory=dict)  # forward sums with `cache` and `dynamic` evaluation
 
     @property
     def perplexity(self) -> float:
@@ -68,10 +68,10 @@ def encoded_batches(model: LanguageModel, batches: Iterable[Batch], columns: int
     device, carried = model.embedding.weight.device, None if columns is None else CarriedState(columns)
     for batch in batches:
         before = None if carried is None else carried.of(batch.order)
-        reading = model.read(batch.tokens.to(device), batch.lengths, before)
+        encoded = model.read(batch.tokens.to(device), batch.lengths, before)
         if carried is not None:
-            carried.store(batch.order, reading.state)
-        yield reading
+            carried.store(batch.order, encoded.state)
+        yield encoded
 
 
 @torch.inference_mode()

@@ -280,12 +280,12 @@ class TrainedModel:
             stream = self.config.batching.mode == "stream"
             return Source.of(paths, format=form, field=self.config.data.field, stream=stream)
         try:
-            own = source_of(self.config, "test") or source_of(self.config, "valid")
+            source = source_of(self.config, "test") or source_of(self.config, "valid")
         except DataError as error:
             raise DataError(f"{error} (the run's own file, seen from here; name a file to evaluate)") from None
-        if own is None:
+        if source is None:
             raise ConfigError("the run names neither a test nor a validation set; name a file to evaluate")
-        return own
+        return source
 
 
 def _blocks(texts: Texts) -> Iterator[Block]:

@@ -65,11 +65,10 @@ class RunDirectory:
 
     def launch(self) -> str | None:
         """Return torchrun's name for the processes that began this run; None if there is none, or it is not known."""
-        try:
+        with suppress(ArtefactError):
             launch = read_json(self.path / "environment.json").get("launch")
-        except ArtefactError:
-            return None
-        return launch if isinstance(launch, str) else None
+            return launch if isinstance(launch, str) else None
+        return None
 
     def write_pointer(self, name: str, content: dict[str, Any]) -> None:
         """Write `best.json` or `last.json`, which say the step of the best and of the last checkpoint."""
@@ -77,11 +76,10 @@ class RunDirectory:
 
     def read_pointer(self, name: str) -> int | None:
         """Return the step that `best.json` or `last.json` names; None if the file is missing or damaged."""
-        try:
+        with suppress(ArtefactError):
             step = read_json(self.path / f"{name}.json").get("step")
-        except ArtefactError:
-            return None
-        return step if type(step) is int and step >= 0 else None
+            return step if type(step) is int and step >= 0 else None
+        return None
 
     def refuse_links(self) -> None:
         """Raise ArtefactError if there is anything in the directory but regular files and directories.
@@ -214,9 +212,9 @@ def find_run(run: str | Path | None) -> RunDirectory:
                 "no trained run under runs/; train one (lmtrain train configs/quickstart.yaml) or name one"
             )
         return RunDirectory(max(saved, key=lambda path: path.stat().st_mtime_ns).parent)
-    found = RunDirectory(Path(run))
-    if not found.path.is_dir():
+    named = RunDirectory(Path(run))
+    if not named.path.is_dir():
         raise ArtefactError(f"{run}: no such run directory")
-    if not found.holds_run():
+    if not named.holds_run():
         raise ArtefactError(f"{run}: not a run directory (no config.yaml in it)")
-    return found
+    return named

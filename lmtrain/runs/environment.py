@@ -4,6 +4,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,9 +33,8 @@ def environment(device: torch.device, processes: int = 1, launch: str | None = N
 
 def _git_commit() -> str | None:
     """Return the git commit of the working directory; None if that is not a git checkout, or git is missing or slow."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
+    with suppress(OSError, subprocess.TimeoutExpired):
+        command = ["git", "rev-parse", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+        return done.stdout.strip() or None
+    return None

@@ -55,18 +55,18 @@ def count_weights(config: Config, vocab_size: int) -> int:
     return sum(prod(spec.shape) for spec in weight_specs(config, vocab_size).values())
 
 
-def check_weights(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], path: str) -> None:
+def check_weights(saved: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], path: str) -> None:
     """Compare the header of saved weights with what a configuration asks for, before the weights are read.
 
     Raises:
         ArtefactError: a tensor is missing or unknown, or has another shape or type; `path` names the file.
     """
-    if wanted.keys() != found.keys():
-        name = min(wanted.keys() ^ found.keys())
+    if wanted.keys() != saved.keys():
+        name = min(wanted.keys() ^ saved.keys())
         raise ArtefactError(f"{path}: {'missing' if name in wanted else 'unknown'} tensor {name[:100]!r}")
     for name, spec in wanted.items():
-        if found[name] != spec:
-            raise ArtefactError(f"{path}: tensor {name!r} is {found[name]}, the run's config and tokenizer need {spec}")
+        if saved[name] != spec:
+            raise ArtefactError(f"{path}: tensor {name!r} is {saved[name]}, the run's config and tokenizer need {spec}")
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str) -> None:

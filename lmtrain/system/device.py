@@ -4,7 +4,7 @@ import ctypes
 import os
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -81,12 +81,10 @@ def _product_seconds(device: torch.device, left: Tensor, right: Tensor) -> float
 def keep_freed_memory() -> None:
     """Let the C library keep the memory that tensors free, for the tensors of the next step. Otherwise tens of
     megabytes a step go back to the system and come again, zeroed page by page. Only glibc has this setting."""
-    try:
+    with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -35,9 +35,7 @@ def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
         for number, layer in enumerate(stack.layers):  # type: ignore[arg-type]
             for name, weight in layer.named_parameters():
                 tensors[f"{direction}.{name.removesuffix('0')}{number}"] = weight
-        for name, weight in model.projections[f"of_{direction}"].named_parameters():
-            tensors[f"projection_{direction}.{name}"] = weight
-    for name, weight in model.projections["of_fill"].named_parameters() if model.bidirectional else ():
-        tensors[f"projection_fill.{name}"] = weight
+    for name, weight in model.projections.named_parameters():
+        tensors[f"projection_{name.removeprefix('of_')}"] = weight
     tensors |= {f"output.{name}": weight for name, weight in model.output.named_parameters()}
     return {name: weight.detach().cpu().clone() for name, weight in tensors.items()}
