@@ -46,11 +46,7 @@ class WindowedRows:
     """
 
     def __init__(
-        self,
-        sequences: Sequences,
-        max_length: int,
-        window_rows: int = WINDOW_ROWS,
-        window_bytes: int = WINDOW_BYTES,
+        self, sequences: Sequences, max_length: int, window_rows: int = WINDOW_ROWS, window_bytes: int = WINDOW_BYTES
     ) -> None:
         self.flat, self.max_length = sequences.tokens, max_length
         self.offsets = np.asarray(sequences.offsets)  # an array is sliced faster than a memmap

@@ -7,7 +7,7 @@ space between them, sorted by bytes, which is the order of code points. Runs are
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, Protocol
+from typing import IO, AnyStr, Protocol
 
 import numpy as np
 
@@ -183,15 +183,12 @@ def merge_runs(runs: Sequence[IO[bytes]], held_bytes: int = MERGED_BYTES) -> Ite
         yield total
 
 
-def most_frequent(parts: Iterable[Mapping[bytes, int]], size: int, least: int, left_out: bytes = b"") -> list[bytes]:
+def most_frequent(parts: Iterable[Mapping[AnyStr, int]], size: int, least: int, left_out: AnyStr) -> list[AnyStr]:
     """The `size` most frequent tokens, best first, equal counts in the order of their code points.
 
-    Args:
-        parts: counts that together have each token once.
-        least: how often a token must occur.
-        left_out: a token that is not wanted.
+    `parts` are counts that together have each token once. A token must occur `least` times and not be `left_out`.
     """
-    best: list[tuple[int, bytes]] = []
+    best: list[tuple[int, AnyStr]] = []
     for part in parts:
         best += [(-count, token) for token, count in part.items() if count >= least and token != left_out]
         if len(best) > 2 * size:
