@@ -142,45 +142,28 @@ class BlockCounter:
         return self._counts.finish()
 
 
-class _RunReader:
-    """Reads a run a part at a time."""
-
-    def __init__(self, handle: IO[bytes], size: int) -> None:
-        self.handle, self.size = handle, size
-        self.words: list[bytes] = []
-        self.counts: list[int] = []
-        self.at_end = False
-
-    def fill(self) -> None:
-        """Read the next part once the last one is used up."""
-        if not self.words and not self.at_end:
-            parts = (self.handle.read(self.size) + self.handle.readline()).split()
-            self.words, self.counts = parts[::2], list(map(int, parts[1::2]))
-            self.at_end = not parts
-
-    def take(self, last: bytes) -> Iterator[tuple[bytes, int]]:
-        """Take the words of this part up to and including `last`."""
-        count = bisect_right(self.words, last)
-        taken = zip(self.words[:count], self.counts[:count], strict=True)
-        self.words, self.counts = self.words[count:], self.counts[count:]
-        return taken
-
-
 def merge_runs(runs: Sequence[IO[bytes]], held_bytes: int = MERGED_BYTES) -> Iterator[dict[bytes, int]]:
     """Add up several runs; yields a part of the alphabet at a time, each word once."""
-    readers = [_RunReader(handle, max(1, held_bytes // len(runs))) for handle in runs]
+    size = max(1, held_bytes // max(1, len(runs)))
+    held: list[tuple[list[bytes], list[int]]] = [([], []) for _ in runs]  # words of each run in memory, their counts
     while True:
-        for reader in readers:
-            reader.fill()
-        readers = [reader for reader in readers if not reader.at_end]
-        if not readers:
+        held = [part if part[0] else _read_part(run, size) for run, part in zip(runs, held, strict=True)]
+        if not any(words for words, _ in held):
             return
-        last = min(reader.words[-1] for reader in readers)
+        last = min(words[-1] for words, _ in held if words)
         total: dict[bytes, int] = {}
-        for reader in readers:
-            for word, count in reader.take(last):
+        for number, (words, counts) in enumerate(held):
+            end = bisect_right(words, last)
+            for word, count in zip(words[:end], counts[:end], strict=True):
                 total[word] = total.get(word, 0) + count
+            held[number] = words[end:], counts[end:]
         yield total
+
+
+def _read_part(run: IO[bytes], size: int) -> tuple[list[bytes], list[int]]:
+    """Read the next words of a run and their counts; there are none at its end."""
+    parts = (run.read(size) + run.readline()).split()
+    return parts[::2], list(map(int, parts[1::2]))
 
 
 def most_frequent(parts: Iterable[Mapping[AnyStr, int]], size: int, least: int, left_out: AnyStr) -> list[AnyStr]:
