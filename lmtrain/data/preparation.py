@@ -136,7 +136,7 @@ def _stored_tokenizer(path: Path, notify: Notify) -> Tokenizer | None:
 
 
 def _notes(train: TokenStore, valid: TokenStore, max_length: int | None) -> list[str]:
-    """What a user should know before training on these; `max_length` is None for a stream, which has no sequences."""
+    """Return notes on the data for the user. `max_length` is None for a stream, which has no sequences."""
     lines = []
     was_noted = train.counts.sequences > MANY_SEQUENCES and not train.is_new and not valid.is_new
     shared, count = 0 if was_noted else valid.overlap(train), valid.counts.sequences

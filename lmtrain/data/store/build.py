@@ -131,7 +131,7 @@ def _checksum(path: Path, size: int) -> int:
 
 @contextmanager
 def locked(cache: Path, key: str, notify: Notify) -> Iterator[Path]:
-    """Be the only process that builds `key`; a second one says that it waits, and waits.
+    """Hold the lock on building `key`; a second process says that it waits, and waits.
 
     Yields the directory to build in, which need not exist. What is left of it afterwards is kept only where another
     build can continue from it.

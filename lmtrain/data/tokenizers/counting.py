@@ -7,7 +7,7 @@ space between them, sorted by bytes, which is the order of code points. Runs are
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, AnyStr, Protocol
+from typing import IO, AnyStr
 
 import numpy as np
 
@@ -22,14 +22,6 @@ HELD_SHORT = 1 << 20  # words of 8 bytes at most: 16 bytes of memory each
 HELD_LONG = 1 << 18  # longer words: some 200 bytes of memory each
 WRITTEN = 1 << 16  # short words that are written as lines at once
 MERGED_BYTES = 4 << 20  # of all runs together, in memory at once
-
-
-class TokenCounts(Protocol):
-    """Counts tokens. `add` returns runs if it has counted too many different ones, `finish` returns all the rest."""
-
-    def add(self, texts: Sequence[str]) -> list[bytes]: ...
-
-    def finish(self) -> list[bytes]: ...
 
 
 class CharacterCounts:
@@ -49,7 +41,10 @@ class CharacterCounts:
 
 
 class WordCounts:
-    """Counts words: frequent ones by their position in an index, short ones as numbers, the others one by one."""
+    """Counts words: frequent ones by their position in an index, short ones as numbers, the others one by one.
+
+    `add` returns runs if it has counted too many different words; `finish` returns the counts that are left.
+    """
 
     def __init__(self, held_short: int = HELD_SHORT, held_long: int = HELD_LONG, learnt: int = LEARNT_WORDS) -> None:
         self.held_short, self.held_long, self.learnt = held_short, held_long, learnt
@@ -129,7 +124,7 @@ class BlockCounter:
 
     def __init__(self, source: Source, kind: str) -> None:
         self.source = source
-        self._counts: TokenCounts = CharacterCounts() if kind == "char" else WordCounts()
+        self._counts = CharacterCounts() if kind == "char" else WordCounts()
         self._lines_do_not_matter = kind == "word" and source.part == "all"
 
     def work(self, raw: RawBlock) -> list[bytes]:

@@ -36,8 +36,7 @@ def learn_tokenizer(
 ) -> Tokenizer:
     """Learn a tokenizer of kind char, word, bpe or unigram from a source.
 
-    Args:
-        cache: a directory for what does not fit into memory.
+    What does not fit into memory goes to files in `cache`, a directory.
 
     Raises:
         DataError: the text has a fault, which is named with its place, or there is nothing to learn from.
