@@ -402,13 +402,14 @@ def truth(sentences: Sequence[Sequence[str]]) -> dict[str, float | int]:
 README = """# A lesson whose truth is known
 
 Sentences, English and Korean, drawn from a probabilistic grammar written for this project
-(`scripts/make_lesson.py`).  The grammar compiles to a finite weighted automaton, so the exact probability
-of every sentence is known, hence the true perplexity of each split and the exact best guess at every blank.
+([scripts/make_lesson.py](../../scripts/make_lesson.py)). The grammar compiles to a finite weighted automaton, so the
+exact probability of every sentence is known, and with it the true perplexity of each split and the exact best guess at
+every blank.
 
-One sentence a line, tokens apart by single spaces; punctuation marks and Korean particles are tokens of
-their own.  {vocabulary} words; {tokens} tokens in train, where each word comes at least {rarest} times;
-{mean:.1f} tokens a sentence, {longest} at most.  {repeated:.1%} of the test sentences stand in train too
-(the draws are independent).
+Each line is a sentence, with single spaces between its tokens; punctuation marks and Korean particles are tokens of
+their own. There are {vocabulary:,} words, and {tokens:,} tokens in train, where each word occurs at least {rarest}
+times. A sentence has {mean:.1f} tokens on average and {longest} at most. {repeated:.1%} of the test sentences occur in
+train as well, since the draws are independent.
 
 ## Some sentences of the test split
 
@@ -427,23 +428,31 @@ their own.  {vocabulary} words; {tokens} tokens in train, where each word comes 
        누나 는 “ 동생 이 ‘ 곰 이 몰래 빵 을 먹는다 ’ 라고 했다 ” 라고 조용히 속삭였다 .
        나 는 숲 에서 《 작은 곰 과 하얀 달 》 을 읽었다 .
 
-3. Words that only what stands behind them decides (a tense, a counter, an object, an ending):
+   In English: my older sister quietly whispered, “my little brother said, ‘the bear is secretly eating bread’”. I read
+   “The Little Bear and the White Moon” in the forest.
+
+3. Words that are decided only by what comes after them (a tense, a counter, an object, an ending):
 
        나 는 이불 을 뒤집어쓰고 펑펑 울었다 .
        세 마리 의 귀여운 강아지 가 지붕 에서 잔다 .
        비록 숲 에 눈 이 많이 오지만 게으른 곰 도 춤춘다 .
        tomorrow the famous sisters will slowly ride an elephant on the hill .
 
+   In English: I pulled the blanket (이불, because of the verb after it) over my head and wept bitterly (펑펑 goes with
+   weeping). Three cute puppies sleep on the roof (마리 counts animals, here the puppies after it). Although (비록 asks
+   for the ending 지만) it snows a lot in the forest, the lazy bear dances, too.
+
 ## The truth (`truth.json`)
 
-| split | sentences | events | perplexity | fill accuracy | forward fill accuracy |
+The figures are the best possible ones: those of a model that knows the grammar. An event is a token or the end of a
+sentence, and perplexity is exp(-sum log P(sentence) / events). Fill accuracy is the fraction of all positions where the
+most probable word, given all the other words and the length, is the word of the sentence. Forward fill accuracy is the
+same given only the words to the left (the end of the sentence is no answer). The difference of the two is what reading
+in both directions is worth.
+
+| split | sentences | events | best possible perplexity | best possible fill accuracy | forward fill accuracy |
 |---|---:|---:|---:|---:|---:|
 {table}
-
-An event is a token or the end of a sentence; perplexity is exp(-sum log P(sentence) / events).  Fill
-accuracy is the share of all positions where the likeliest word, given all the other words and the length,
-is the word that stands there; forward fill accuracy the same given the words to the left only (the end of
-the sentence is no answer).  Their difference is what reading in both directions is worth.
 
 ## Making it again
 
@@ -457,7 +466,7 @@ def readme(splits: dict[str, list[list[str]]], truths: dict[str, dict[str, float
     known = {tuple(words) for words in splits["train"]}
     lengths = [len(words) for sentences in splits.values() for words in sentences]
     columns = ("sentences", "events", "perplexity", "fill_accuracy", "forward_fill_accuracy")
-    rows = [" | ".join([name, *(str(figures[c]) for c in columns)]) for name, figures in truths.items()]
+    rows = [" | ".join([name, *(f"{figures[c]:,}" for c in columns)]) for name, figures in truths.items()]
     return README.format(
         vocabulary=len(lesson().vocabulary),
         tokens=sum(counts.values()),

@@ -51,13 +51,13 @@ class BatchingConfig(Section):
     mode: Literal["sentences", "stream"] = "sentences"
     """sentences reads each line as a sequence; stream reads one long text and carries its state from chunk to chunk."""
     batch_size: int = Field(32, ge=1, le=MOST)
-    """Rows of a step, over all processes; in a stream, columns into which the text is cut, read side by side."""
+    """Rows of a batch, over all processes; in a stream, columns into which the text is cut, read side by side."""
     max_tokens: int | None = Field(None, ge=2, le=MOST)
     """Most padded tokens in a batch, in place of `batch_size`; null uses `batch_size`."""
     max_length: int = Field(512, ge=1, le=MOST)
     """Longest row in tokens, without `<bos>` and `<eos>`; longer sequences are split, never dropped."""
     bucket_batches: int = Field(150, ge=1, le=MOST)
-    """Rows are sorted by length within this many shuffled batches: more means less padding and less random batches."""
+    """Rows are sorted by length within this many shuffled batches: more means less padding, and a less random order."""
     bptt: int = Field(70, ge=1, le=MOST)
     """Stream: tokens of each column in a chunk, the span of truncated back-propagation through time (BPTT)."""
     random_bptt: bool = False

@@ -1,7 +1,7 @@
 """Finds, creates and locks run directories, and checks the files of a run before torch is imported.
 
 runs/NAME/
-  config.yaml  environment.json  tokenizer.json  ngram_counts.safetensors  metrics.jsonl  changes.jsonl
+  config.yaml  environment.json  tokenizer.json  ngram_counts.safetensors  metrics.jsonl
   events.out.tfevents...  checkpoints/step-00000500/  best.json  last.json
 """
 
