@@ -11,7 +11,7 @@ from lmtrain.inference.beam import beam_search
 from lmtrain.inference.generation import generate
 from lmtrain.inference.options import Beams
 from lmtrain.inference.prompts import PromptCodec
-from tests.inference.test_generation import untrained
+from tests.inference.conftest import untrained_model
 
 IDS = IdsTokenizer(5, 0)
 PROMPTS = ["1 2 3", "", "4", "2 2 2 2", "3"]
@@ -35,7 +35,7 @@ def enumerated(model, prompt, max_tokens):
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_a_beam_as_wide_as_the_tree_finds_the_best_texts_there_are(penalty):
     for seed in range(3):
-        model = untrained(IDS, seed)
+        model = untrained_model(IDS, seed)
         for prompt in PROMPTS[:3]:
             ranked = sorted(enumerated(model, prompt, 3).items(), key=lambda item: -item[1][0] / item[1][1] ** penalty)
             found = beam_search(model, PromptCodec(IDS), [prompt], max_tokens=3, beams=Beams(200, penalty), count=10)
@@ -48,7 +48,7 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_texts_there_are(penalty):
 def test_one_beam_is_greedy(direction):
     codec = PromptCodec(IDS, direction=direction)
     for seed in range(4):
-        model = untrained(IDS, seed, bidirectional=True)
+        model = untrained_model(IDS, seed, bidirectional=True)
         greedy = generate(model, codec, PROMPTS, max_tokens=12)
         for beams in (Beams(1), Beams(1, 2.0)):
             found = beam_search(model, codec, PROMPTS, max_tokens=12, beams=beams)
@@ -61,7 +61,7 @@ def test_one_beam_is_greedy(direction):
 @pytest.mark.parametrize("width", [2, 5])
 def test_a_batch_of_ragged_prompts_equals_one_at_a_time(width, monkeypatch):
     monkeypatch.setattr("lmtrain.inference.beam.ROWS_AT_ONCE", 3 * width)  # several batches, too
-    model, codec = untrained(IDS, 6), PromptCodec(IDS)
+    model, codec = untrained_model(IDS, 6), PromptCodec(IDS)
     together = beam_search(model, codec, PROMPTS, max_tokens=9, beams=Beams(width), count=2)
     alone = [
         each
@@ -72,7 +72,7 @@ def test_a_batch_of_ragged_prompts_equals_one_at_a_time(width, monkeypatch):
 
 
 def test_a_wider_beam_finds_no_worse_a_text_than_greedy_on_the_whole():
-    model, codec = untrained(IDS, 8), PromptCodec(IDS)
+    model, codec = untrained_model(IDS, 8), PromptCodec(IDS)
     totals = [
         sum(each.log_probability for each in beam_search(model, codec, PROMPTS, max_tokens=6, beams=Beams(width)))
         for width in (1, 500)

@@ -10,6 +10,7 @@ import urllib.request
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lmtrain.inference.trained_model import load
 from lmtrain.training.start import train
 from lmtrain.training.tracking import Tracker
 
@@ -107,3 +108,12 @@ def test_a_real_tensorboard_serves_the_run(small):
     finally:
         server.terminate()
         server.wait(10)
+
+
+def test_samples_are_written_at_each_validation(small):
+    run = train(small("logging.sample_prompts=['', 'a b']")).run
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    samples = [row["samples"] for row in rows if "samples" in row]
+    assert len(samples) == 2
+    assert [sample["prompt"] for sample in samples[-1]] == ["", "a b"]
+    assert samples[-1][1]["text"] == load(run).generate(["a b"])[0].text

@@ -11,7 +11,6 @@ import torch
 
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
 from lmtrain.runs import checkpoint
-from lmtrain.system.progress import NullProgress
 from lmtrain.training.start import train
 from tests.oracle import digest
 
@@ -46,16 +45,6 @@ SETTINGS = {
     ],
     "adaptive, no validation": ["model.output=adaptive", "model.tie_weights=false", "data.valid=null"],
 }  # fmt: skip
-
-
-class Lines(NullProgress):
-    """Keeps the notes."""
-
-    def __init__(self):
-        self.lines = []
-
-    def note(self, line):
-        self.lines.append(line)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

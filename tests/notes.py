@@ -1,4 +1,4 @@
-"""A progress display for tests."""
+"""A progress display that keeps what it is told."""
 
 from lmtrain.system.progress import NullProgress
 
