@@ -73,7 +73,7 @@ def test_a_store_does_not_show_how_many_made_it(tmp_path, use_workers, kind, nam
     [(b"\xff", "is not UTF-8"), (b"\0", "a NUL"), (b"77", "id 77 is not in"), (b"x" * (17 << 20), "more than 16 MiB")],
     ids=["bytes", "nul", "id", "line"],
 )
-def test_the_first_fault_is_told_by_workers_as_by_one(tmp_path, use_workers, bad, what):
+def test_several_workers_report_the_first_fault_as_one_does(tmp_path, use_workers, bad, what):
     path = tmp_path / "t.txt"
     path.write_bytes(b"1 2 3\n" * 3000 + b"4 " + bad + b"\n" + b"1 2 3\n" * 3000 + b"\0\xff\n")
     messages = []
@@ -218,7 +218,7 @@ def test_builds_of_others_are_kept_where_they_can_be_continued(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".building-good", ".building-good.lock"]
 
 
-def test_who_comes_second_waits_and_says_so_once(tmp_path):
+def test_a_second_builder_waits_for_the_first_and_reports_it_once(tmp_path):
     (tmp_path / "t.txt").write_text(random_lines(100))
     source = Source(("t.txt",))
     (tmp_path / "cache").mkdir()

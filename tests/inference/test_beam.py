@@ -1,7 +1,6 @@
 """Beam search: one beam is greedy, and a beam as wide as the tree finds what enumeration finds."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -77,5 +76,4 @@ def test_a_wider_beam_finds_no_worse_a_text_than_greedy_on_the_whole():
         sum(each.log_probability for each in beam_search(model, codec, PROMPTS, max_tokens=6, beams=Beams(width)))
         for width in (1, 500)
     ]
-    assert totals[1] >= totals[0] - 1e-5
-    assert math.isfinite(totals[1])
+    assert totals[0] + 0.1 < totals[1] < 0

@@ -44,7 +44,7 @@ def test_a_line_costs_what_its_tokens_cost_each_read_by_itself(direction):
         assert found.tokens == len(ids) + 1
 
 
-def test_both_is_the_mean_of_the_two():
+def test_direction_both_is_the_mean_of_forward_and_backward():
     model = untrained_model(IDS, 2, bidirectional=True)
     one, other, both = (scored(model, LINES, direction=name) for name in ("forward", "backward", "both"))
     for left, right, mean in zip(one, other, both, strict=True):

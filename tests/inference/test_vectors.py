@@ -25,7 +25,7 @@ def embedded(model, lines=LINES):
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_they_are_what_torch_nn_gives_each_line_by_itself(cell, bidirectional, monkeypatch):
+def test_vectors_of_a_batch_equal_those_of_torch_nn_for_each_line(cell, bidirectional, monkeypatch):
     monkeypatch.setattr("lmtrain.inference.vectors.READ_TOKENS", 9)  # several batches
     model = untrained_model(IDS, 1, cell=cell, bidirectional=bidirectional)
     found = embedded(model)
@@ -53,7 +53,7 @@ def test_they_are_what_torch_nn_gives_each_line_by_itself(cell, bidirectional, m
         start = end
 
 
-def test_output_and_h_n_meet_at_a_lines_ends():
+def test_output_equals_h_n_at_the_ends_of_a_line():
     """SEEDS.md, fact 8: the backward reading ends at the first token, the forward one at the last."""
     found, size, start = embedded(untrained_model(IDS, 2, bidirectional=True)), 16, 0
     for number, length in enumerate(found.lengths):
