@@ -70,7 +70,7 @@ def test_a_batch_of_ragged_prompts_equals_one_at_a_time(width, monkeypatch):
     assert [(each.text, each.finished) for each in together] == [(each.text, each.finished) for each in alone]
 
 
-def test_a_wider_beam_finds_no_worse_a_text_than_greedy_on_the_whole():
+def test_a_wider_beam_finds_more_probable_texts_than_greedy():
     model, codec = untrained_model(IDS, 8), PromptCodec(IDS)
     totals = [
         sum(each.log_probability for each in beam_search(model, codec, PROMPTS, max_tokens=6, beams=Beams(width)))
