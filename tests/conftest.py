@@ -77,6 +77,13 @@ def bf16_is_emulated() -> bool:
     return bf16_s > 5 * fp32_s
 
 
+@pytest.fixture
+def without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN multiplies in fp32 to its last digit, not in TF32, which PyTorch allows it by default and which has ten
+    bits instead of 23."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def load_script(name: str) -> Any:
     """A file of scripts/ as a module; the folder is no package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")

@@ -109,7 +109,7 @@ def generate(
 
 
 def _sampling(**options: Any) -> Sampling | None:
-    """How to draw, by the options that were given; None if none was. A penalty alone leaves the text greedy."""
+    """Return how the given options draw; None if none was given. A penalty alone leaves the text greedy."""
     given = {name: value for name, value in options.items() if value is not None}
     if not given:
         return None
@@ -121,7 +121,7 @@ def _sampling(**options: Any) -> Sampling | None:
 
 
 def _row(result: Generation, probabilities: bool) -> dict[str, Any]:
-    """The JSON object of one generated text."""
+    """Return the JSON object of one generated text."""
     row = {**vars(result)}
     tokens = row.pop("tokens")
     if not math.isfinite(result.log_probability):
@@ -143,8 +143,5 @@ def _read_prompts(source: str) -> list[str]:
         raise ConfigError(f"--prompts {source}: {(error.strerror or 'can not be read').lower()}") from None
     if len(data) > LARGEST_PROMPTS_BYTES:
         raise ConfigError(f"--prompts {source}: over {LARGEST_PROMPTS_BYTES >> 20} MiB; cut it into parts")
-    try:
-        text = decode_utf8(data, f"--prompts {source}")
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    text = decode_utf8(data, f"--prompts {source}")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,18 +31,6 @@ if TYPE_CHECKING:
 SourceArgument = Annotated[
     str | None, typer.Argument(metavar="[FILE|-]", help="A file of lines; left out, standard input.")
 ]
-
-
-class Directions(StrEnum):
-    forward = "forward"
-    backward = "backward"
-    both = "both"
-
-
-class Base(StrEnum):
-    e = "e"
-    two = "2"
-    ten = "10"
 
 
 def evaluate(
@@ -109,9 +96,10 @@ def score(
     run: RunArgument = None,
     source: SourceArgument = None,
     direction: Annotated[
-        Directions, typer.Option(help="Reading direction; both gives the mean of the two log-probabilities.")
-    ] = Directions.forward,
-    base: Annotated[Base, typer.Option(help="Base of the logarithm.")] = Base.e,
+        Literal["forward", "backward", "both"],
+        typer.Option(help="Reading direction; both gives the mean of the two log-probabilities."),
+    ] = "forward",
+    base: Annotated[Literal["e", "2", "10"], typer.Option(help="Base of the logarithm.")] = "e",
     tokens: Annotated[bool, typer.Option("--tokens", help="Print the log-probability of every token, too.")] = False,
     as_json: JsonOption = False,
     device: DeviceOption = None,
@@ -119,8 +107,8 @@ def score(
     """Print the log-probability of every line. If RUN is a file and FILE is left out, the newest run reads it."""
     run, source = _run_and_source(run, source)
     model = load_model(run, device)
-    unit = {"e": 1.0, "2": math.log(2), "10": math.log(10)}[base.value]
-    for line in model.score(_lines(source, model), direction.value, each=tokens):
+    unit = {"e": 1.0, "2": math.log(2), "10": math.log(10)}[base]
+    for line in model.score(_lines(source, model), direction, each=tokens):
         log_probability = line.log_probability / unit
         if as_json:
             row: dict[str, Any] = {
@@ -140,13 +128,13 @@ def score(
 
 
 def _run_and_source(run: str | None, source: str | None) -> tuple[str | None, str | None]:
-    """A single argument that is a file, or `-`, is not the run but its text."""
+    """Take a single argument that is a file, or `-`, for the text and not for the run."""
     only_source = run is not None and source is None and (run == "-" or Path(run).is_file())
     return (None, run) if only_source else (run, source)
 
 
 def _lines(source: str | None, model: TrainedModel) -> Iterator[Block]:
-    """The lines of a file or of standard input, a block at a time."""
+    """Read the lines of a file or of standard input, a block at a time."""
     from lmtrain.data.text.formats.text import read_lines_of
 
     if source is None or source == "-":
@@ -177,19 +165,15 @@ def embed(
     say(f"{output}: vectors of {count:,} lines")
 
 
-class ExportFormat(StrEnum):
-    onnx = "onnx"
-    safetensors = "safetensors"
-
-
 def export(
     run: RunArgument = None,
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="FOLDER", help="The new folder to write.")
     ] = None,
     format: Annotated[
-        ExportFormat, typer.Option(help="One step as an ONNX graph, or weights by the names of torch.nn.")
-    ] = ExportFormat.onnx,
+        Literal["onnx", "safetensors"],
+        typer.Option(help="One step as an ONNX graph, or weights by the names of torch.nn."),
+    ] = "onnx",
     int8: Annotated[
         bool, typer.Option("--int8", help="ONNX: weights in 8 bits; compares size, speed and perplexity.")
     ] = False,
@@ -198,8 +182,8 @@ def export(
     """Write the model and its tokenizer into a folder, for programs that do not have lmtrain."""
     if output is None:
         raise ConfigError("export: name the folder to write: -o FOLDER")
-    check_export(Path(output), format.value, int8)
-    for line in load_model(run, device).export(output, format.value, int8):
+    check_export(Path(output), format, int8)
+    for line in load_model(run, device).export(output, format, int8):
         say(line)
 
 

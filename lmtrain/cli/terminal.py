@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,12 +15,7 @@ if TYPE_CHECKING:
     from lmtrain.inference.trained_model import TrainedModel
 
 
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
+Device = Literal["auto", "cpu", "cuda"]
 RUN_HELP = "A run directory, for instance runs/quickstart; left out, the newest run under runs/."
 RunArgument = Annotated[str | None, typer.Argument(metavar="RUN", help=RUN_HELP)]
 DeviceOption = Annotated[Device | None, typer.Option(help="Where to compute; auto: on CUDA if PyTorch finds it.")]

@@ -16,8 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from lmtrain.config.contradictions import contradictions
-from lmtrain.config.located_yaml import Located, parse_yaml, read_config_text
-from lmtrain.config.located_yaml import Path as KeyPath
+from lmtrain.config.located_yaml import KeyPath, Located, parse_yaml, read_config_text
 from lmtrain.config.schema import RENAMED_KEYS, Config, Section
 from lmtrain.errors import ConfigError
 from lmtrain.system.console import is_text

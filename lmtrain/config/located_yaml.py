@@ -20,7 +20,7 @@ LARGEST_BYTES = 1 << 20
 DEEPEST = 16
 LONGEST_NUMBER = 64
 MOST_EVENTS = 10_000  # keys, values, starts and ends: about twenty times what a file with every key has
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -32,9 +32,9 @@ class Located(NamedTuple):
     """A document's value and, for each path of keys and indices in it, the `FILE:LINE:COL` where it stands."""
 
     value: Any
-    places: dict[Path, str]
+    places: dict[KeyPath, str]
 
-    def place(self, path: Path) -> str:
+    def place(self, path: KeyPath) -> str:
         """Return where the path stands, or where the nearest enclosing path stands that is in the file."""
         while path not in self.places:
             path = path[:-1]
@@ -73,11 +73,7 @@ def parse_yaml(text: str, name: str) -> Located:
 
 
 def read_config_text(path: str) -> str:
-    """Return the text of a configuration file.
-
-    Raises:
-        ConfigError: the file does not exist, is not a regular file, is not UTF-8, or is larger than 1 MiB.
-    """
+    """Return the text of a regular UTF-8 file of at most 1 MiB; raises ConfigError if there is none."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
             raise ConfigError(f"{path}: not a regular file")
@@ -88,7 +84,7 @@ def read_config_text(path: str) -> str:
         return decode_utf8(data, path)
     except OSError as error:
         raise ConfigError(f"{path}: {(error.strerror or 'cannot be read').lower()}") from None
-    except ValueError as error:
+    except ValueError as error:  # the path holds a NUL or half a surrogate pair
         raise ConfigError(str(error)) from None
 
 
@@ -98,8 +94,8 @@ class _Composer(yaml.SafeLoader):
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
         self.file_name, self.events = name, 0
-        self.path: Path = ()  # of the collection that is being composed
-        self.places: dict[Path, str] = {(): f"{name}:1:1"}
+        self.path: KeyPath = ()  # of the collection that is being composed
+        self.places: dict[KeyPath, str] = {(): f"{name}:1:1"}
         self.faults: list[str] = []
 
     def read(self) -> Any:

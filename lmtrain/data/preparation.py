@@ -34,16 +34,14 @@ def source_of(config: Config, name: str) -> Source | None:
     Raises:
         DataError: a path or glob that names nothing.
     """
-    data = config.data
-    settings: dict[str, Any] = {
-        "stream": config.batching.mode == "stream",
-        "format": "ids" if config.tokenizer.kind == "ids" else data.format,
-        "field": data.field,
-    }
-    paths = {"train": data.train, "valid": data.valid, "test": data.test}[name]
+    data, split = config.data, dict[str, Any]()
+    paths = getattr(data, name)
     if data.valid_fraction is not None and name in ("train", "valid"):
-        paths, settings = data.train, {**settings, "part": name, "valid_fraction": data.valid_fraction}
-    return None if paths is None else Source.of(paths, **settings)
+        paths, split = data.train, {"part": name, "valid_fraction": data.valid_fraction}
+    if paths is None:
+        return None
+    form = "ids" if config.tokenizer.kind == "ids" else data.format
+    return Source.of(paths, format=form, field=data.field, stream=config.batching.mode == "stream", **split)
 
 
 def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None, watch: Watch = unwatched) -> Corpora:
@@ -99,10 +97,7 @@ def _tokenizer(
     """Return the tokenizer that the cache has for this text and these settings, or learn it."""
     settings = config.tokenizer
     if settings.kind in ("byte", "ids", "file"):
-        texts: list[str] = []  # these kinds learn nothing
-        return train_tokenizer(
-            settings.kind, texts, vocab_size=settings.vocab_size, path=settings.path, pad_id=settings.pad_id
-        )
+        return train_tokenizer(texts=(), **settings.model_dump())  # these kinds learn nothing
     stored = tokenizer_file(config, source, digests)
     if (cached := _stored_tokenizer(stored, notify)) is not None:
         return cached
@@ -141,7 +136,7 @@ def _stored_tokenizer(path: Path, notify: Notify) -> Tokenizer | None:
 
 
 def _notes(train: TokenStore, valid: TokenStore, max_length: int | None) -> list[str]:
-    """What a user should know before training on these; `max_length` is None for a stream, which has no sequences."""
+    """Return notes on the data for the user. `max_length` is None for a stream, which has no sequences."""
     lines = []
     was_noted = train.counts.sequences > MANY_SEQUENCES and not train.is_new and not valid.is_new
     shared, count = 0 if was_noted else valid.overlap(train), valid.counts.sequences

@@ -70,8 +70,8 @@ def evaluate_with_cache(model: LanguageModel, batches: Iterable[Batch], cache: C
 
 
 def cache_probability(keys: Tensor, values: Tensor, before: int, wanted: Tensor, cache: Cache) -> Tensor:
-    """The probabilities (N,) that the cache gives to tokens `wanted` (N,), the last N of its events; each of these
-    events sees only those before it. `keys` (W, P) are states, `values` (W,) the token after each, `before` is W - N.
+    """Return the probabilities (N,) that the cache gives to tokens `wanted` (N,), the last N of its events; each
+    sees only the events before it. `keys` (W, P) are states, `values` (W,) the token after each, `before` is W - N.
     """
     query = torch.arange(before, len(keys), device=keys.device).unsqueeze(1)  # (N, 1)
     key = torch.arange(len(keys), device=keys.device)  # (W,)

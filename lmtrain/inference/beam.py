@@ -1,4 +1,4 @@
-"""Beam search: the most probable texts that a bounded number of hypotheses leads to.
+"""Beam search finds probable texts by extending a bounded number of hypotheses.
 
 Shapes: R running hypotheses of all prompts, V vocabulary.
 """
@@ -46,7 +46,7 @@ def beam_search(
 
 
 def _rank(text: PartialText, length_penalty: float) -> float:
-    """The value by which texts are ranked, greatest first: see `Beams.length_penalty`."""
+    """Return the value by which texts are ranked, greatest first: see `Beams.length_penalty`."""
     length = float(max(1, len(text.log_probabilities)))
     return sum(text.log_probabilities) / math.pow(length, length_penalty)
 

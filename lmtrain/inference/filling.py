@@ -1,4 +1,4 @@
-"""What may stand in a blank, given the text on both sides of it.
+"""Finds what may stand in a blank, given the text on both sides of it.
 
 Shapes: R candidates, V vocabulary.
 """
@@ -65,7 +65,7 @@ def fill_blank(
 
 
 def _special_ids(tokenizer: Tokenizer) -> list[int]:
-    """Tokens that stand for no text, and so never fill a blank."""
+    """List the tokens that stand for no text, and so never fill a blank."""
     special = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id]
     return special if tokenizer.unk_id is None else [*special, tokenizer.unk_id]
 
@@ -135,7 +135,7 @@ def _propose(
 
 
 def _row_log_probabilities(model: LanguageModel, tokenizer: Tokenizer, rows: list[list[int]]) -> np.ndarray:
-    """Log-probability of each row, the mean of both directions, (R,)."""
+    """Compute the log-probability (R,) of each row, the mean of both directions."""
     batch = make_batch(rows, tokenizer.pad_id)
     events = model.read(batch.tokens.to(model.embedding.weight.device), batch.lengths).events
     row = align(batch.lengths).rows.row.numpy()

@@ -3,9 +3,10 @@
 Shapes: B rows that still run, V vocabulary.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count as numbers_from
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def generate(
 ) -> list[Generation]:
     """Continue each prompt until its end token, one of the stop texts, or `max_tokens`; see `TrainedModel.generate`."""
     texts = [text for text in prompts for _ in range(count)]
-    numbers = _repetition_numbers(texts)
+    repetitions = defaultdict[str, Iterator[int]](numbers_from)
+    numbers = [next(repetitions[text]) for text in texts]  # how many equal texts precede each: a, b, a -> 0, 0, 1
     results = []
     for start in range(0, len(texts), ROWS_AT_ONCE):
         block = slice(start, start + ROWS_AT_ONCE)
@@ -96,15 +98,6 @@ def stream(
         yield whole[len(shown) :]
 
 
-def _repetition_numbers(texts: Sequence[str]) -> list[int]:
-    """For each text, how many equal texts precede it: a, b, a -> 0, 0, 1."""
-    seen, numbers = Counter[str](), []
-    for text in texts:
-        numbers.append(seen[text])
-        seen[text] += 1
-    return numbers
-
-
 def to_generation(codec: PromptCodec, prompt: str, row: PartialText, stop: Sequence[str] = ()) -> Generation:
     """Decode the tokens that were written to a prompt."""
     completion = _cut_at_stop(codec, codec.completion(prompt, row.prompt, row.ids), stop)
@@ -118,7 +111,7 @@ def to_generation(codec: PromptCodec, prompt: str, row: PartialText, stop: Seque
 
 
 def _cut_at_stop(codec: PromptCodec, completion: str, stop: Sequence[str]) -> str:
-    """The completion up to the first stop text; of a backward completion, what follows the last one."""
+    """Return a completion up to its first stop text; of a backward completion, what follows its last one."""
     for text in stop:
         if text in completion:
             backward = codec.direction == "backward"
@@ -127,7 +120,7 @@ def _cut_at_stop(codec: PromptCodec, completion: str, stop: Sequence[str]) -> st
 
 
 def _partial_stop_length(text: str, stop: Sequence[str]) -> int:
-    """How many of the text's last characters may be the beginning of a stop text."""
+    """Count the last characters of a text that may be the beginning of a stop text."""
     lengths = (size for each in stop for size in range(1, len(each)) if text.endswith(each[:size]))
     return max(lengths, default=0)
 
@@ -179,16 +172,17 @@ class _Writer:
             row.log_probabilities.append(log_probability)
             if token != self.codec.end:
                 row.ids.append(token)
-            row.finished = token == self.codec.end or self._reached_stop(index)
+            completion = self.codec.completion(self.prompts[index], row.prompt, row.ids) if self.stop else ""
+            row.finished = token == self.codec.end or any(text in completion for text in self.stop)
             if not row.finished:
                 kept.append(position)
         if len(kept) == len(running):
             return tokens, running, state
-        places = torch.tensor(kept, dtype=torch.int64, device=tokens.device)
-        return tokens[places], [running[position] for position in kept], select(state, places)
+        rows = torch.tensor(kept, dtype=torch.int64, device=tokens.device)
+        return tokens[rows], [running[position] for position in kept], select(state, rows)
 
     def _choose(self, logits: Tensor, log_probabilities: Tensor, running: list[int]) -> Tensor:
-        """The next token (B,) of each running row."""
+        """Choose the next token (B,) of each running row."""
         if self.sampling is None:
             return argmax(log_probabilities)
         seen = None
@@ -199,8 +193,3 @@ class _Writer:
         allowed = logits.index_fill(1, self.excluded, -torch.inf)
         probabilities = token_probabilities(self.sampling, allowed, seen)
         return draw_tokens(probabilities, [self.generators[index] for index in running]).to(logits.device)
-
-    def _reached_stop(self, index: int) -> bool:
-        row = self.rows[index]
-        completion = self.codec.completion(self.prompts[index], row.prompt, row.ids) if self.stop else ""
-        return any(text in completion for text in self.stop)

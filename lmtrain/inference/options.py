@@ -1,4 +1,4 @@
-"""What a user may ask of a trained model, with every check that needs no torch: the command line answers at once."""
+"""Settings of generation and export with their checks. None needs torch, so the command line answers at once."""
 
 import math
 import os

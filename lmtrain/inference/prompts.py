@@ -41,7 +41,7 @@ class PromptCodec:
         return [self.tokenizer.pad_id, start]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt as the model reads them, start token first; raises DataError if it can't be encoded."""
+        """Return a prompt's ids as the model reads them, start token first; raises DataError if it can't be encoded."""
         lines = normalise(text).split("\n") if self.stream else [normalise(text)]
         try:
             first, *others = map(self.tokenizer.encode, lines)
@@ -68,7 +68,7 @@ class PromptCodec:
         return completion.removeprefix(" ") if spaced and text[-1:].isspace() else completion
 
     def name(self, token: int) -> str:
-        """The text of one token; a special token has a name in angle brackets."""
+        """Return the text of one token; a special token has a name in angle brackets."""
         special = {self.tokenizer.eos_id: "<eos>", self.tokenizer.bos_id: "<bos>", self.tokenizer.pad_id: "<pad>"}
         return special.get(token) or self.tokenizer.decode([token])
 

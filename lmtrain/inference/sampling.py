@@ -49,7 +49,7 @@ def penalise(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
 
 
 def random_generator(seed: int, prompt: Sequence[int], number: int) -> np.random.Generator:
-    """The random numbers of one text, the number-th to this prompt; they do not depend on the rest of the batch."""
+    """Return the random generator of one prompt's text of this number; the rest of the batch does not change it."""
     digest = hashlib.sha256(np.asarray(prompt, np.int64).tobytes()).digest()
     return np.random.default_rng([seed, number, *np.frombuffer(digest, np.uint32)])
 

@@ -1,4 +1,4 @@
-"""How probable text is under a model: a whole text (and how well the model fills its blanks), or line by line.
+"""Computes how probable text is under a model: a whole text (and how well its blanks are filled), or line by line.
 
 Shapes: N events of a batch, V vocabulary, T tokens of a block of lines, start and end tokens included.
 """
@@ -34,8 +34,8 @@ class Evaluation:
 
     tallies: dict[Objective, Tally]
     counts: StoreCounts = field(default_factory=StoreCounts)
-    without: dict[str, Tally] = field(default_factory=dict)  # of forward, without these targets: `end_tokens`, ...
-    adapted: dict[str, Tally] = field(default_factory=dict)  # of forward, with a `cache` and with `dynamic` evaluation
+    without: dict[str, Tally] = field(default_factory=dict)  # forward sums that leave out `end_tokens`, ...
+    adapted: dict[str, Tally] = field(default_factory=dict)  # forward sums with `cache` and `dynamic` evaluation
 
     @property
     def perplexity(self) -> float:
@@ -68,10 +68,10 @@ def encoded_batches(model: LanguageModel, batches: Iterable[Batch], columns: int
     device, carried = model.embedding.weight.device, None if columns is None else CarriedState(columns)
     for batch in batches:
         before = None if carried is None else carried.of(batch.order)
-        reading = model.read(batch.tokens.to(device), batch.lengths, before)
+        encoded = model.read(batch.tokens.to(device), batch.lengths, before)
         if carried is not None:
-            carried.store(batch.order, reading.state)
-        yield reading
+            carried.store(batch.order, encoded.state)
+        yield encoded
 
 
 @torch.inference_mode()
@@ -171,19 +171,13 @@ def score(
         for number, (first, end) in enumerate(zip(offsets[:-1].tolist(), ends.tolist(), strict=True)):
             inner = slice(first + 1, end) if direction == "forward" else slice(first, end - 1)
             named = zip(map(codec.name, flat[inner].tolist()), (-nats[inner]).tolist(), strict=True) if each else ()
-            yield Score(
-                block.lines[number],
-                -float(totals[number]),
-                end - first - 1,
-                int(unknown[number]),
-                list(named),
-            )
+            yield Score(block.lines[number], -float(totals[number]), end - first - 1, int(unknown[number]), list(named))
 
 
 def _nats_of_tokens(
     model: LanguageModel, rows: Rows, directions: Sequence[Direction], pad_id: int
 ) -> NDArray[np.float64]:
-    """Nats (T,) of each token, the mean over the directions; a direction gives 0 to a token it does not predict."""
+    """Compute each token's nats (T,), the mean over the directions; one gives 0 to a token that it does not predict."""
     device = model.embedding.weight.device
     nats = np.zeros(len(rows.flat))
     for indices in sorted_parts(rows.row_lengths, SCORED_TOKENS):

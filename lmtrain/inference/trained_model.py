@@ -162,7 +162,7 @@ class TrainedModel:
         return export_model(self.model, self.tokenizer, Path(path), format, int8, self._first_rows(COMPARED_TOKENS))
 
     def _first_rows(self, tokens: int) -> Iterator[list[int]]:
-        """The first rows of the text that `evaluate` reads, with their start and end tokens; a stream is one row."""
+        """Yield the first rows of the text that `evaluate` reads, with start and end tokens; a stream is one row."""
         codec = self._codec("forward")
         row, stream = [codec.start], codec.stream
         try:
@@ -198,7 +198,7 @@ class TrainedModel:
         return PromptCodec(self.tokenizer, self.config.batching.mode == "stream", direction)
 
     def unknown_tokens(self, text: str) -> list[str]:
-        """The words or characters of a text that are not in the vocabulary; a newline is none: it may be an end token.
+        """List a text's words or characters that the vocabulary lacks, but no newline, which may be an end token.
 
         >>> model.unknown_tokens("a zebra b")
         ['zebra']
@@ -280,12 +280,12 @@ class TrainedModel:
             stream = self.config.batching.mode == "stream"
             return Source.of(paths, format=form, field=self.config.data.field, stream=stream)
         try:
-            own = source_of(self.config, "test") or source_of(self.config, "valid")
+            source = source_of(self.config, "test") or source_of(self.config, "valid")
         except DataError as error:
             raise DataError(f"{error} (the run's own file, seen from here; name a file to evaluate)") from None
-        if own is None:
+        if source is None:
             raise ConfigError("the run names neither a test nor a validation set; name a file to evaluate")
-        return own
+        return source
 
 
 def _blocks(texts: Texts) -> Iterator[Block]:
@@ -319,5 +319,4 @@ def load(
         ArtefactError: the directory is not a run, or it is damaged.
     """
     directory = run if isinstance(run, RunDirectory) else find_run(run)
-    loaded = load_run(directory, choose_device(device), notify)
-    return TrainedModel(loaded.run.path, loaded.config, loaded.tokenizer, loaded.model, loaded.step)
+    return TrainedModel(directory.path, *load_run(directory, choose_device(device), notify))

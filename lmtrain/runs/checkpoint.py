@@ -60,6 +60,9 @@ class TensorSpec(NamedTuple):
     dtype: str  # as safetensors writes it: F32
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}"
+
 
 class Checkpoint(NamedTuple):
     """What a checkpoint holds."""
@@ -272,7 +275,6 @@ def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     import safetensors.torch
 
     try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(data)
-        return tensors
+        return dict(safetensors.torch.load(data))
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path}: not a safetensors file: {str(error)[:100]}") from None

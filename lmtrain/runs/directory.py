@@ -41,11 +41,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only process that trains in this directory.
-
-        Raises:
-            StorageError: another process trains here.
-        """
+        """Be the only process that trains in this directory; raises StorageError if another one trains here."""
 
         def refuse(holder: str) -> None:
             raise StorageError(f"{self.path}: process {holder} trains here; wait for it, or name another")
@@ -69,11 +65,10 @@ class RunDirectory:
 
     def launch(self) -> str | None:
         """Return torchrun's name for the processes that began this run; None if there is none, or it is not known."""
-        try:
+        with suppress(ArtefactError):
             launch = read_json(self.path / "environment.json").get("launch")
-        except ArtefactError:
-            return None
-        return launch if isinstance(launch, str) else None
+            return launch if isinstance(launch, str) else None
+        return None
 
     def write_pointer(self, name: str, content: dict[str, Any]) -> None:
         """Write `best.json` or `last.json`, which say the step of the best and of the last checkpoint."""
@@ -81,11 +76,10 @@ class RunDirectory:
 
     def read_pointer(self, name: str) -> int | None:
         """Return the step that `best.json` or `last.json` names; None if the file is missing or damaged."""
-        try:
+        with suppress(ArtefactError):
             step = read_json(self.path / f"{name}.json").get("step")
-        except ArtefactError:
-            return None
-        return step if type(step) is int and step >= 0 else None
+            return step if type(step) is int and step >= 0 else None
+        return None
 
     def refuse_links(self) -> None:
         """Raise ArtefactError if there is anything in the directory but regular files and directories.
@@ -107,8 +101,12 @@ class RunDirectory:
         if self._config_and_tokenizer is None:
             self.refuse_links()
             refuse_old_version(self.path)
+            try:
+                config = load_config(self.path / "config.yaml", check_files=False)
+            except ConfigError as error:
+                raise ArtefactError(*error.faults) from None
             tokenizer_file = self.path / "tokenizer.json"
-            self._config_and_tokenizer = self._config(), parse_tokenizer(read_text(tokenizer_file), str(tokenizer_file))
+            self._config_and_tokenizer = config, parse_tokenizer(read_text(tokenizer_file), str(tokenizer_file))
             checkpoint.load_first_whole(
                 self.candidates(), lambda step: checkpoint.read_headers(self.checkpoints, step, INFERENCE_FILES)
             )
@@ -118,12 +116,6 @@ class RunDirectory:
         """List the steps whose weights inference may load: the best, then the last, then the others, newest first."""
         pointed = [step for step in (self.read_pointer("best"), self.read_pointer("last")) if step is not None]
         return list(dict.fromkeys([*pointed, *checkpoint.steps(self.checkpoints)]))
-
-    def _config(self) -> Config:
-        try:
-            return load_config(self.path / "config.yaml", check_files=False)
-        except ConfigError as error:
-            raise ArtefactError(*error.faults) from None
 
 
 def refuse_old_version(run: Path) -> None:
@@ -156,9 +148,8 @@ def create_run(config: Config, run_dir: str | None) -> RunDirectory:
     runs = Path(config.runs_dir)
     runs.mkdir(parents=True, exist_ok=True)
     while True:
-        number = max(_numbers(config), default=0) + 1
         with suppress(FileExistsError):  # another process was quicker: try the next number
-            path = _numbered(config, number)
+            path = _numbered(config, max(_numbers(config), default=0) + 1)
             path.mkdir()
             return RunDirectory(path)
 
@@ -207,23 +198,23 @@ def _numbered(config: Config, number: int) -> Path:
     return Path(config.runs_dir) / (config.name if number == 1 else f"{config.name}-{number}")
 
 
-def find_run(run: str | Path | None, runs_dir: str = "runs") -> RunDirectory:
-    """Find the run with this path, or the newest run under `runs_dir` that has a checkpoint.
+def find_run(run: str | Path | None) -> RunDirectory:
+    """Find the run with this path; without a path, the newest run under `runs/` that has a checkpoint.
 
     Raises:
-        ConfigError: no run is named, and there is none under `runs_dir`.
+        ConfigError: no run is named, and there is none under `runs/`.
         ArtefactError: the path is not that of a run.
     """
     if run is None:
-        saved = [path for path in Path(runs_dir).glob("*/last.json") if path.is_file()]
+        saved = [path for path in Path("runs").glob("*/last.json") if path.is_file()]
         if not saved:
             raise ConfigError(
-                f"no trained run under {runs_dir}/; train one (lmtrain train configs/quickstart.yaml) or name one"
+                "no trained run under runs/; train one (lmtrain train configs/quickstart.yaml) or name one"
             )
         return RunDirectory(max(saved, key=lambda path: path.stat().st_mtime_ns).parent)
-    found = RunDirectory(Path(run))
-    if not found.path.is_dir():
+    named = RunDirectory(Path(run))
+    if not named.path.is_dir():
         raise ArtefactError(f"{run}: no such run directory")
-    if not found.holds_run():
+    if not named.holds_run():
         raise ArtefactError(f"{run}: not a run directory (no config.yaml in it)")
-    return found
+    return named

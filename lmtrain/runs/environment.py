@@ -4,6 +4,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,9 +15,7 @@ from lmtrain import __version__
 def environment(device: torch.device, processes: int = 1, launch: str | None = None) -> dict[str, Any]:
     """Describe this process: versions, device, number of threads, command and git commit.
 
-    Args:
-        processes: how many processes train together.
-        launch: torchrun's name for them; None if torchrun did not start them.
+    `launch` is torchrun's name for the `processes` that train together; None if torchrun did not start them.
     """
     return {
         "lmtrain": __version__,
@@ -34,9 +33,8 @@ def environment(device: torch.device, processes: int = 1, launch: str | None = N
 
 def _git_commit() -> str | None:
     """Return the git commit of the working directory; None if that is not a git checkout, or git is missing or slow."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
+    with suppress(OSError, subprocess.TimeoutExpired):
+        command = ["git", "rev-parse", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+        return done.stdout.strip() or None
+    return None

@@ -1,7 +1,5 @@
 """Loads the trained model of a run directory, with the configuration and the tokenizer that belong to it."""
 
-from typing import NamedTuple
-
 import torch
 
 from lmtrain.config import Config
@@ -16,21 +14,14 @@ from lmtrain.runs.weights import build_model, check_finite, check_weights, load_
 from lmtrain.system.console import Notify
 
 
-class LoadedRun(NamedTuple):
-    """A trained model and what it needs, as loaded from a run directory."""
-
-    run: RunDirectory
-    config: Config
-    tokenizer: Tokenizer
-    model: LanguageModel
-    step: int  # of the checkpoint that the weights come from
-
-
-def load_run(run: RunDirectory, device: torch.device, notify: Notify) -> LoadedRun:
+def load_run(run: RunDirectory, device: torch.device, notify: Notify) -> tuple[Config, Tokenizer, LanguageModel, int]:
     """Load the best model of a run, or else its last one, in evaluation mode; damaged checkpoints are skipped.
 
     Args:
         notify: is called with a line on each damaged checkpoint.
+
+    Returns:
+        The configuration, the tokenizer, the model, and the step of the checkpoint that its weights come from.
 
     Raises:
         ArtefactError: no checkpoint is whole, or the files of the run don't belong together.
@@ -46,7 +37,7 @@ def load_run(run: RunDirectory, device: torch.device, notify: Notify) -> LoadedR
     load_weights(model, saved.model)
     if config.model.ngram_counts is not None:
         model.load_counts(read_counts(run.path / COUNTS_FILE, saved.state.get("counts"), config, tokenizer))
-    return LoadedRun(run, config, tokenizer, model.to(device).eval(), saved.step)
+    return config, tokenizer, model.to(device).eval(), saved.step
 
 
 def read_weights(run: RunDirectory, tokenizer: Tokenizer, step: int, specs: dict[str, TensorSpec]) -> Checkpoint:

@@ -72,8 +72,7 @@ def dump_counts(counts: Mapping[str, Tensor]) -> bytes:
     """Return the content of the file for these counts."""
     import safetensors.torch
 
-    data: bytes = safetensors.torch.save(dict(counts))
-    return data
+    return bytes(safetensors.torch.save(dict(counts)))
 
 
 def read_counts(path: Path, digest: object, config: Config, tokenizer: Tokenizer) -> dict[str, Tensor]:

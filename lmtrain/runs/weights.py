@@ -16,27 +16,12 @@ from lmtrain.runs.checkpoint import TensorSpec
 
 def build_model(config: Config, vocab_size: int) -> LanguageModel:
     """Build the model that a configuration describes, with freshly initialised weights."""
-    model = config.model
     return LanguageModel(
         vocab_size,
-        embedding_size=model.embedding_size,
-        hidden_size=model.hidden_size,
-        num_layers=model.num_layers,
-        layer_sizes=model.layer_sizes,
-        cell=model.cell,
-        bidirectional=model.bidirectional,
-        dropout=model.dropout,
-        residual=model.residual,
-        layer_norm=model.layer_norm,
-        ngram_embeddings=model.ngram_embeddings,
-        ngram_embedding_buckets=model.ngram_embedding_buckets,
-        ngram_counts=model.ngram_counts,
-        tie_weights=model.tie_weights,
-        output=model.output,
-        backend=model.backend,
+        **config.model.model_dump(),
+        **config.regularization.model_dump(),
         sampled_tokens=config.training.sampled_tokens,
         frequent_tokens=config.training.frequent_tokens,
-        **config.regularization.model_dump(),
     )
 
 
@@ -70,21 +55,18 @@ def count_weights(config: Config, vocab_size: int) -> int:
     return sum(prod(spec.shape) for spec in weight_specs(config, vocab_size).values())
 
 
-def check_weights(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], path: str) -> None:
+def check_weights(saved: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec], path: str) -> None:
     """Compare the header of saved weights with what a configuration asks for, before the weights are read.
 
     Raises:
         ArtefactError: a tensor is missing or unknown, or has another shape or type; `path` names the file.
     """
-    if wanted.keys() != found.keys():
-        name = min(wanted.keys() ^ found.keys())
+    if wanted.keys() != saved.keys():
+        name = min(wanted.keys() ^ saved.keys())
         raise ArtefactError(f"{path}: {'missing' if name in wanted else 'unknown'} tensor {name[:100]!r}")
     for name, spec in wanted.items():
-        if found[name] != spec:
-            raise ArtefactError(
-                f"{path}: tensor {name!r} is {_describe(found[name])}, the run's config and tokenizer need "
-                f"{_describe(spec)}"
-            )
+        if saved[name] != spec:
+            raise ArtefactError(f"{path}: tensor {name!r} is {saved[name]}, the run's config and tokenizer need {spec}")
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: str) -> None:
@@ -92,10 +74,6 @@ def check_finite(tensors: Mapping[str, Tensor], path: str) -> None:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ArtefactError(f"{path}: tensor {name!r} holds values that are not finite")
-
-
-def _describe(spec: TensorSpec) -> str:
-    return f"{spec.shape} {spec.dtype}"
 
 
 @torch.no_grad()

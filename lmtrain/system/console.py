@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from lmtrain.errors import escape
+from lmtrain.errors import ConfigError, escape
 
 Notify = Callable[[str], None]
 """A function that shows one line to the user."""
@@ -16,13 +16,13 @@ def is_text(text: str) -> bool:
 
 
 def decode_utf8(data: bytes, name: str) -> str:
-    """Decode a small UTF-8 file without its byte order mark; raises ValueError with file, line and column."""
+    """Decode a small UTF-8 file without its byte order mark; raises ConfigError with file, line and column."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = data[: error.start]
-        place = f"{name}:{before.count(10) + 1}:{len(before) - before.rfind(10)}"
-        raise ValueError(f"{place}: byte {error.start} is not UTF-8; save the file as UTF-8 (iconv -t UTF-8)") from None
+        place = f"{name}:{before.count(10) + 1}:{len(before) - before.rfind(10)}: byte {error.start}"
+        raise ConfigError(f"{place} is not UTF-8; save the file as UTF-8 (iconv -t UTF-8)") from None
 
 
 def say(line: str) -> None:

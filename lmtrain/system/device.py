@@ -4,7 +4,7 @@ import ctypes
 import os
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -52,17 +52,14 @@ def choose_precision(name: str, device: torch.device, size: int) -> tuple[str, s
     """
     if name != "auto":
         return name, "as configured"
-    operands = {
-        dtype: (
-            torch.ones(512, size, device=device, dtype=dtype),
-            torch.ones(size, 4 * size, device=device, dtype=dtype),
-        )
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+    shapes = (512, size), (size, 4 * size)
+    operands = [
+        [torch.ones(shape, device=device, dtype=dtype) for shape in shapes] for dtype in (torch.float32, torch.bfloat16)
+    ]
     pairs: list[tuple[float, ...]] = []
     start_s = time.monotonic()
     while len(pairs) < 5 or (len(pairs) < 50 and time.monotonic() - start_s < 0.1):
-        pairs.append(tuple(_product_seconds(device, *each) for each in operands.values()))
+        pairs.append(tuple(_product_seconds(device, *each) for each in operands))
     pairs = pairs[1:]  # the first product of each precision includes preparation
     # the two are timed in turn, and medians compared, since a busy machine slows both; bf16 must win clearly, since
     # its casts cost time too
@@ -84,12 +81,10 @@ def _product_seconds(device: torch.device, left: Tensor, right: Tensor) -> float
 def keep_freed_memory() -> None:
     """Let the C library keep the memory that tensors free, for the tensors of the next step. Otherwise tens of
     megabytes a step go back to the system and come again, zeroed page by page. Only glibc has this setting."""
-    try:
+    with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -116,20 +116,19 @@ class ProcessGroup(SingleProcess):
         self._actions = 0  # how many actions `run_in_all` has run
         self._known_fault: LmtrainError | None = None  # a fault that all other processes know of
         host = environment["MASTER_ADDR"]
-        agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the agent of torchrun keeps the store
+        agent_keeps_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         timeout = timedelta(seconds=timeout_s)
         with self.communicating():
             try:
-                self._keeps_store = not agent and self.rank == 0
+                self._keeps_store = not agent_keeps_store and self.rank == 0
                 base = TCPStore(host, port, is_master=self._keeps_store, timeout=timeout, wait_for_workers=False)
             except RuntimeError as error:
                 why = "the port is in use" if "EADDRINUSE" in str(error) else "can't be reached"
                 raise StorageError(f"{host[:100]}:{port}: {why}; see torchrun --master-port") from None
             # the store may outlive processes that torchrun restarts, so each attempt has its own prefix in it
             self.store = PrefixStore(f"lmtrain/{attempt}", base)
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(
-                backend,
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                 store=PrefixStore("group", self.store),
                 rank=self.rank,
                 world_size=self.world_size,
@@ -142,9 +141,8 @@ class ProcessGroup(SingleProcess):
         if rank_0_first and self.rank:
             self._wait(done[:1])
         fault: LmtrainError | None = None
-        result: list[T] = []
         try:
-            result.append(action())
+            result = action()
         except LmtrainError as error:
             fault = error
         with self.communicating():
@@ -153,7 +151,7 @@ class ProcessGroup(SingleProcess):
         exit_codes = self._gather_json(None if fault is None else fault.exit_code)
         failed = [rank for rank, exit_code in enumerate(exit_codes) if exit_code is not None]
         if not failed:
-            return result[0]
+            return result
         if fault is None or self.rank != failed[0]:
             raise PeerError(exit_codes[failed[0]])
         self._known_fault = fault

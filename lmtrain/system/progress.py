@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -49,10 +49,7 @@ class Bar(Progress):
         return self.bar
 
     def note(self, line: str) -> None:
-        if self.bar is None:
-            say(line)
-            return
-        with self.bar.external_write_mode(file=sys.stderr):
+        with nullcontext() if self.bar is None else self.bar.external_write_mode(file=sys.stderr):
             say(line)
 
     def reading(self, what: str, done_bytes: int, total_bytes: int) -> None:

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -17,17 +17,15 @@ def noted_signals() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    try:
-        before = {
+    handlers = {}
+    with suppress(ValueError):  # not the main thread: the host program handles signals
+        handlers = {
             number: signal.signal(number, note)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             if signal.getsignal(number) is not signal.SIG_IGN  # nohup ignores SIGHUP, and that stays so
         }
-    except ValueError:  # not the main thread: the host program handles signals
-        yield received
-        return
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

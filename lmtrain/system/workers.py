@@ -137,8 +137,7 @@ def open_workers(
 ) -> Iterator[SingleWorker[Item, Result] | WorkerPool[Item, Result]]:
     """Yield workers for items of `size_bytes` together. They end with the context.
 
-    Args:
-        make_task: makes the task of a worker, in the worker; it is pickled.
+    `make_task` is pickled; it makes the task of a worker, in the worker.
     """
     count = min(MOST_WORKERS, core_count())
     if size_bytes < FEW_BYTES or count == 1:

@@ -192,6 +192,7 @@ def test_dropout_chooses_neighbours_and_columns_independently():
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("without_tf32")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("more", [{}, {"tie_weights": False}, {"tie_weights": False, "output": "adaptive"}], ids=str)
 def test_loss_and_gradients_on_cuda_equal_those_on_cpu(more):

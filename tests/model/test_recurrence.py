@@ -56,6 +56,7 @@ def test_values_and_gradients_equal_torch(cell, num_layers, lengths):
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("without_tf32")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("num_layers", [1, 2, 3])

@@ -334,7 +334,7 @@ def saved(folder):
     return {path.name: path.read_bytes() for path in checkpoint.directory_of(folder / "good", 3).iterdir()}
 
 
-def put(folder, files):
+def write_files(folder, files):
     home = checkpoint.directory_of(folder / "bad", 3)
     home.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -365,7 +365,7 @@ def test_an_altered_checkpoint_is_never_taken(folder, saved, data):
     else:
         content = data.draw(altered(saved[name]) | st.binary(max_size=99))
     with raises_only(ArtefactError):
-        checkpoint.load(put(folder, saved | {name: content}), 3)
+        checkpoint.load(write_files(folder, saved | {name: content}), 3)
         assert content == saved[name]
 
 
@@ -376,7 +376,7 @@ def test_a_manifest_with_its_hashes_made_right(folder, saved, data):
     odd = data.draw(altered_tree(manifest))
     content = sealed(odd) if isinstance(odd, dict) else dumped(odd)
     with raises_only(ArtefactError):
-        checkpoint.load(put(folder, saved | {"manifest.json": content}), 3)
+        checkpoint.load(write_files(folder, saved | {"manifest.json": content}), 3)
         assert {key: odd.get(key) for key in manifest} == manifest
 
 
@@ -403,7 +403,7 @@ def test_tensors_with_their_hashes_made_right(folder, saved, data):
     manifest["files"]["model.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     files = saved | {"model.safetensors": content, "manifest.json": sealed(manifest)}
     with raises_only(ArtefactError):
-        found = checkpoint.load(put(folder, files), 3)
+        found = checkpoint.load(write_files(folder, files), 3)
         for tensor in found.model.values():  # each of its elements is there
             assert len(tensor.contiguous().flatten().view(torch.uint8)) == tensor.numel() * tensor.element_size()
 

@@ -25,8 +25,8 @@ EVALUATION_TOKENS = 8192  # padded tokens of a batch
 
 
 class BatchSource(Protocol):
-    """Makes a batch of a part, which a sampler gives: `Rows` of row indices, `WindowedRows` of stretches, `Stream` of a
-    span of steps. The rows of a part can be counted and selected without reading their tokens."""
+    """Makes batches of the parts that a sampler gives: `Rows` of row indices, `WindowedRows` of stretches, `Stream` of
+    spans of steps. The rows of a part can be counted and selected without reading their tokens."""
 
     def lengths(self, part: Any) -> Ints: ...
     def take(self, part: Any, chosen: Ints) -> Any: ...
@@ -140,7 +140,7 @@ def evaluation_batches(
 
 
 def _row_batches(source: BatchSource, parts: Iterator[Any], pad_id: int, shard: RankShard) -> Iterator[Batch]:
-    """Every n-th batch, for n processes."""
+    """Make every n-th batch, for n processes."""
     return (source.batch(part, pad_id) for part in islice(parts, shard.rank, None, shard.world_size))
 
 
@@ -174,7 +174,7 @@ class StepBatches(NamedTuple):
 
     @property
     def ends_epoch(self) -> bool:
-        """Whether these are the epoch's last."""
+        """Whether these batches are the last of the epoch."""
         return self.end == self.epoch_batches
 
 

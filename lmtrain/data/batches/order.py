@@ -4,11 +4,10 @@ A sampler gives the parts of an epoch. A part is the rows of one batch, in the f
 `Rows`, `Stretches` for `WindowedRows`, a `Span` for a `Stream`. Shapes: R rows of a corpus or of a window.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, TypeVar
+from functools import lru_cache, partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,26 +40,19 @@ class Parts(Sequence[Any]):
         return [self.make(number) for number in numbers] if isinstance(numbers, range) else self.make(numbers)
 
 
-class _BatchCutter(NamedTuple):
-    """How buckets of rows are cut into batches; one of `batch_size` and `max_tokens` is None."""
+class _BatchCutter:
+    """Cuts buckets of rows into batches; one of `batch_size` and `max_tokens` is None; rows have `mean` tokens."""
 
-    batch_size: int | None
-    max_tokens: int | None
-    bucket_rows: int
-
-    @classmethod
-    def of(cls, batch_size: int | None, max_tokens: int | None, bucket_batches: int, mean: float) -> _BatchCutter:
-        rows_a_batch = batch_size or max(1, (max_tokens or 1) // max(1, round(mean)))  # mean tokens of a row
-        return cls(batch_size, max_tokens, rows_a_batch * bucket_batches)
+    def __init__(self, batch_size: int | None, max_tokens: int | None, bucket_batches: int, mean: float) -> None:
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self.bucket_rows = bucket_batches * (batch_size or max(1, (max_tokens or 1) // max(1, round(mean))))
 
     def batches(self, buckets: Iterable[Ints], lengths: Ints, random: np.random.Generator) -> list[Ints]:
         """Sort each bucket of row indices by `lengths`, (R,) of all rows, cut it into batches, and shuffle them all."""
         batches = []
         for bucket in buckets:
-            bucket_lengths = lengths[bucket]
-            order = longest_first(bucket_lengths)
-            bucket, bucket_lengths = bucket[order], bucket_lengths[order]
-            cuts = cut_batches(bucket_lengths, self.batch_size, self.max_tokens)
+            bucket = bucket[longest_first(lengths[bucket])]
+            cuts = cut_batches(lengths[bucket], self.batch_size, self.max_tokens)
             batches += [bucket[first:end] for first, end in cuts]
         return [batches[number] for number in random.permutation(len(batches))]
 
@@ -90,7 +82,7 @@ class EpochSampler:
         self, lengths: Ints, *, batch_size: int | None, max_tokens: int | None, bucket_batches: int, seed: int
     ) -> None:
         self.lengths, self.seed = lengths, seed
-        self.cut = _BatchCutter.of(batch_size, max_tokens, bucket_batches, float(lengths.mean()))
+        self.cut = _BatchCutter(batch_size, max_tokens, bucket_batches, float(lengths.mean()))
 
     def epoch(self, epoch: int) -> list[Ints]:
         """Return the row indices of every batch of an epoch, (B,) each; together they hold each row exactly once."""
@@ -112,14 +104,34 @@ class WindowSampler:
         self, rows: WindowedRows, *, batch_size: int | None, max_tokens: int | None, bucket_batches: int, seed: int
     ) -> None:
         self.rows, self.seed = rows, seed
-        self.cut = _BatchCutter.of(batch_size, max_tokens, bucket_batches, rows.mean_length)
+        self.cut = _BatchCutter(batch_size, max_tokens, bucket_batches, rows.mean_length)
 
     def epoch(self, epoch: int) -> Sequence[Stretches]:
         """Return the rows of every batch of an epoch; together they hold each row exactly once."""
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         windows = self.rows.windows(random.permutation(self.rows.blocks))
         ends = np.cumsum(self._counts(epoch, windows))
-        return Parts(int(ends[-1]), _Pass(self, epoch, windows, ends).part)
+
+        load_window = lru_cache(maxsize=1)(partial(self._load_window, epoch, windows))  # one window is in memory
+
+        def load_part(batch: int) -> Stretches:
+            window = int(np.searchsorted(ends, batch, side="right"))
+            stretches, batches = load_window(window)
+            assert len(batches) == ends[window] - (ends[window - 1] if window else 0)
+            return self.rows.take(stretches, batches[batch - int(ends[window])])
+
+        return Parts(int(ends[-1]), load_part)
+
+    def _load_window(self, epoch: int, windows: list[Ints], window: int) -> tuple[Stretches, list[Ints]]:
+        """Return the rows of a window and its batches, and have the next window read ahead."""
+        random = self.random(epoch, window)
+        self.rows.release()
+        for blocks in windows[window : window + 2]:
+            self.rows.prefetch(blocks)
+        stretches = self.rows.stretches(windows[window])
+        tables = spread_rows(np.arange(len(stretches.lengths)), self.cut.bucket_rows, random)
+        buckets = [bucket for table in tables for bucket in random.permuted(table, axis=1)]  # shuffles each bucket
+        return stretches, self.cut.batches(buckets, stretches.lengths, random)
 
     def random(self, epoch: int, window: int) -> np.random.Generator:
         """Return the generator of a window. NumPy takes [seed, epoch, 0] for [seed, epoch], hence + 1."""
@@ -164,32 +176,3 @@ def _turned(table: NDArray[Row], random: np.random.Generator) -> NDArray[Row]:
     columns = np.arange(width) + random.integers(0, max(1, width), (count, 1))
     columns[columns >= width] -= width
     return np.take_along_axis(table, columns, axis=1)
-
-
-class _Pass:
-    """One pass through the windows of an epoch; only the rows of one window are in memory."""
-
-    def __init__(self, sampler: WindowSampler, epoch: int, windows: list[Ints], ends: Ints) -> None:
-        self.sampler, self.epoch, self.windows, self.ends = sampler, epoch, windows, ends
-        self.window = -1  # number of the window in memory
-
-    def part(self, batch: int) -> Stretches:
-        """Return the rows of a batch, by its number in the epoch."""
-        window = int(np.searchsorted(self.ends, batch, side="right"))
-        if window != self.window:
-            self._enter(window)
-        end = int(self.ends[window])
-        return self.sampler.rows.take(self.stretches, self.batches[batch - end])
-
-    def _enter(self, window: int) -> None:
-        rows, cut, random = self.sampler.rows, self.sampler.cut, self.sampler.random(self.epoch, window)
-        rows.release()
-        for blocks in self.windows[window : window + 2]:
-            rows.prefetch(blocks)
-        self.stretches = rows.stretches(self.windows[window])
-        lengths = self.stretches.lengths
-        tables = spread_rows(np.arange(len(lengths)), cut.bucket_rows, random)
-        buckets = [bucket for table in tables for bucket in random.permuted(table, axis=1)]  # shuffles each bucket
-        self.batches = cut.batches(buckets, lengths, random)
-        assert len(self.batches) == self.ends[window] - (self.ends[window - 1] if window else 0)
-        self.window = window

@@ -66,10 +66,8 @@ def cut_rows(offsets: NDArray[np.integer], max_length: int) -> tuple[Ints, Ints]
 
     Neighbouring rows of a cut sequence have one token in common: the last token of the one is the first token of the
     other. So each direction still predicts every token exactly once; only the context is shorter. For example,
-    `<bos> a b c d <eos>` is cut at `max_length` 2 into `<bos> a b c` and `c d <eos>`.
-
-    Args:
-        offsets: (sequences + 1,) where each sequence begins, and where the last one ends.
+    `<bos> a b c d <eos>` is cut at `max_length` 2 into `<bos> a b c` and `c d <eos>`. `offsets`, (sequences + 1,), say
+    where each sequence begins, and where the last one ends.
     """
     borders = offsets.astype(np.int64, copy=False)
     starts, lengths = borders[:-1], np.diff(borders)

@@ -16,6 +16,8 @@ from lmtrain.data.batches.order import Parts
 from lmtrain.data.batches.rows import Batch, Rows, gather_batch
 from lmtrain.data.store.paging import release_pages
 
+RELEASE_TOKENS = 16 << 20  # number of tokens read after which their memory pages are released
+
 
 class Span(NamedTuple):
     """The steps `first` up to `end` of some neighbouring columns."""
@@ -23,9 +25,6 @@ class Span(NamedTuple):
     first: int
     end: int
     columns: slice = slice(None)
-
-
-RELEASED = 16 << 20  # after as many tokens, the memory pages that were read are let go
 
 
 def _columns(count: int, columns: int) -> tuple[Ints, Ints]:
@@ -57,7 +56,7 @@ class Stream:
         self.flat, self.eos_id = flat, eos_id
         self.steps = len(flat) // columns
         self.starts, self.column_lengths = _columns(len(flat), columns)
-        self._read = 0  # tokens read since memory pages were last let go
+        self._read = 0  # tokens read since memory pages were last released
 
     def __len__(self) -> int:
         return len(self.column_lengths)
@@ -73,7 +72,7 @@ class Stream:
         if starts[0] < 0:
             batch.tokens[0, 0] = self.eos_id  # nothing stands before the text
         self._read += batch.tokens.numel()
-        if self._read > RELEASED:
+        if self._read > RELEASE_TOKENS:
             release_pages(self.flat)
             self._read = 0
         return batch

@@ -17,7 +17,7 @@ from lmtrain.data.store.paging import prefetch_pages, release_pages
 
 WINDOW_ROWS = 1 << 20  # about the most rows of a window
 WINDOW_BYTES = 64 << 20  # about the most bytes of ids of a window
-WINDOW_BLOCKS = 256  # as many places of the corpus are mixed in a window
+WINDOW_BLOCKS = 256  # a window mixes blocks from as many places of the corpus
 SCANNED = 1 << 17  # sequences that are scanned at once: few enough for a processor's cache
 
 
@@ -46,11 +46,7 @@ class WindowedRows:
     """
 
     def __init__(
-        self,
-        sequences: Sequences,
-        max_length: int,
-        window_rows: int = WINDOW_ROWS,
-        window_bytes: int = WINDOW_BYTES,
+        self, sequences: Sequences, max_length: int, window_rows: int = WINDOW_ROWS, window_bytes: int = WINDOW_BYTES
     ) -> None:
         self.flat, self.max_length = sequences.tokens, max_length
         self.offsets = np.asarray(sequences.offsets)  # an array is sliced faster than a memmap
@@ -125,7 +121,7 @@ class WindowedRows:
         prefetch_pages(self.flat, zip(self._starts[blocks].tolist(), self._starts[blocks + 1].tolist(), strict=True))
 
     def release(self) -> None:
-        """Let go of all memory pages that were read."""
+        """Release all memory pages that were read."""
         release_pages(self.flat)
 
     def _cut(self, blocks: Ints) -> Iterator[tuple[Ints, Ints]]:

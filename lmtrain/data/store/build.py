@@ -73,11 +73,9 @@ class Build:
         """Take over what an earlier build has saved; False where it has saved nothing, or its arrays are damaged."""
         with suppress(ArtefactError, OSError, ValueError, KeyError, TypeError):
             saved = read_sealed(self.directory / PROGRESS)
-            if saved["format"] != BUILD_FORMAT:
+            found = {name: _checksum(self._path(name), saved["sizes"][name]) for name in ARRAYS}
+            if saved["format"] != BUILD_FORMAT or found != saved["checksums"]:
                 return False
-            for name in ARRAYS:
-                if _checksum(self._path(name), saved["sizes"][name]) != saved["checksums"][name]:
-                    return False
             self.place, self.totals = Place(*saved["place"]), dict(saved["totals"])
             self.sizes, self.checksums = dict(saved["sizes"]), dict(saved["checksums"])
             return True
@@ -133,7 +131,7 @@ def _checksum(path: Path, size: int) -> int:
 
 @contextmanager
 def locked(cache: Path, key: str, notify: Notify) -> Iterator[Path]:
-    """Be the only process that builds `key`; a second one says that it waits, and waits.
+    """Hold the lock on building `key`; a second process says that it waits, and waits.
 
     Yields the directory to build in, which need not exist. What is left of it afterwards is kept only where another
     build can continue from it.

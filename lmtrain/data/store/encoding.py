@@ -1,4 +1,4 @@
-"""A block of a corpus becomes its part of a token store. No block depends on another, so any process can do it.
+"""Encodes a block of a corpus for a token store. Blocks do not depend on each other, so any process can encode any.
 
 Shapes: T tokens and S sequences of the block, start and end tokens included.
 """
@@ -32,11 +32,7 @@ def token_type(vocab_size: int) -> str:
 
 
 class BlockEncoder:
-    """Encodes blocks of a source, as a task of a worker.
-
-    Args:
-        tokenizer: as `Tokenizer.dumps` gives it.
-    """
+    """Encodes blocks of a source, as a task of a worker. `tokenizer` is what `Tokenizer.dumps` returns."""
 
     def __init__(self, source: Source, tokenizer: str) -> None:
         self.source, self.tokenizer = source, parse_tokenizer(tokenizer)
@@ -84,8 +80,7 @@ class BlockEncoder:
 def _hashes(framed: NDArray[np.integer], ends: Ints) -> NDArray[np.uint64]:
     """Hash each sequence to 64 bits, (S,): its (position, id) pairs, mixed by splitmix64's last steps and summed.
 
-    Args:
-        framed: (T,) ids; `ends` (S,) says where each sequence ends in them.
+    `framed` are ids (T,); `ends` (S,) says where each sequence ends in them.
     """
     parts, first = [], 0
     while first < len(ends):

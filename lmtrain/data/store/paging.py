@@ -1,4 +1,4 @@
-"""Which pages of a memory-mapped array are in memory: requested before they are read, released after.
+"""Requests the pages of a memory-mapped array before they are read, and releases them afterwards.
 
 The pages that a process has read of a map count as its memory until it releases them, although the system could take
 them back at any time. They stay in the system's cache. Both functions leave an array that is not mapped as it is.

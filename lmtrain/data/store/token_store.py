@@ -155,19 +155,15 @@ def open_store(
     except OSError as error:
         raise StorageError(f"{cache}: the token store can't be written: {reason_of(error)}") from None
     try:
-        _await_rest(home)
+        tokens = (home / "tokens.bin").stat()
+        if tokens.st_size >= LARGE_BYTES:  # wait until its checksum can be remembered (see `data/text/digests.py`)
+            rest_ns = tokens.st_ctime_ns + AT_REST_NS - time.time_ns()
+            time.sleep(max(0.0, min(2 * AT_REST_NS, rest_ns) / 1e9 + 0.1))
         store = TokenStore(home, digests)
     except UNREADABLE:
         raise StorageError(f"{home}: holds other bytes than were written; is there room, is the disk sound?") from None
     store.is_new, store.was_continued = True, was_continued
     return store
-
-
-def _await_rest(home: Path) -> None:
-    """Wait until the checksums of a large new store can be remembered (see `data/text/digests.py`)."""
-    status = (home / "tokens.bin").stat()
-    if status.st_size >= LARGE_BYTES:
-        time.sleep(max(0.0, min(2 * AT_REST_NS, status.st_ctime_ns + AT_REST_NS - time.time_ns()) / 1e9 + 0.1))
 
 
 def _write(source: Source, tokenizer: Tokenizer, directory: Path, notify: Notify, watch: Watch) -> bool:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any
+from typing import IO
 
 from lmtrain.data.text.reading import open_text
 from lmtrain.errors import ArtefactError, StorageError
@@ -66,11 +66,8 @@ class Digests:
             return _identity(handle) != identity and self._compute(handle, "sha256") != digest
 
     def crc32(self, path: Path) -> int:
-        """Return the CRC-32 of a token store's file, or raise OSError.
-
-        The file is read and not mapped, since mapped pages would count as memory of this process.
-        """
-        with open(path, "rb") as handle:
+        """Return the CRC-32 of a token store's file, or raise OSError."""
+        with open(path, "rb") as handle:  # not mapped, since mapped pages would count as memory of this process
             return int(self._digest(handle, "crc32")[1])
 
     def _digest(self, handle: IO[bytes], kind: str) -> tuple[list[int], str]:
@@ -79,17 +76,15 @@ class Digests:
             return identity, self._compute(handle, kind)
         path = os.fsencode(os.path.abspath(handle.name))
         note = self.directory / f"{hashlib.sha256(path).hexdigest()[:32]}-{kind}.json"
-        facts: dict[str, Any] = {"identity": identity}
         with suppress(ArtefactError, KeyError):  # without a sound note the digest is computed
             remembered = read_sealed(note)
-            digest = str(remembered.pop("digest"))
-            if remembered == facts:
-                return identity, digest
+            if remembered["identity"] == identity:
+                return identity, str(remembered["digest"])
         digest = self._compute(handle, kind)
         if max(identity[-2:]) < now_ns - AT_REST_NS and _identity(handle) == identity:
             with suppress(OSError, StorageError):  # without a note the digest is computed again next time
                 self.directory.mkdir(parents=True, exist_ok=True)
-                write_atomically(note, sealed({**facts, "digest": digest}))
+                write_atomically(note, sealed({"identity": identity, "digest": digest}))
         return identity, digest
 
     def _compute(self, handle: IO[bytes], kind: str) -> str:

@@ -18,7 +18,7 @@ from lmtrain.errors import DataError
 PARTS = ("train", "valid", "test")
 EXCERPT_BYTES = 8 << 20  # taken from all files of a corpus together
 PIECE_BYTES = 128 << 10  # taken at one place
-BEGUN_FILES = 16  # about as many files are read from their beginning, where files can't be entered in the middle
+BEGUN_FILES = 16  # about this number of files are read, if files can be read from their beginning only
 
 
 class Excerpt(NamedTuple):
@@ -84,7 +84,7 @@ def _take(formats: dict[str, Format], folder: Path) -> Excerpt:
         if not os.path.isfile(file) or not os.access(file, os.R_OK):
             open_text(file).close()  # this raises the error that says why
     sizes = {file: os.path.getsize(file) for file in formats}
-    # files that can be read from their beginning only, and files that can be entered in the middle
+    # files that can be read from their beginning only, and files that can be read from the middle
     begun = {file: sizes[file] for file in sizes if file.endswith(".gz") or not formats[file].lines_are_records}
     entered = {file: size for file, size in sizes.items() if file not in begun}
     total = sum(sizes.values())

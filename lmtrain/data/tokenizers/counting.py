@@ -7,7 +7,7 @@ space between them, sorted by bytes, which is the order of code points. Runs are
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, Protocol
+from typing import IO, AnyStr
 
 import numpy as np
 
@@ -22,14 +22,6 @@ HELD_SHORT = 1 << 20  # words of 8 bytes at most: 16 bytes of memory each
 HELD_LONG = 1 << 18  # longer words: some 200 bytes of memory each
 WRITTEN = 1 << 16  # short words that are written as lines at once
 MERGED_BYTES = 4 << 20  # of all runs together, in memory at once
-
-
-class TokenCounts(Protocol):
-    """Counts tokens. `add` returns runs if it has counted too many different ones, `finish` returns all the rest."""
-
-    def add(self, texts: Sequence[str]) -> list[bytes]: ...
-
-    def finish(self) -> list[bytes]: ...
 
 
 class CharacterCounts:
@@ -49,7 +41,10 @@ class CharacterCounts:
 
 
 class WordCounts:
-    """Counts words: frequent ones by their position in an index, short ones as numbers, the others one by one."""
+    """Counts words: frequent ones by their position in an index, short ones as numbers, the others one by one.
+
+    `add` returns runs if it has counted too many different words; `finish` returns the counts that are left.
+    """
 
     def __init__(self, held_short: int = HELD_SHORT, held_long: int = HELD_LONG, learnt: int = LEARNT_WORDS) -> None:
         self.held_short, self.held_long, self.learnt = held_short, held_long, learnt
@@ -129,7 +124,7 @@ class BlockCounter:
 
     def __init__(self, source: Source, kind: str) -> None:
         self.source = source
-        self._counts: TokenCounts = CharacterCounts() if kind == "char" else WordCounts()
+        self._counts = CharacterCounts() if kind == "char" else WordCounts()
         self._lines_do_not_matter = kind == "word" and source.part == "all"
 
     def work(self, raw: RawBlock) -> list[bytes]:
@@ -142,56 +137,36 @@ class BlockCounter:
         return self._counts.finish()
 
 
-class _RunReader:
-    """Reads a run a part at a time."""
-
-    def __init__(self, handle: IO[bytes], size: int) -> None:
-        self.handle, self.size = handle, size
-        self.words: list[bytes] = []
-        self.counts: list[int] = []
-        self.at_end = False
-
-    def fill(self) -> None:
-        """Read the next part once the last one is used up."""
-        if not self.words and not self.at_end:
-            parts = (self.handle.read(self.size) + self.handle.readline()).split()
-            self.words, self.counts = parts[::2], list(map(int, parts[1::2]))
-            self.at_end = not parts
-
-    def take(self, last: bytes) -> Iterator[tuple[bytes, int]]:
-        """Take the words of this part up to and including `last`."""
-        count = bisect_right(self.words, last)
-        taken = zip(self.words[:count], self.counts[:count], strict=True)
-        self.words, self.counts = self.words[count:], self.counts[count:]
-        return taken
-
-
 def merge_runs(runs: Sequence[IO[bytes]], held_bytes: int = MERGED_BYTES) -> Iterator[dict[bytes, int]]:
     """Add up several runs; yields a part of the alphabet at a time, each word once."""
-    readers = [_RunReader(handle, max(1, held_bytes // len(runs))) for handle in runs]
+    size = max(1, held_bytes // max(1, len(runs)))
+    held: list[tuple[list[bytes], list[int]]] = [([], []) for _ in runs]  # words of each run in memory, their counts
     while True:
-        for reader in readers:
-            reader.fill()
-        readers = [reader for reader in readers if not reader.at_end]
-        if not readers:
+        held = [part if part[0] else _read_part(run, size) for run, part in zip(runs, held, strict=True)]
+        if not any(words for words, _ in held):
             return
-        last = min(reader.words[-1] for reader in readers)
+        last = min(words[-1] for words, _ in held if words)
         total: dict[bytes, int] = {}
-        for reader in readers:
-            for word, count in reader.take(last):
+        for number, (words, counts) in enumerate(held):
+            end = bisect_right(words, last)
+            for word, count in zip(words[:end], counts[:end], strict=True):
                 total[word] = total.get(word, 0) + count
+            held[number] = words[end:], counts[end:]
         yield total
 
 
-def most_frequent(parts: Iterable[Mapping[bytes, int]], size: int, least: int, left_out: bytes = b"") -> list[bytes]:
+def _read_part(run: IO[bytes], size: int) -> tuple[list[bytes], list[int]]:
+    """Read the next words of a run and their counts; there are none at its end."""
+    parts = (run.read(size) + run.readline()).split()
+    return parts[::2], list(map(int, parts[1::2]))
+
+
+def most_frequent(parts: Iterable[Mapping[AnyStr, int]], size: int, least: int, left_out: AnyStr) -> list[AnyStr]:
     """The `size` most frequent tokens, best first, equal counts in the order of their code points.
 
-    Args:
-        parts: counts that together have each token once.
-        least: how often a token must occur.
-        left_out: a token that is not wanted.
+    `parts` are counts that together have each token once. A token must occur `least` times and not be `left_out`.
     """
-    best: list[tuple[int, bytes]] = []
+    best: list[tuple[int, AnyStr]] = []
     for part in parts:
         best += [(-count, token) for token, count in part.items() if count >= least and token != left_out]
         if len(best) > 2 * size:

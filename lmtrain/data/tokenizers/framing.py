@@ -1,4 +1,4 @@
-"""The texts of a block become ids between their start and end tokens. Shapes: S texts, T ids without those tokens."""
+"""Encodes the texts of a block between start and end tokens. Shapes: S texts, T ids without start and end tokens."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -7,9 +7,10 @@ parts of a large one.
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -35,56 +36,43 @@ def learn_tokenizer(
 ) -> Tokenizer:
     """Learn a tokenizer of kind char, word, bpe or unigram from a source.
 
-    Args:
-        cache: a directory for what does not fit into memory.
+    What does not fit into memory goes to files in `cache`, a directory.
 
     Raises:
         DataError: the text has a fault, which is named with its place, or there is nothing to learn from.
         OSError: the cache directory can't be written.
     """
-    what = f"learning the {kind} vocabulary from {source.name}"
+    what, size_bytes = f"learning the {kind} vocabulary from {source.name}", source.size()
     notify(what)
     if kind in ("bpe", "unigram"):
-        size = source.size()
-        sample, step = _sample(source, SAMPLE_BYTES[kind], lambda done: watch(what, done, size))
+        sample, step = _sample(source, SAMPLE_BYTES[kind], lambda done: watch(what, done, size_bytes))
         if step > 1:
             taken = sum(len(raw.data) for raw in sample)
             notify(f"note: of that, {taken / 2**20:,.0f} MiB are learnt from: evenly spaced parts, one in {step}")
         texts = (text for raw in sample for text in source.kept(source.parse(raw)).texts if text.strip())
         return train_tokenizer(kind, texts, vocab_size=vocab_size)
-    with ExitStack() as stack:
-        tokens = _count_tokens(kind, source, cache, max(1, vocab_size - FIRST), min_frequency, stack, watch, what)
-    if not tokens:
-        raise no_vocabulary(min_frequency)
-    return CharTokenizer(tokens) if kind == "char" else WordTokenizer(tokens)
-
-
-def _count_tokens(
-    kind: str, source: Source, cache: Path, size: int, least: int, stack: ExitStack, watch: Watch, what: str
-) -> list[str]:
-    """The most frequent tokens, best first."""
     runs: list[IO[bytes]] = []
-    total_bytes = source.size()
-    workers = stack.enter_context(open_workers(partial(BlockCounter, source, kind), total_bytes))
+    with ExitStack() as stack:
 
-    def store(new_runs: list[bytes]) -> None:
-        for run in new_runs:
-            # a file without a name: nothing is left of it, whatever ends this process
-            large = len(run) > SMALL_RUN_BYTES
-            handle: IO[bytes] = tempfile.TemporaryFile(dir=cache) if large else io.BytesIO()  # noqa: SIM115
-            stack.callback(handle.close)
-            handle.write(run)
-            handle.seek(0)
-            runs.append(handle)
+        def store(new_runs: list[bytes]) -> None:
+            for run in new_runs:
+                # a file without a name: nothing is left of it, whatever ends this process
+                large = len(run) > SMALL_RUN_BYTES
+                handle: IO[bytes] = tempfile.TemporaryFile(dir=cache) if large else io.BytesIO()  # noqa: SIM115
+                stack.callback(handle.close)
+                handle.write(run)
+                handle.seek(0)
+                runs.append(handle)
 
-    for raw, new_runs in workers.work(source.raws()):
-        store(new_runs)
-        watch(what, raw.read_bytes, total_bytes)
-    for new_runs in workers.finish():
-        store(new_runs)
-    if kind == "char":
-        return [token.decode() for token in most_frequent([sum_characters(run.read() for run in runs)], size, least)]
-    return [token.decode() for token in most_frequent(merge_runs(runs), size, least, left_out=b"<unk>")]
+        workers = stack.enter_context(open_workers(partial(BlockCounter, source, kind), size_bytes))
+        for raw, new_runs in workers.work(source.raws()):
+            store(new_runs)
+            watch(what, raw.read_bytes, size_bytes)
+        for new_runs in workers.finish():
+            store(new_runs)
+        counts = [sum_characters(run.read() for run in runs)] if kind == "char" else merge_runs(runs)
+        tokens = most_frequent(counts, max(1, vocab_size - FIRST), min_frequency, left_out=b"<unk>")
+    return _from_tokens(kind, [token.decode() for token in tokens], min_frequency)
 
 
 def _sample(source: Source, most_bytes: int, watch: Callable[[int], None]) -> tuple[list[RawBlock], int]:
@@ -130,30 +118,16 @@ def train_tokenizer(
         case "file":
             assert path is not None
             return SubwordTokenizer(Path(path).read_text(encoding="utf-8", errors="replace"), name=path)
-        case "char":
-            return CharTokenizer(_most_frequent(map(Counter, texts), vocab_size, min_frequency))
-        case "word":
-            words = (Counter(text.split()) for text in texts)
-            return WordTokenizer(_most_frequent(words, vocab_size, min_frequency, left_out="<unk>"))
+        case "char" | "word":
+            counts = Counter(chain.from_iterable(texts if kind == "char" else map(str.split, texts)))
+            tokens = most_frequent([counts], max(1, vocab_size - FIRST), min_frequency, left_out="<unk>")
+            return _from_tokens(kind, tokens, min_frequency)
         case _:
             return SubwordTokenizer(train_library(kind, texts, max(257, vocab_size - FIRST)), kind)
 
 
-def _most_frequent(
-    counts: Iterator[Counter[str]], vocab_size: int, min_frequency: int, left_out: str | None = None
-) -> list[str]:
-    """The most frequent tokens, best first, equal counts in the order of their code points."""
-    total: Counter[str] = Counter()
-    for part in counts:
-        total.update(part)
-    if left_out is not None:
-        total.pop(left_out, None)
-    kept = sorted((item for item in total.items() if item[1] >= min_frequency), key=lambda item: (-item[1], item[0]))
-    if not kept:
-        raise no_vocabulary(min_frequency)
-    return [token for token, _ in kept[: max(1, vocab_size - FIRST)]]
-
-
-def no_vocabulary(min_frequency: int) -> DataError:
-    """The error to raise where every token is rarer than that."""
-    return DataError(f"no token occurs {min_frequency} times or more: there is no vocabulary to learn")
+def _from_tokens(kind: str, tokens: list[str], min_frequency: int) -> Tokenizer:
+    """Make a tokenizer of kind char or word; raises DataError if every token was rarer than `min_frequency`."""
+    if not tokens:
+        raise DataError(f"no token occurs {min_frequency} times or more: there is no vocabulary to learn")
+    return CharTokenizer(tokens) if kind == "char" else WordTokenizer(tokens)

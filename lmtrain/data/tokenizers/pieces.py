@@ -81,12 +81,9 @@ class Pieces:
 
     def _learn(self, new: list[str]) -> None:
         words = [piece for piece in new if _WORD.fullmatch(piece)]
-        if (together := self._encode_together(words)) is None:
-            words = []
-        else:
+        if (together := self._encode_together(words)) is not None:
             self._remember(words, *together)
-        done = set(words)
-        others = [piece for piece in new if piece not in done]
+        others = [piece for piece in new if piece not in self._known]
         encoded = self._encode(others)
         ends = np.fromiter(map(len, encoded), np.int64, len(encoded)).cumsum()
         self._remember(others, np.fromiter(chain.from_iterable(encoded), np.int64), ends)

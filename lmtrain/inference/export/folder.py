@@ -1,4 +1,4 @@
-"""An exported model in a new folder, complete or not at all."""
+"""Writes an exported model into a new folder, completely or not at all."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""An exported model in 8 bits, and what that changes: size, speed and perplexity.
+"""Turns an exported model into one of 8 bits, and measures what that changes: size, speed and perplexity.
 
 Shapes: B rows, V vocabulary.
 """
@@ -24,7 +24,7 @@ class OnnxSteps:
         self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def begin(self, rows: int) -> dict[str, np.ndarray]:
-        """The state before the first token: input name -> zeros (rows, size)."""
+        """Return the state before the first token: input name -> zeros (rows, size)."""
         dtypes = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
         _, *states = self.session.get_inputs()
         return {state.name: np.zeros((rows, state.shape[1]), dtypes[state.type]) for state in states}
@@ -36,7 +36,7 @@ class OnnxSteps:
 
 
 def quantised(content: bytes, scratch: Path) -> bytes:
-    """The same ONNX model with weights in 8 bits and integer products; activations are scaled as they are computed."""
+    """Return the ONNX model with weights in 8 bits and integer products; activations are scaled when computed."""
     import logging
 
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -49,7 +49,7 @@ def quantised(content: bytes, scratch: Path) -> bytes:
 
 
 def log_probability(steps: OnnxSteps, ids: Sequence[int]) -> float:
-    """The log-probability of ids given the first of them, natural logarithm."""
+    """Return the natural logarithm of the probability of ids given the first of them."""
     state, total = steps.begin(1), 0.0
     for token, following in pairwise(ids):
         log_probabilities, state = steps.step(np.array([token], np.int64), state)
@@ -58,7 +58,7 @@ def log_probability(steps: OnnxSteps, ids: Sequence[int]) -> float:
 
 
 def compare(before: bytes, after: bytes, rows: Sequence[list[int]]) -> list[str]:
-    """Lines that say what 8 bits change: size, speed on one text at a time, and perplexity.
+    """Return lines that say what 8 bits change: size, speed on one text at a time, and perplexity.
 
     Args:
         before, after: the ONNX model in 32 bits, and in 8 bits.

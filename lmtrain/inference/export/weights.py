@@ -1,4 +1,4 @@
-"""The weights of a trained model, named as `torch.nn` names them."""
+"""Gives the weights of a trained model the names that `torch.nn` gives them."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from lmtrain.model.output import FullOutput
 
 
 def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights by names that `torch.nn` knows.
+    """Return the weights by names that `torch.nn` knows.
 
     `forward.weight_ih_l0` ... belong to one `nn.LSTM`, `nn.GRU` or `nn.RNN` of all layers, `backward.weight_ih_l0` ...
     to a second one, which reads from the right. `embedding.weight` belongs before it, `output.weight` and `output.bias`
@@ -35,9 +35,7 @@ def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
         for number, layer in enumerate(stack.layers):  # type: ignore[arg-type]
             for name, weight in layer.named_parameters():
                 tensors[f"{direction}.{name.removesuffix('0')}{number}"] = weight
-        for name, weight in model.projections[f"of_{direction}"].named_parameters():
-            tensors[f"projection_{direction}.{name}"] = weight
-    for name, weight in model.projections["of_fill"].named_parameters() if model.bidirectional else ():
-        tensors[f"projection_fill.{name}"] = weight
+    for name, weight in model.projections.named_parameters():
+        tensors[f"projection_{name.removeprefix('of_')}"] = weight
     tensors |= {f"output.{name}": weight for name, weight in model.output.named_parameters()}
     return {name: weight.detach().cpu().clone() for name, weight in tensors.items()}
