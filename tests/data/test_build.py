@@ -137,7 +137,7 @@ def test_a_build_that_is_killed_again_and_again_comes_to_the_same_store(tmp_path
     chance, kills, left, went_on = random.Random(count), 0, 0, 0
     while True:
         process = builder(tmp_path, count, 20000, *files)
-        started_s, most_s = time.monotonic(), chance.uniform(0, 0.1)
+        started_s, most_s = time.monotonic(), chance.uniform(0, 0.02)
         progress = tmp_path / "cache" / f".building-{home.name}" / building.PROGRESS
         before = progress.read_bytes() if progress.exists() else b""
         while process.poll() is None:  # some way beyond the first new save
