@@ -53,6 +53,7 @@ class Work:
     tokens: int  # that one run trains on or writes
     operations: float = 0.0  # floating-point operations of its matrix products
     precision: str = "fp32"
+    model: nn.Module | None = None  # that one run trains
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def stock_training(shape: Shape, device: torch.device) -> Work:
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return Work(step, mean_tokens(batches))
+    return Work(step, mean_tokens(batches), model=model)
 
 
 def mean_tokens(batches: list[Batch]) -> int:
@@ -230,7 +231,7 @@ def training(shape: Shape, device: torch.device, precision: str) -> Work:
     tokens, turn = mean_tokens(batches), cycle(batches)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embedding")]
     weights = sum(p.numel() for p in matrices) + (shape.tied and model.output.weight.numel())
-    return Work(lambda: train(next(turn)), tokens, 6.0 * weights * tokens, precision)
+    return Work(lambda: train(next(turn)), tokens, 6.0 * weights * tokens, precision, model)
 
 
 def output_layer(rows: int, size: int, vocab_size: int, device: torch.device) -> Work:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 LETTERS = np.frombuffer(b"etaoinshrdlcumwfgypbvkjxqz", np.uint8)
 FILES = 4
-PACKED = 16  # one of so many parts is in the last file, a .gz
+PACKED = 16  # one of this number of parts is in the last file, a .gz
 CHOICES = 1 << 21  # words that blocks are drawn from
 BLOCK_WORDS = 1 << 19
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ logging: {{every_steps: 1, sample_prompts: []}}
 
 
 def made_up(count: int, low: int, high: int, chance: np.random.Generator) -> NDArray[np.uint64]:
-    """Words of so many letters, each with a space behind it, in eight bytes; their NULs are left out in the end."""
+    """Words of `low` to `high` letters and a space behind each, in eight bytes; NULs are left out in the end."""
     letters = LETTERS[(chance.random((count, 8)) ** 2 * 26).astype(np.int64)]
     letters[np.arange(8) >= chance.integers(low, high + 1, count)[:, None]] = 0
     letters[:, 7] = ord(" ")
@@ -77,7 +77,7 @@ def blocks(seed: int) -> Iterator[bytes]:
 
 
 def make(directory: Path, size: int) -> None:
-    """The files of a corpus of so many bytes, unpacked, and a few lines held out."""
+    """The files of a corpus of this number of bytes, unpacked, and a few lines held out."""
     for number in range(FILES):
         packed = number == FILES - 1
         share, done = size // PACKED if packed else (size - size // PACKED) // (FILES - 1), 0

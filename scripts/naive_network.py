@@ -102,8 +102,8 @@ def random_prompts(count: int, seed: int = 7) -> list[str]:
     return [" ".join(words[: chance.randrange(len(words))]) for words in chosen]
 
 
-def share_grammatical(texts: list[str]) -> float:
-    """Share of the texts that are sentences of the lesson's grammar."""
+def fraction_grammatical(texts: list[str]) -> float:
+    """Fraction of the texts that are sentences of the lesson's grammar."""
     grammar = load_grammar()
     return sum(grammar.is_grammatical(text.split()) for text in texts) / len(texts)
 
@@ -119,11 +119,11 @@ def main() -> None:
     written = [write(naive, tokenizer, prompt) for prompt in prompts]
     print(f"true training perplexity      {truth['train']['perplexity']:.3f}")
     print(f"naive network's, second epoch {perplexity:.3f}")
-    print(f"naive network's sentences     {share_grammatical(written):.1%} grammatical")
+    print(f"naive network's sentences     {fraction_grammatical(written):.1%} grammatical")
     print(f"naive network's 'the old' ... {write(naive, tokenizer, 'the old', 12)}")
     model = lmtrain.load(sys.argv[1] if len(sys.argv) > 1 else None)
     results = model.generate(prompts)
-    print(f"lmtrain's sentences           {share_grammatical([result.text for result in results]):.1%} grammatical")
+    print(f"lmtrain's sentences           {fraction_grammatical([result.text for result in results]):.1%} grammatical")
     print(f"lmtrain's 'the old' ...       {model.generate(['the old'])[0].text}")
     evaluation = model.evaluate([str(LESSON / "test.txt")])
     for name, value in (("perplexity", truth["test"]["perplexity"]), ("fill_accuracy", truth["test"]["fill_accuracy"])):

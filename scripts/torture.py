@@ -5,7 +5,7 @@ python scripts/torture.py                   # each as often as its row says
 
 Every fault is a process killed, stopped, starved of room or memory, or a run directory damaged; every run must end
 with the weights, metrics and samples of one that nothing happened to. tests/stories/faults holds the faults
-themselves; this goes on where the tests stop. It needs strace, and a user who may mount (`unshare -rm` makes one).
+themselves; this continues where the tests stop. It needs strace, and a user who may mount (`unshare -rm` makes one).
 """
 
 from __future__ import annotations

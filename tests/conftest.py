@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import random
@@ -22,6 +23,9 @@ from lmtrain.config import Config, load_config
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+
+# in the words of this system, as messages quote them
+NO_FILE, NO_SPACE, READ_ONLY = (os.strerror(code).lower() for code in (errno.ENOENT, errno.ENOSPC, errno.EROFS))
 
 # a file system in memory, where there is one: thousands of small saves, each of them synced, would wait for the disk
 if os.access("/dev/shm", os.W_OK):

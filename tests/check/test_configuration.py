@@ -1,16 +1,20 @@
 """`lmtrain check` before a long training: what it costs here, and of large files estimates from pieces of them."""
 
 import gzip
+import itertools
 import json
 import random
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lmtrain.check import configuration
+from lmtrain.check import configuration, cost
 from lmtrain.check.configuration import describe_configuration, describe_duration
 from lmtrain.check.cost import Measured, measure_cost, why_not_measured
 from lmtrain.config import load_config
@@ -18,6 +22,8 @@ from lmtrain.data.preparation import prepare
 from lmtrain.data.store.token_store import ARRAYS
 from lmtrain.data.text import excerpts
 from lmtrain.errors import DataError
+from lmtrain.training.start import train
+from lmtrain.training.step import TrainingStep
 
 WORDS = [f"w{number:03}" for number in range(300)]
 
@@ -150,35 +156,72 @@ def test_a_line_that_is_too_long_is_said_once_however_many_pieces_it_has(large, 
     assert re.fullmatch(rf"train\.txt:{before + 1}: a line of more than 16 MiB; cut it into several", said)
 
 
-def test_small_files_are_reported_as_they_are_with_the_cost_of_training(small):
+def test_small_files_are_reported_as_they_are_with_the_cost_of_training(small, corpus, monkeypatch):
+    measured = Measured(50.0, 7, 456_789_012, torch.device("cpu"), "fp32")
+    monkeypatch.setattr(configuration, "measure_cost", lambda *_: measured)
+    events = sum(len(line.split()) + 1 for line in (corpus / "train.txt").read_text().splitlines())
     found = said(small())
     assert found["train"].startswith("43 sequences, ")
-    assert 30 < numbers(found["memory"])[0] < 20_000
-    assert re.fullmatch(
-        r"about [\d.]+ s an epoch, [\d.]+ s in all, validation aside: [\d,.]+ tokens/s over \d+ steps \(cpu, fp32\)",
-        found["time"],
-    )
+    assert found["memory"] == "about 457 MB of the process in training"
+    assert found["time"].endswith("50.0 tokens/s over 7 steps (cpu, fp32)")
+    assert numbers(found["time"])[:2] == pytest.approx([events / 50, 2 * events / 50], rel=0.01)  # two epochs in all
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["batching.mode=stream", "model.bidirectional=false", "optimizer.name=sgd", "training.accumulate=2"],
+        ["batching.mode=stream", "batching.bptt=9", "model.bidirectional=false", "training.accumulate=2"],
         ["batching.carry_state=true", "model.bidirectional=false", "optimizer.name=muon", "averaging.name=ema"],
         ["batching.max_tokens=50", "model.ngram_embeddings=[2, 3]", "training.sampled_tokens=4"],
     ],
 )
-def test_any_training_is_measured_and_leaves_no_trace(small, overrides):
-    config = small(*overrides)
+def test_the_steps_that_are_measured_are_those_of_training_and_leave_no_trace(small, monkeypatch, overrides):
+    """By a clock that stands a second further at each look, so that a step takes a second."""
+    figures, take_step = [], TrainingStep.__call__
+    monkeypatch.setattr(TrainingStep, "__call__", lambda *given: figures.append(take_step(*given)) or figures[-1])
+    config = small(*overrides, "training.num_threads=2", "training.max_epochs=9")
     corpora = prepare(config, lambda line: None)
-    reading = configuration.training_batches(config, corpora.train, corpora.tokenizer.eos_id)
+    batches = configuration.training_batches(config, corpora.train, corpora.tokenizer.eos_id)
     torch.manual_seed(3)
     wanted = torch.rand(3)
     torch.manual_seed(3)
-    measured = measure_cost(config, corpora.tokenizer, reading)
+    with monkeypatch.context() as patch:
+        patch.setattr(cost, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+        measured = measure_cost(config, corpora.tokenizer, batches)
     assert torch.rand(3).equal(wanted)
-    assert measured.tokens_per_second > 0
-    assert measured.steps >= 1
+    assert torch.get_num_threads() == 1
+    assert not Path("runs").exists()
+    of_measuring, figures[:] = list(figures), []
+    train(config, stop_at_step=len(of_measuring))
+    torch.set_num_threads(1)
+    assert [each.events for each in of_measuring] == [each.events for each in figures]
+    assert (of_measuring[0].nats, of_measuring[0].gradient_norm) == (figures[0].nats, figures[0].gradient_norm)
+    assert of_measuring[-1].nats != figures[0].nats
+    assert measured.steps == len(figures) - 1 == cost.LEAST_STEPS  # the first one is not counted
+    assert measured.tokens_per_second == sum(each.events["forward"] for each in figures[1:]) / measured.steps
+
+
+PEAKS = """
+from lmtrain.check.configuration import count_weights, training_batches
+from lmtrain.check.cost import measure_cost
+from lmtrain.config import load_config
+from lmtrain.data.preparation import prepare
+for size in (8, 8, 512):
+    config = load_config("config.yaml", [f"model.hidden_size={size}", "model.output=full"])
+    corpora = prepare(config, lambda line: None)
+    batches = training_batches(config, corpora.train, corpora.tokenizer.eos_id)
+    measured = measure_cost(config, corpora.tokenizer, batches)
+    print(count_weights(config, corpora.tokenizer.vocab_size), measured.memory_bytes)
+"""
+
+
+def test_the_peak_of_memory_holds_weights_gradients_and_moments(corpus):
+    done = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
+    _, (small_weights, small_bytes), (weights, peak_bytes) = [
+        map(int, line.split()) for line in done.stdout.splitlines()
+    ]
+    assert 16 * weights > 50e6
+    assert 16 * (weights - small_weights) < peak_bytes - small_bytes < 40 * weights
 
 
 @pytest.mark.parametrize(
@@ -198,8 +241,9 @@ def test_the_time_of_training_is_that_of_its_shortest_bound(small, overrides, wa
 def test_a_model_that_is_too_large_is_not_built(small, monkeypatch):
     assert why_not_measured(small(), 10_000) is None
     assert "GB are free" in why_not_measured(small(), 10**13)
+    monkeypatch.setattr(configuration, "measure_cost", None)  # to call it would raise
     config = small("model.hidden_size=4096")
-    assert "layers of more than" in said(config)["time"]
+    assert said(config)["time"].startswith("not measured: with layers of more than 2,048")
 
 
 def test_durations_in_words():

@@ -1,7 +1,6 @@
 """The configuration: every fault at once with its place, before torch; round trips; templates; the table of keys."""
 
 import contextlib
-import itertools
 import re
 import subprocess
 import sys
@@ -90,7 +89,7 @@ def test_precedence_is_defaults_then_file_then_command_line():
 
 
 @pytest.mark.parametrize("value", ["1e-3", "1.0e-3", ".001", "0.001", "+1e-03"])
-def test_numbers_are_numbers(value):
+def test_a_number_in_any_notation_is_read_as_one(value):
     assert load(D + f"optimizer: {{lr: {value}}}").optimizer.lr == 0.001
 
 
@@ -202,4 +201,4 @@ def test_every_key_is_explained():
     explained = list(keys(Config))
     assert len(explained) > 50
     assert [name for name, description in explained if not description] == []
-    assert all(description.endswith(".") for _, description in itertools.islice(explained, 3))
+    assert [name for name, description in explained if not description.endswith(".")] == []

@@ -114,7 +114,7 @@ def test_a_tokenizer_file_of_the_library_is_taken(tmp_path):
     assert parse_tokenizer(tokenizer.dumps()).encode(KOREAN) == tokenizer.encode(KOREAN)
 
 
-def test_nothing_to_learn_from():
+def test_a_text_without_a_frequent_word_is_refused():
     with pytest.raises(DataError, match="no token occurs 2 times"):
         tokenizer_of("word", ["a b c"], min_frequency=2)
 

@@ -15,7 +15,7 @@ from lmtrain.data.batches.rows import Rows
 from lmtrain.data.batches.windows import WINDOW_BLOCKS, WindowedRows, fits_a_window
 from lmtrain.data.store import paging
 from lmtrain.training.start import train
-from tests.data.test_rows import Stored, stored
+from tests.data.conftest import Sequences, numbered_sequences
 from tests.oracle import digest
 
 LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=80).map(np.array)
@@ -29,7 +29,10 @@ def windowed(draw):
     if draw(st.booleans()):
         lengths = np.tile(lengths, draw(st.integers(1, 20)))
     rows = WindowedRows(
-        stored(lengths), draw(st.integers(1, 40)), draw(st.integers(256, 1 << 12)), draw(st.integers(2048, 1 << 15))
+        numbered_sequences(lengths),
+        draw(st.integers(1, 40)),
+        draw(st.integers(256, 1 << 12)),
+        draw(st.integers(2048, 1 << 15)),
     )
     batch_size, max_tokens = draw(SIZES)
     settings = {"batch_size": batch_size, "max_tokens": max_tokens, "bucket_batches": draw(st.integers(1, 9))}
@@ -43,7 +46,7 @@ def pairs(part):
 @given(windowed(), st.integers(0, 5))
 def test_an_epoch_has_every_row_once_within_its_bounds(made, epoch):
     rows, sampler, lengths = made
-    whole = Rows(stored(lengths), rows.max_length)
+    whole = Rows(numbered_sequences(lengths), rows.max_length)
     assert (len(rows), rows.split_sequences) == (len(whole), whole.split_sequences)
     assert rows.mean_length == pytest.approx(whole.row_lengths.mean())
     order = sampler().epoch(epoch)
@@ -73,7 +76,7 @@ def test_any_batch_is_found_without_those_before_it(made, data):
 
 
 def test_epochs_and_seeds_differ_and_batches_are_full():
-    rows = WindowedRows(stored(np.full(20_000, 9)), 30, window_rows=4096)
+    rows = WindowedRows(numbered_sequences(np.full(20_000, 9)), 30, window_rows=4096)
     sampler = {
         seed: WindowSampler(rows, batch_size=32, max_tokens=None, bucket_batches=10, seed=seed) for seed in (7, 8)
     }
@@ -101,10 +104,10 @@ def test_a_batch_is_mixed_from_all_of_the_text():
     """Rows of a batch are as far from each other as in a shuffle of the whole corpus, and no more are neighbours."""
     count, window = 400_000, 50_000
     lengths = np.random.default_rng(0).integers(5, 60, count)
-    rows = WindowedRows(stored(lengths), 100, window_rows=window)
+    rows = WindowedRows(numbered_sequences(lengths), 100, window_rows=window)
     assert len(rows.windows(np.arange(rows.blocks))) > 7
     sampler = WindowSampler(rows, batch_size=32, max_tokens=None, bucket_batches=50, seed=1)
-    starts = stored(lengths).offsets[:-1]
+    starts = numbered_sequences(lengths).offsets[:-1]
     far, near = [], []
     for part in sampler.epoch(0)[::20]:
         place = np.searchsorted(starts, part.starts)
@@ -119,8 +122,8 @@ def test_a_batch_is_mixed_from_all_of_the_text():
 @pytest.mark.parametrize("batch_size", [None, 7])
 def test_evaluation_reads_every_row_once_window_by_window(batch_size):
     lengths = np.random.default_rng(0).integers(2, 60, 5000)
-    rows = WindowedRows(stored(lengths), 20, window_rows=1024)
-    whole = Rows(stored(lengths), 20)
+    rows = WindowedRows(numbered_sequences(lengths), 20, window_rows=1024)
+    whole = Rows(numbered_sequences(lengths), 20)
     seen = []
     for part in rows.sorted_parts(200, batch_size):
         tokens, row_lengths, _ = rows.batch(part, 0)
@@ -132,10 +135,10 @@ def test_evaluation_reads_every_row_once_window_by_window(batch_size):
 def test_a_corpus_fits_a_window_by_its_rows_and_by_its_bytes():
     offsets = np.zeros((1 << 20) + 2, np.uint64)
     few = np.zeros(8, np.uint16)
-    assert fits_a_window(Stored(few, offsets[:-1]))
-    assert not fits_a_window(Stored(few, offsets))
-    assert fits_a_window(Stored(np.zeros(1 << 25, np.uint16), offsets[:9]))
-    assert not fits_a_window(Stored(np.zeros((1 << 25) + 1, np.uint16), offsets[:9]))
+    assert fits_a_window(Sequences(few, offsets[:-1]))
+    assert not fits_a_window(Sequences(few, offsets))
+    assert fits_a_window(Sequences(np.zeros(1 << 25, np.uint16), offsets[:9]))
+    assert not fits_a_window(Sequences(np.zeros((1 << 25) + 1, np.uint16), offsets[:9]))
 
 
 @pytest.mark.parametrize("size", ["batching.batch_size=8", "batching.max_tokens=60"])

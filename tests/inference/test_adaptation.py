@@ -81,7 +81,7 @@ def test_the_first_chunk_is_scored_before_anything_is_learnt():
     assert evaluate_dynamically(model, batches(text, 5), Dynamic(lr=5.0)).nats == pytest.approx(plain.nats, rel=1e-6)
 
 
-def test_both_stand_beside_the_plain_number(small, tmp_path):
+def test_cache_and_dynamic_perplexity_are_reported_beside_the_plain_one(small, tmp_path):
     config = small("batching.mode=stream", "model.bidirectional=false")
     model = load(train(config, tmp_path / "run").run)
     plain = model.evaluate().figures()
@@ -90,7 +90,7 @@ def test_both_stand_beside_the_plain_number(small, tmp_path):
     assert adapted.keys() - plain.keys() == {"cache_perplexity", "dynamic_perplexity"}
 
 
-def test_lines_that_begin_anew_have_neither(small, tmp_path):
+def test_cache_and_dynamic_evaluation_are_refused_without_a_carried_state(small, tmp_path):
     model = load(train(small("training.max_steps=2"), tmp_path / "run").run)
     with pytest.raises(ConfigError, match="need a state that is carried"):
         model.evaluate(cache=Cache(10))

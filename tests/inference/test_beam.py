@@ -1,7 +1,6 @@
 """Beam search: one beam is greedy, and a beam as wide as the tree finds what enumeration finds."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from lmtrain.inference.beam import beam_search
 from lmtrain.inference.generation import generate
 from lmtrain.inference.options import Beams
 from lmtrain.inference.prompts import PromptCodec
-from tests.inference.test_generation import untrained
+from tests.inference.conftest import untrained_model
 
 IDS = IdsTokenizer(5, 0)
 PROMPTS = ["1 2 3", "", "4", "2 2 2 2", "3"]
@@ -35,7 +34,7 @@ def enumerated(model, prompt, max_tokens):
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_a_beam_as_wide_as_the_tree_finds_the_best_texts_there_are(penalty):
     for seed in range(3):
-        model = untrained(IDS, seed)
+        model = untrained_model(IDS, seed)
         for prompt in PROMPTS[:3]:
             ranked = sorted(enumerated(model, prompt, 3).items(), key=lambda item: -item[1][0] / item[1][1] ** penalty)
             found = beam_search(model, PromptCodec(IDS), [prompt], max_tokens=3, beams=Beams(200, penalty), count=10)
@@ -48,7 +47,7 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_texts_there_are(penalty):
 def test_one_beam_is_greedy(direction):
     codec = PromptCodec(IDS, direction=direction)
     for seed in range(4):
-        model = untrained(IDS, seed, bidirectional=True)
+        model = untrained_model(IDS, seed, bidirectional=True)
         greedy = generate(model, codec, PROMPTS, max_tokens=12)
         for beams in (Beams(1), Beams(1, 2.0)):
             found = beam_search(model, codec, PROMPTS, max_tokens=12, beams=beams)
@@ -61,7 +60,7 @@ def test_one_beam_is_greedy(direction):
 @pytest.mark.parametrize("width", [2, 5])
 def test_a_batch_of_ragged_prompts_equals_one_at_a_time(width, monkeypatch):
     monkeypatch.setattr("lmtrain.inference.beam.ROWS_AT_ONCE", 3 * width)  # several batches, too
-    model, codec = untrained(IDS, 6), PromptCodec(IDS)
+    model, codec = untrained_model(IDS, 6), PromptCodec(IDS)
     together = beam_search(model, codec, PROMPTS, max_tokens=9, beams=Beams(width), count=2)
     alone = [
         each
@@ -71,11 +70,10 @@ def test_a_batch_of_ragged_prompts_equals_one_at_a_time(width, monkeypatch):
     assert [(each.text, each.finished) for each in together] == [(each.text, each.finished) for each in alone]
 
 
-def test_a_wider_beam_finds_no_worse_a_text_than_greedy_on_the_whole():
-    model, codec = untrained(IDS, 8), PromptCodec(IDS)
+def test_a_wider_beam_finds_more_probable_texts_than_greedy():
+    model, codec = untrained_model(IDS, 8), PromptCodec(IDS)
     totals = [
         sum(each.log_probability for each in beam_search(model, codec, PROMPTS, max_tokens=6, beams=Beams(width)))
         for width in (1, 500)
     ]
-    assert totals[1] >= totals[0] - 1e-5
-    assert math.isfinite(totals[1])
+    assert totals[0] + 0.1 < totals[1] < 0

@@ -19,7 +19,7 @@ from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.trained_model import load
 from lmtrain.training.start import train
 from tests.conftest import ROOT
-from tests.inference.test_generation import untrained
+from tests.inference.conftest import untrained_model
 
 IDS = IdsTokenizer(9, 0)
 KINDS = {
@@ -37,7 +37,7 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_a_thousand_tokens_of_greedy_text_are_the_same(name):
     pytest.importorskip("onnxruntime")
-    model = untrained(IDS, 1, **KINDS[name])
+    model = untrained_model(IDS, 1, **KINDS[name])
     with torch.no_grad():
         for weight in model.recurrence.parameters():
             weight.mul_(0.4)  # or rounding would grow from step to step
@@ -59,7 +59,7 @@ def test_a_thousand_tokens_of_greedy_text_are_the_same(name):
 
 def test_log_probabilities_and_a_batch_are_lmtrains():
     pytest.importorskip("onnxruntime")
-    model = untrained(IDS, 4, ngram_embeddings=[2, 3])
+    model = untrained_model(IDS, 4, ngram_embeddings=[2, 3])
     steps, state = OnnxSteps(onnx_model(model, IDS).SerializeToString()), None
     own = steps.begin(3)
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def test_torch_nn_takes_the_weights_by_their_names(cell, small, tmp_path):
 )
 def test_what_has_no_such_form_is_refused(settings, format, said):
     tokenizer = IdsTokenizer(3000, 0)
-    model = untrained(tokenizer, **settings)
+    model = untrained_model(tokenizer, **settings)
     with pytest.raises(ConfigError, match=said):
         onnx_model(model, tokenizer) if format == "onnx" else torch_weights(model)
 
@@ -146,7 +146,7 @@ def test_what_has_no_such_form_is_refused(settings, format, said):
 def test_without_onnx_the_way_to_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ConfigError, match=r'pip install "lmtrain\[onnx\]"'):
-        onnx_model(untrained(IDS), IDS)
+        onnx_model(untrained_model(IDS), IDS)
 
 
 def test_nothing_is_overwritten(small, tmp_path):

@@ -13,13 +13,13 @@ from lmtrain.errors import ConfigError
 from lmtrain.inference.filling import fill_blank
 from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.scoring import score
-from tests.inference.test_generation import untrained
+from tests.inference.conftest import untrained_model
 
 IDS = IdsTokenizer(6, 0)
 
 
 def test_one_token_is_what_both_states_say_whatever_stands_in_the_blank():
-    model = untrained(IDS, 2, bidirectional=True)
+    model = untrained_model(IDS, 2, bidirectional=True)
     found = fill_blank(model, IDS, "1 2 ____ 5", top=10)
     assert sum(each.probability for each in found) == pytest.approx(1)
     assert sorted(each.text for each in found) == ["1", "2", "3", "4", "5"]
@@ -38,7 +38,7 @@ def test_one_token_is_what_both_states_say_whatever_stands_in_the_blank():
 
 @pytest.mark.parametrize("text", ["1 2 ____ 5", "____ 3", "4 ____", "____"])
 def test_up_to_several_tokens_are_what_enumeration_finds(text):
-    model = untrained(IDS, 5, bidirectional=True)
+    model = untrained_model(IDS, 5, bidirectional=True)
     before, _, behind = text.partition("____")
     inner = [" ".join(map(str, ids)) for n in (1, 2) for ids in itertools.product(range(1, 6), repeat=n)]
     rows = [f"{before} {each} {behind}" for each in inner]
@@ -53,7 +53,7 @@ def test_up_to_several_tokens_are_what_enumeration_finds(text):
 def test_a_narrow_beam_finds_the_best_filling_most_of_the_time(monkeypatch):
     hits = 0
     for seed in range(8):
-        model = untrained(IDS, seed, bidirectional=True)
+        model = untrained_model(IDS, seed, bidirectional=True)
         monkeypatch.setattr("lmtrain.inference.filling.LEAST_BEAM", 1000)
         (best,) = fill_blank(model, IDS, "1 ____ 2 3", top=1, tokens=3)
         monkeypatch.setattr("lmtrain.inference.filling.LEAST_BEAM", 12)
@@ -66,7 +66,7 @@ def test_a_narrow_beam_finds_the_best_filling_most_of_the_time(monkeypatch):
 @pytest.mark.parametrize("text", ["the ____ sat", "나는 ____를 뒤집어", "____ cat", "the old ____"])
 def test_a_filled_text_is_the_text_with_the_filling_in_it(kind, text):
     tokenizer = train_tokenizer(kind, ["나는 이불을 뒤집어 쓰고", "the old cat sat"] * 4, vocab_size=300)
-    model = untrained(tokenizer, 1, bidirectional=True)
+    model = untrained_model(tokenizer, 1, bidirectional=True)
     before, _, behind = text.partition("____")
     for tokens in (1, 3):
         found = fill_blank(model, tokenizer, text, top=6, tokens=tokens)
@@ -81,12 +81,12 @@ def test_a_filled_text_is_the_text_with_the_filling_in_it(kind, text):
 )
 def test_a_text_holds_one_blank(text, said):
     with pytest.raises(ConfigError, match=said):
-        fill_blank(untrained(IDS, bidirectional=True), IDS, text)
+        fill_blank(untrained_model(IDS, bidirectional=True), IDS, text)
 
 
 def test_a_run_of_one_direction_fills_no_blank():
     with pytest.raises(ConfigError, match=r"reads in one direction; .*model.bidirectional: true"):
-        fill_blank(untrained(IDS), IDS, "1 ____")
+        fill_blank(untrained_model(IDS), IDS, "1 ____")
 
 
 def test_score_and_fill_from_the_command_line(corpus, small, shell):

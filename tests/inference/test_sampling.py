@@ -12,7 +12,7 @@ from lmtrain.inference.generation import generate, stream
 from lmtrain.inference.options import Sampling
 from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.sampling import draw_tokens, penalise, random_generator, token_probabilities
-from tests.inference.test_generation import untrained
+from tests.inference.conftest import untrained_model
 
 IDS = IdsTokenizer(9, 0)
 DRAWN = 20_000
@@ -20,7 +20,7 @@ DRAWN = 20_000
 
 def test_what_is_drawn_is_distributed_as_the_model_has_it():
     """Chi-square over the vocabulary; one in a thousand sound samplers would fail, and the seed is fixed."""
-    model = untrained(IDS, 1)
+    model = untrained_model(IDS, 1)
     results = generate(model, PromptCodec(IDS), ["3 1"], max_tokens=1, sampling=Sampling(), count=DRAWN)
     drawn = [result.tokens[0][0] for result in results]
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_a_draw_never_takes_what_has_no_probability():
 
 
 def test_a_seed_gives_the_same_text_whatever_the_batch():
-    model, codec = untrained(IDS, 2), PromptCodec(IDS)
+    model, codec = untrained_model(IDS, 2), PromptCodec(IDS)
     prompts = ["1 2", "", "7 7 7 7", "3", "1 2", "5 4"]
     sampling = Sampling(temperature=1.5, top_k=6, seed=5)
     together = generate(model, codec, prompts, max_tokens=20, sampling=sampling, count=2)
@@ -101,7 +101,7 @@ def test_a_seed_gives_the_same_text_whatever_the_batch():
 
 
 def test_no_temperature_is_greedy_and_the_log_probability_is_the_models_own():
-    model, codec = untrained(IDS, 4), PromptCodec(IDS)
+    model, codec = untrained_model(IDS, 4), PromptCodec(IDS)
     greedy = generate(model, codec, ["1", "2 2"], max_tokens=15)
     assert generate(model, codec, ["1", "2 2"], max_tokens=15, sampling=Sampling(temperature=0)) == greedy
     (drawn,) = generate(model, codec, ["4"], max_tokens=8, sampling=Sampling(temperature=3, top_k=4, seed=1))
@@ -114,7 +114,7 @@ def test_no_temperature_is_greedy_and_the_log_probability_is_the_models_own():
 
 
 def test_a_penalty_keeps_a_text_from_repeating_itself():
-    model = untrained(IDS, 0)
+    model = untrained_model(IDS, 0)
     logits = torch.tensor([[2.0, -1.0, 0.5]])
     found = penalise(logits, torch.tensor([[True, True, False]]), 2.0)
     assert found.tolist() == [[1.0, -2.0, 0.5]]
@@ -134,7 +134,7 @@ def test_a_stream_is_the_text_in_pieces_of_whole_characters(kind):
     tokenizer = train_tokenizer(kind, texts, vocab_size=300)
     codec = PromptCodec(tokenizer)
     for seed in range(4):
-        model, settings = untrained(tokenizer, seed), {"max_tokens": 12, "sampling": Sampling(seed=seed)}
+        model, settings = untrained_model(tokenizer, seed), {"max_tokens": 12, "sampling": Sampling(seed=seed)}
         for stop in ((), ("t", "는 이")):
             for prompt in ("", "the old"):
                 pieces = list(stream(model, codec, prompt, stop=stop, **settings))
@@ -149,12 +149,12 @@ def test_a_stream_holds_back_what_is_no_character_yet(monkeypatch):
     monkeypatch.setattr(
         "lmtrain.inference.generation.argmax", lambda values: torch.tensor([next(wanted)] * len(values))
     )
-    assert list(stream(untrained(tokenizer), PromptCodec(tokenizer), "", max_tokens=10)) == ["는", "a"]
+    assert list(stream(untrained_model(tokenizer), PromptCodec(tokenizer), "", max_tokens=10)) == ["는", "a"]
 
 
 def test_a_text_to_stop_at_ends_a_completion_and_is_cut_off():
     tokenizer = train_tokenizer("char", ["abcdefgh"] * 3, vocab_size=20)
-    model, codec = untrained(tokenizer, 1), PromptCodec(tokenizer)
+    model, codec = untrained_model(tokenizer, 1), PromptCodec(tokenizer)
     (free,) = generate(model, codec, ["a"], max_tokens=30)
     assert len(free.completion) > 6
     stop = free.completion[3:5]
@@ -166,7 +166,7 @@ def test_a_text_to_stop_at_ends_a_completion_and_is_cut_off():
 
 
 def test_backward_it_writes_what_comes_before():
-    model = untrained(IDS, 3, bidirectional=True)
+    model = untrained_model(IDS, 3, bidirectional=True)
     codec = PromptCodec(IDS, direction="backward")
     prompts = ["1 2 3", "", "5"]
     together = generate(model, codec, prompts, max_tokens=6)

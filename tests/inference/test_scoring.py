@@ -1,5 +1,6 @@
-"""Scores of lines: sums that agree with evaluation and do not depend on what stands beside a line."""
+"""Scores of lines and evaluation: sums that agree with each other and do not depend on what stands beside a line."""
 
+import math
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from lmtrain.inference import scoring
 from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.trained_model import load
 from lmtrain.training.start import train
-from tests.inference.test_generation import untrained
+from tests.inference.conftest import untrained_model
 
 IDS = IdsTokenizer(9, 0)
 LINES = ["1 2 3", "", "4", "5 6 7 8 1 2 3 4 5 6 7 8", "8", "2 2 2 2 2", ""]
@@ -25,7 +26,7 @@ def scored(model, lines, **settings):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_line_costs_what_its_tokens_cost_each_read_by_itself(direction):
-    model = untrained(IDS, 1, bidirectional=True)
+    model = untrained_model(IDS, 1, bidirectional=True)
     for line, found in zip(LINES, scored(model, LINES, direction=direction, each=True), strict=True):
         ids = IDS.encode(line)
         row = [IDS.bos_id, *ids, IDS.eos_id] if direction == "forward" else [IDS.eos_id, *ids[::-1], IDS.bos_id]
@@ -43,15 +44,15 @@ def test_a_line_costs_what_its_tokens_cost_each_read_by_itself(direction):
         assert found.tokens == len(ids) + 1
 
 
-def test_both_is_the_mean_of_the_two():
-    model = untrained(IDS, 2, bidirectional=True)
+def test_direction_both_is_the_mean_of_forward_and_backward():
+    model = untrained_model(IDS, 2, bidirectional=True)
     one, other, both = (scored(model, LINES, direction=name) for name in ("forward", "backward", "both"))
     for left, right, mean in zip(one, other, both, strict=True):
         assert mean.log_probability == pytest.approx((left.log_probability + right.log_probability) / 2, rel=1e-5)
 
 
 def test_numbers_depend_neither_on_the_batch_nor_on_the_block(monkeypatch):
-    model = untrained(IDS, 3)
+    model = untrained_model(IDS, 3)
     wanted = [each.log_probability for each in scored(model, LINES)]
     for size in (1, 7, 30):
         monkeypatch.setattr("lmtrain.inference.scoring.SCORED_TOKENS", size)
@@ -77,7 +78,9 @@ def test_lines_sum_up_to_what_evaluate_says_cut_lines_too(corpus, small):
 
 
 def test_a_fault_has_its_place_and_comes_when_its_block_is_read():
-    found = scoring.score(untrained(IDS), PromptCodec(IDS), [Block("f", [1], ["1"]), Block("f", [2, 3], ["2", "3 x"])])
+    found = scoring.score(
+        untrained_model(IDS), PromptCodec(IDS), [Block("f", [1], ["1"]), Block("f", [2, 3], ["2", "3 x"])]
+    )
     assert next(found).line == 1
     with pytest.raises(DataError, match=r"f:3:3: 'x' is not an id"):
         next(found)
@@ -150,3 +153,42 @@ print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0], file=s
     print(f"peak MiB: {peaks}")
     assert peaks[2] - peaks[1] < 30
     assert peaks[2] - peaks[0] < 500
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_evaluation_does_not_depend_on_the_batch(corpus, small, bidirectional):
+    run = train(
+        small(f"model.bidirectional={bidirectional}".lower(), "training.max_steps=3", "batching.max_length=4")
+    ).run
+    model = load(run, "cpu")
+    wanted = model.evaluate(["train.txt"]).figures()
+    assert wanted["tokens"] == sum(len(line.split()) + 1 for line in (corpus / "train.txt").read_text().splitlines())
+    for batch_size in (1, 2, 7, 1000):
+        for name, value in model.evaluate(["train.txt"], batch_size).figures().items():
+            assert value == (wanted[name] and pytest.approx(wanted[name], rel=1e-5)), name
+    assert (wanted["backward_perplexity"] is None) == (not bidirectional)
+
+
+def test_figures_are_summed_and_divided_once(corpus, small):
+    model = load(train(small("training.max_steps=3")).run)
+    figures = model.evaluate(["valid.txt"]).figures()
+    lines = (corpus / "valid.txt").read_text()
+    total = figures["nats_per_token"] * figures["tokens"]
+    with torch.no_grad():
+        alone = 0.0
+        for line in lines.splitlines():
+            ids = [1, *model.tokenizer.encode(line), 2]
+            log_probabilities = model.model(torch.tensor(ids[:-1]).unsqueeze(1))[0].squeeze(1).log_softmax(-1)
+            alone -= float(log_probabilities.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).sum())
+    assert total == pytest.approx(alone, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(alone / figures["tokens"]), rel=1e-5)
+    assert figures["bits_per_character"] == pytest.approx(alone / math.log(2) / len(lines), rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(alone / math.log(2) / len(lines.encode()), rel=1e-5)
+
+
+def test_validation_in_training_is_evaluation_afterwards(small):
+    result = train(small())
+    figures = load(result.run).evaluate().figures()  # no test set: the validation set
+    assert figures["perplexity"] == pytest.approx(result.figures["valid/perplexity"], rel=1e-6)
+    assert figures["backward_perplexity"] == pytest.approx(result.figures["valid/backward_perplexity"], rel=1e-6)
+    assert figures["fill_accuracy"] == result.figures["valid/fill_accuracy"]

@@ -12,7 +12,7 @@ from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.trained_model import load
 from lmtrain.inference.vectors import embed, save_vectors
 from lmtrain.training.start import train
-from tests.inference.test_generation import untrained
+from tests.inference.conftest import untrained_model
 
 IDS = IdsTokenizer(9, 0)
 LINES = ["1 2 3", "", "4", "5 6 7 8 1 2", "8", "2 2 2 2 2"]
@@ -25,9 +25,9 @@ def embedded(model, lines=LINES):
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_they_are_what_torch_nn_gives_each_line_by_itself(cell, bidirectional, monkeypatch):
+def test_vectors_of_a_batch_equal_those_of_torch_nn_for_each_line(cell, bidirectional, monkeypatch):
     monkeypatch.setattr("lmtrain.inference.vectors.READ_TOKENS", 9)  # several batches
-    model = untrained(IDS, 1, cell=cell, bidirectional=bidirectional)
+    model = untrained_model(IDS, 1, cell=cell, bidirectional=bidirectional)
     found = embedded(model)
     size, start = 16, 0
     assert found.output.shape == (16, size * (1 + bidirectional))
@@ -53,9 +53,9 @@ def test_they_are_what_torch_nn_gives_each_line_by_itself(cell, bidirectional, m
         start = end
 
 
-def test_output_and_h_n_meet_at_a_lines_ends():
+def test_output_equals_h_n_at_the_ends_of_a_line():
     """SEEDS.md, fact 8: the backward reading ends at the first token, the forward one at the last."""
-    found, size, start = embedded(untrained(IDS, 2, bidirectional=True)), 16, 0
+    found, size, start = embedded(untrained_model(IDS, 2, bidirectional=True)), 16, 0
     for number, length in enumerate(found.lengths):
         if length:
             output = found.output[start : start + length]
@@ -83,7 +83,7 @@ def test_the_file_holds_all_lines_in_their_order(tmp_path, small):
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_of_a_fault(tmp_path):
-    model, codec = untrained(IDS), PromptCodec(IDS)
+    model, codec = untrained_model(IDS), PromptCodec(IDS)
     (tmp_path / "mine.npz").write_text("mine")
     with pytest.raises(ConfigError, match=r"mine.npz: already exists"):
         save_vectors(tmp_path / "mine.npz", embed(model, codec, [Block("f", [1], ["1"])]))
@@ -91,6 +91,6 @@ def test_nothing_is_overwritten_and_nothing_is_left_of_a_fault(tmp_path):
     with pytest.raises(DataError, match=r"f:2:1: 'x' is not an id"):
         save_vectors(tmp_path / "new.npz", embed(model, codec, [Block("f", [1, 2], ["1", "x"])]))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.npz"]
-    uneven = untrained(IDS, layer_sizes=[8, 16])
+    uneven = untrained_model(IDS, layer_sizes=[8, 16])
     with pytest.raises(ConfigError, match=r"layers of the sizes \[8, 16\] have no h_n of one shape"):
         next(embed(uneven, codec, [Block("f", [1], ["1"])]))

@@ -138,7 +138,7 @@ def model_of(rows, bidirectional=True, **more):
 
 
 @pytest.mark.parametrize("ngrams", [(), (2, 5)])
-def test_step_by_step_a_model_says_what_it_says_of_whole_rows(ngrams):
+def test_step_by_step_equals_whole_rows(ngrams):
     rows = text()
     model = model_of(rows, ngram_embeddings=ngrams).eval()
     for row in text(seed=4, rows=6):

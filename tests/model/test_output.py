@@ -169,7 +169,7 @@ def test_adaptive_loss_and_gradients_equal_torch():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("lookups", [1, 2])
-def test_gradients_of_lookups_meet_that_of_the_output_layer(tied, lookups):
+def test_gradients_of_lookups_are_added_to_that_of_the_output_layer(tied, lookups):
     torch.manual_seed(3)
     weight = torch.randn(9, 4, requires_grad=True)
     tokens, factors = [torch.tensor([1, 1, 8]), torch.tensor([0, 8])][:lookups], torch.randn(9, 4)

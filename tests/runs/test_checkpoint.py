@@ -8,8 +8,8 @@ from lmtrain.errors import ArtefactError
 from lmtrain.runs import checkpoint
 from lmtrain.runs.weights import named_weights
 from lmtrain.training.start import train
+from tests.notes import Notes
 from tests.oracle import digest
-from tests.runs.notes import Notes
 
 
 def test_the_first_whole_checkpoint_is_loaded_and_damaged_ones_are_named():

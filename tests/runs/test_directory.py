@@ -7,7 +7,7 @@ import pytest
 from lmtrain.errors import ConfigError
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.training.start import train
-from tests.runs.notes import Notes
+from tests.notes import Notes
 
 
 def test_a_taken_name_gets_a_suffix_and_a_full_directory_is_refused(small, tmp_path):

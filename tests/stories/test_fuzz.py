@@ -1,6 +1,6 @@
 """Whatever stands in a file: it is taken and of use, or one of lmtrain's own errors says in a line what is wrong.
 
-The examples are the same in each run. LMTRAIN_FUZZ_SECONDS=600 lets each fuzzer go on for so long with new ones.
+The examples are the same in each run. LMTRAIN_FUZZ_SECONDS=600 lets each fuzzer run for 600 seconds with new ones.
 """
 
 import base64
@@ -37,7 +37,7 @@ LONGEST_S, LARGEST_BYTES = 1.0, 200 << 20
 
 
 def fuzz(examples, *strategies):
-    """Run a test on so many examples, or for as long as LMTRAIN_FUZZ_SECONDS says."""
+    """Run a test on this number of examples, or for as long as LMTRAIN_FUZZ_SECONDS says."""
     how = settings(
         max_examples=examples,
         derandomize=not SECONDS,
@@ -66,7 +66,7 @@ def memory_bytes(name):
 
 
 @contextmanager
-def judged(kind):
+def raises_only(kind):
     """What happens within is quick and small, and raises nothing but an error of this kind that can be shown."""
     with open("/proc/self/clear_refs", "w") as handle:
         handle.write("5")  # the peak counts from here
@@ -187,7 +187,7 @@ OVERRIDES = st.builds("{}={}".format, KEYS, st.sampled_from(SCALARS)) | st.sampl
 def check_config(data, overrides=()):
     with open("c.yaml", "wb") as handle:
         handle.write(data)
-    with judged(ConfigError):
+    with raises_only(ConfigError):
         config = load_config("c.yaml", overrides, check_files=False)
         with open("again.yaml", "w", encoding="utf-8", newline="") as handle:
             handle.write(dump_config(config))
@@ -241,7 +241,7 @@ ID_LINES = st.lists(st.sampled_from([*ID_WORDS, *IDS.split(b" ")]), max_size=20)
 @fuzz(150, st.binary(max_size=200) | altered(IDS) | ID_LINES, st.booleans())
 def test_any_bytes_as_ids(data, stream):
     tokenizer = IdsTokenizer(100, pad_id=0)
-    with judged(DataError):
+    with raises_only(DataError):
         sequences = stored(data, "ids.txt", tokenizer, format="ids", stream=stream)
         wanted = [int(word) for word in unicodedata.normalize("NFC", data.decode("utf-8-sig")).split()]
         assert [token for row in sequences for token in row if token < 100] == wanted
@@ -254,7 +254,7 @@ TEXTS = st.binary(max_size=300) | altered(LINES)
 
 @fuzz(150, TEXTS, st.booleans())
 def test_any_bytes_as_a_text(data, stream):
-    with judged(DataError):
+    with raises_only(DataError):
         sequences = stored(data, "t.txt", ByteTokenizer(), stream=stream)
         text = unicodedata.normalize("NFC", data.decode("utf-8-sig"))
         lines = [line.removesuffix("\r") for line in text.split("\n")]
@@ -266,7 +266,7 @@ def test_any_bytes_as_a_text(data, stream):
 
 @fuzz(150, st.binary(max_size=200) | altered(gzip.compress(LINES * 20, mtime=0)) | TEXTS.map(gzip.compress))
 def test_any_bytes_as_a_gz(data):
-    with judged(DataError):
+    with raises_only(DataError):
         sequences = stored(data, "t.gz", ByteTokenizer())
         assert sequences == stored(gzip.decompress(data), "unpacked.txt", ByteTokenizer())
 
@@ -277,7 +277,7 @@ RECORDS = st.lists(altered_json(RECORD) | st.just(b'{"text": "fine"}'), min_size
 
 @fuzz(150, st.binary(max_size=200) | RECORDS, st.booleans())
 def test_any_bytes_as_jsonl(data, stream):
-    with judged(DataError):
+    with raises_only(DataError):
         sequences = stored(data, "t.jsonl", ByteTokenizer(), stream=stream)
         records = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
         texts = [record["text"].encode("utf-8", "replace").decode() for record in records]
@@ -300,7 +300,7 @@ def built(folder):
 def check_store(built, content):
     source, wanted, path, _ = built
     path.write_bytes(content)
-    with judged(DataError):
+    with raises_only(DataError):
         store = open_store(source, ByteTokenizer(), "built")
         assert (asdict(store.counts), len(store.tokens)) == (asdict(wanted), wanted.tokens)
 
@@ -334,7 +334,7 @@ def saved(folder):
     return {path.name: path.read_bytes() for path in checkpoint.directory_of(folder / "good", 3).iterdir()}
 
 
-def put(folder, files):
+def write_files(folder, files):
     home = checkpoint.directory_of(folder / "bad", 3)
     home.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -364,8 +364,8 @@ def test_an_altered_checkpoint_is_never_taken(folder, saved, data):
         content = dumped(data.draw(altered_tree(json.loads(saved[name]))))
     else:
         content = data.draw(altered(saved[name]) | st.binary(max_size=99))
-    with judged(ArtefactError):
-        checkpoint.load(put(folder, saved | {name: content}), 3)
+    with raises_only(ArtefactError):
+        checkpoint.load(write_files(folder, saved | {name: content}), 3)
         assert content == saved[name]
 
 
@@ -375,8 +375,8 @@ def test_a_manifest_with_its_hashes_made_right(folder, saved, data):
     manifest = manifest_of(saved)
     odd = data.draw(altered_tree(manifest))
     content = sealed(odd) if isinstance(odd, dict) else dumped(odd)
-    with judged(ArtefactError):
-        checkpoint.load(put(folder, saved | {"manifest.json": content}), 3)
+    with raises_only(ArtefactError):
+        checkpoint.load(write_files(folder, saved | {"manifest.json": content}), 3)
         assert {key: odd.get(key) for key in manifest} == manifest
 
 
@@ -402,8 +402,8 @@ def test_tensors_with_their_hashes_made_right(folder, saved, data):
     manifest = manifest_of(saved)
     manifest["files"]["model.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     files = saved | {"model.safetensors": content, "manifest.json": sealed(manifest)}
-    with judged(ArtefactError):
-        found = checkpoint.load(put(folder, files), 3)
+    with raises_only(ArtefactError):
+        found = checkpoint.load(write_files(folder, files), 3)
         for tensor in found.model.values():  # each of its elements is there
             assert len(tensor.contiguous().flatten().view(torch.uint8)) == tensor.numel() * tensor.element_size()
 
@@ -416,7 +416,7 @@ OWN = {kind: train_tokenizer(kind, CORPUS, vocab_size=300, min_frequency=1) for 
 
 def check_tokenizer(make):
     """It is refused, or encodes into its own ids and back, or refuses the text."""
-    with judged(ArtefactError):
+    with raises_only(ArtefactError):
         tokenizer = make()
         texts = ["3 5 7", "", "12"] if tokenizer.kind == "ids" else [*CORPUS, ""]
         try:

@@ -1,8 +1,4 @@
-"""Fast and plain ways of working come to the same model; and the benchmark that holds them against each other runs."""
-
-import json
-import subprocess
-import sys
+"""Fast and plain ways of working come to the same model."""
 
 import pytest
 from torch.nn import functional as F
@@ -10,7 +6,7 @@ from torch.nn import functional as F
 from lmtrain.config import load_config
 from lmtrain.model.output import FullOutput, OutputLoss
 from lmtrain.training.start import train
-from tests.conftest import ROOT, bf16_is_emulated, shared
+from tests.conftest import bf16_is_emulated, shared
 
 CONFIG = """
 data: {train: train.txt, valid: valid.txt, cache_dir: cache}
@@ -52,16 +48,3 @@ def test_every_kernel_and_precision_learns_what_stock_pytorch_learns(cell, tmp_p
         if way[0] == "bf16" and bf16_is_emulated():
             pytest.skip("fp32 agrees; bf16 products are emulated on this processor and would take over two minutes")
         assert loss_of(*way) == pytest.approx(stock, rel=0.005), way
-
-
-@pytest.mark.slow
-def test_the_benchmark_prints_an_object_a_row():
-    rows = ["output-layer", "product-share", "generate-many"]
-    command = [sys.executable, "scripts/benchmark.py", "--quick", "--json", *(f"--row={row}" for row in rows)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [result["row"] for result in results] == rows
-    for result in results:
-        assert result["ratio"] > 0
-        assert result["at_least"] > 0
-        assert result["tokens_per_second"] > 0

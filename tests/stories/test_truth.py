@@ -54,7 +54,7 @@ def test_both_directions_come_close_to_the_truth_and_never_below_it(quickstart):
 def test_what_it_writes_is_in_the_grammar(quickstart, naive):
     results = quickstart.generate(naive.random_prompts(200))
     assert all(result.finished for result in results)
-    assert naive.share_grammatical([result.text for result in results]) >= 0.9
+    assert naive.fraction_grammatical([result.text for result in results]) >= 0.9
 
 
 @together
@@ -111,7 +111,7 @@ def test_the_naive_network_peeks_and_writes_nonsense(naive):
     model, perplexity = naive.train_naive(framed, tokenizer.vocab_size, epochs=1)
     assert perplexity < 0.9 * TRUTH["train"]["perplexity"]
     prompts = naive.random_prompts(60)
-    assert naive.share_grammatical([naive.write(model, tokenizer, prompt) for prompt in prompts]) < 0.1
+    assert naive.fraction_grammatical([naive.write(model, tokenizer, prompt) for prompt in prompts]) < 0.1
 
 
 def test_korean_reviews_train_from_the_character_template(tmp_path, monkeypatch):

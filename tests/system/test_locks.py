@@ -41,7 +41,7 @@ def test_the_holder_is_named_until_it_ends_however_it_ends(tmp_path):
         assert path.read_text() == str(os.getpid())
 
 
-def test_who_waits_says_so_once_and_is_next(tmp_path):
+def test_a_process_that_waits_reports_it_once_and_gets_the_lock_next(tmp_path):
     path = tmp_path / "lock"
     with hold_lock(path, refuse):
         second = holder(path)

@@ -103,7 +103,7 @@ def test_what_comes_before_a_fault_of_the_items_is_done_first(pool):
     ],
     ids=str,
 )
-def test_the_end_of_a_worker_is_said(pool, item, fault, what):
+def test_a_worker_that_ends_is_reported_in_one_line(pool, item, fault, what):
     with pytest.raises(fault, match=what) as error:
         list(pool.work([1, 2, item, 4]))
     assert fault is RuntimeError or len(error.value.faults) == 1

@@ -26,7 +26,7 @@ def test_singular_values_come_near_one_and_directions_stay(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_what_pytorch_has_but_for_rounding(shape):
+def test_orthogonalised_equals_pytorch_within_rounding(shape):
     from torch.optim import _muon
 
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Several processes train as one does, end together, and go on as if they had never been stopped."""
+"""Several processes train as one does, end together, and are resumed as if they had never been stopped."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_a_gradient_s_norm_is_the_same_wherever_it_lies(size, place, seed):
         ),
     ],
 )
-def test_a_run_of_three_goes_on_bit_for_bit_and_as_one_or_two(ground, more):
+def test_a_run_of_three_processes_is_resumed_bit_for_bit_and_by_one_or_two(ground, more):
     place = ground(*more, "training.max_epochs=6")
     codes, said = ended(place.together(3, run="whole"))
     assert codes == [0] * 3, said
@@ -153,7 +153,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("more", "environment", "code", "words"), BAD.values(), ids=BAD)
-def test_a_fault_of_all_is_told_by_one(ground, more, environment, code, words):
+def test_a_fault_of_all_processes_is_reported_by_one(ground, more, environment, code, words):
     place = ground(*more)
     codes, said = ended(place.together(3, **environment))
     assert codes == [code] * 3, said
@@ -163,7 +163,7 @@ def test_a_fault_of_all_is_told_by_one(ground, more, environment, code, words):
     assert not place.run.exists()
 
 
-def test_a_fault_of_one_is_told_by_it_and_ends_all(ground, tmp_path):
+def test_a_fault_of_one_process_is_reported_by_it_and_ends_all(ground, tmp_path):
     """Other data, no data, another configuration: of one process of three."""
     place, elsewhere = ground(), Ground(tmp_path / "elsewhere", [], wanted="")
     for name, content, code, words in (
@@ -210,7 +210,7 @@ def test_nobody_waits_forever(ground):
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_by_itself_where_a_process_is_killed(ground):
+def test_torchrun_restarts_a_run_whose_process_is_killed(ground):
     place = ground("training.max_epochs=12")
     codes, said = ended(place.together(2, run="whole"), 60)
     assert codes == [0, 0], said
@@ -233,11 +233,11 @@ def test_torchrun_goes_on_by_itself_where_a_process_is_killed(ground):
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=200), st.integers(1, 9))
 def test_every_row_is_one_rank_s_and_all_have_about_the_same(lengths, world_size):
     rows = np.sort(lengths)[::-1]
-    dealt = [RankShard(rank, world_size).rows(len(rows)) for rank in range(world_size)]
-    assert sorted(np.concatenate(dealt).tolist()) == list(range(len(rows)))
-    tokens = [rows[places].sum() for places in dealt]
+    rows_by_rank = [RankShard(rank, world_size).rows(len(rows)) for rank in range(world_size)]
+    assert sorted(np.concatenate(rows_by_rank).tolist()) == list(range(len(rows)))
+    tokens = [rows[places].sum() for places in rows_by_rank]
     assert max(tokens) - min(tokens) <= rows[0]
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    assert max(map(len, rows_by_rank)) - min(map(len, rows_by_rank)) <= 1
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.data())

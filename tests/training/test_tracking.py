@@ -9,7 +9,9 @@ import urllib.request
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from lmtrain.inference.trained_model import load
 from lmtrain.training.start import train
 from lmtrain.training.tracking import Tracker
 
@@ -46,8 +48,19 @@ def test_tags_read_back_equal_the_metric_rows(small):
         read = [(event.step, event.value) for event in board.Scalars(tag)]
         assert read == [(row["step"], pytest.approx(row[tag], rel=1e-6)) for row in rows if tag in row]
         assert len(read) >= 2
-    assert "samples/text_summary" in board.Tags()["tensors"]
-    assert "_hparams_/session_start_info" in board.summary_metadata
+    samples = [(row["step"], row["samples"]) for row in rows if "samples" in row]
+    written = [
+        (event.step, event.tensor_proto.string_val[0].decode()) for event in board.Tensors("samples/text_summary")
+    ]
+    assert written == [
+        (step, "\n\n".join(f"    {each['text'] or ' '}" for each in several)) for step, several in samples
+    ]
+    assert len(written) == 2
+    start = HParamsPluginData.FromString(
+        board.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    ).session_start_info
+    assert start.hparams["model.hidden_size"].number_value == 8
+    assert start.hparams["model.cell"].string_value == "lstm"
     assert all({"step", "epoch"} <= set(row) for row in rows)
 
 
@@ -70,8 +83,12 @@ def test_no_step_twice_after_a_resume(small, tmp_path):
 
 def test_histograms_on_request(small):
     assert board_of(train(small("training.max_steps=2")).run).Tags()["histograms"] == []
-    board = board_of(train(small("training.max_steps=2", "logging.histograms=true")).run)
-    assert "embedding.weight" in board.Tags()["histograms"]
+    run = train(small("training.max_steps=2", "logging.histograms=true")).run
+    board = board_of(run)
+    (event,) = board.Histograms("embedding.weight")
+    weights = load(run).model.embedding.weight
+    assert (event.step, event.histogram_value.num) == (2, weights.numel())
+    assert event.histogram_value.sum == pytest.approx(float(weights.detach().double().sum()), abs=1e-4)
 
 
 def test_full_precision_in_the_rows(small):
@@ -107,3 +124,12 @@ def test_a_real_tensorboard_serves_the_run(small):
     finally:
         server.terminate()
         server.wait(10)
+
+
+def test_samples_are_written_at_each_validation(small):
+    run = train(small("logging.sample_prompts=['', 'a b']")).run
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    samples = [row["samples"] for row in rows if "samples" in row]
+    assert len(samples) == 2
+    assert [sample["prompt"] for sample in samples[-1]] == ["", "a b"]
+    assert samples[-1][1]["text"] == load(run).generate(["a b"])[0].text

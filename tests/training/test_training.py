@@ -11,7 +11,6 @@ import torch
 
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
 from lmtrain.runs import checkpoint
-from lmtrain.system.progress import NullProgress
 from lmtrain.training.start import train
 from tests.oracle import digest
 
@@ -46,16 +45,6 @@ SETTINGS = {
     ],
     "adaptive, no validation": ["model.output=adaptive", "model.tie_weights=false", "data.valid=null"],
 }  # fmt: skip
-
-
-class Lines(NullProgress):
-    """Keeps the notes."""
-
-    def __init__(self):
-        self.lines = []
-
-    def note(self, line):
-        self.lines.append(line)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -132,7 +121,7 @@ def test_early_stopping_and_the_best_checkpoint(small, tmp_path):
     assert len(kept) <= 3
 
 
-def test_more_epochs_go_on_and_other_changes_are_refused_by_key(small, tmp_path):
+def test_a_resume_takes_more_epochs_and_refuses_other_changes_by_key(small, tmp_path):
     train(small("training.max_epochs=1"), tmp_path / "run")
     assert train(small("training.max_epochs=2"), tmp_path / "run", resume=True).step == 12
     with pytest.raises(ConfigError) as error:

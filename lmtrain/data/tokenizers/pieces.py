@@ -6,7 +6,7 @@ The library's byte-level tokenizers cut text by GPT-2's pattern before they look
 
 None of its alternatives matches across a space that follows a character that is no space, and none looks back. So a
 text whose white space is single spaces may be cut before each space, and its pieces have the same ids as the whole
-(tests/data/test_preparation.py compares the two). Any other text is encoded whole.
+(tests/data/test_fast_tokenizers.py compares the two). Any other text is encoded whole.
 """
 
 import re

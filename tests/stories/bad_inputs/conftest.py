@@ -1,4 +1,4 @@
-"""How a row of a table is run and judged: in this process, where torch is loaded once."""
+"""How a row of a table is run and checked: in this process, where torch is loaded once."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import pytest
 
 import lmtrain
 from lmtrain.runs import checkpoint
+from tests.conftest import NO_FILE
 from tests.stories.bad_inputs.table import text
 
 STEP = Path("run/checkpoints/step-00000003")
@@ -178,7 +179,7 @@ DAMAGES = {
         grow("run/config.yaml", 1 << 40),
         "run/config.yaml: over 1 MiB; is this a configuration file?",
     ),
-    "no tokenizer": (lambda: Path("run/tokenizer.json").unlink(), "run/tokenizer.json: no such file or directory"),
+    "no tokenizer": (lambda: Path("run/tokenizer.json").unlink(), f"run/tokenizer.json: {NO_FILE}"),
     "tokenizer cut short": (cut("run/tokenizer.json", 50), "run/tokenizer.json: not a tokenizer file: {words}"),
     "tokenizer that is a pickle": (text("run/tokenizer.json", PICKLE), "run/tokenizer.json: damaged: not UTF-8"),
     "tokenizer 100,000 deep": (
@@ -255,10 +256,10 @@ DAMAGES = {
         theirs(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}),
         "run/tokenizer.json: not a tokenizer of the tokenizers library: {words}",
     ),
-    "no checkpoint": (lambda: shutil.rmtree(STEP), f"{STEP}/manifest.json: no such file or directory{UNUSABLE}"),
+    "no checkpoint": (lambda: shutil.rmtree(STEP), f"{STEP}/manifest.json: {NO_FILE}{UNUSABLE}"),
     "empty checkpoint": (
         lambda: [shutil.rmtree(STEP), STEP.mkdir()],
-        f"{STEP}/manifest.json: no such file or directory{UNUSABLE}",
+        f"{STEP}/manifest.json: {NO_FILE}{UNUSABLE}",
     ),
     "checkpoint that is a file": (
         lambda: [shutil.rmtree(STEP), STEP.touch()],
@@ -270,7 +271,7 @@ DAMAGES = {
     ),
     "no manifest": (
         lambda: (STEP / "manifest.json").unlink(),
-        f"{STEP}/manifest.json: no such file or directory{UNUSABLE}",
+        f"{STEP}/manifest.json: {NO_FILE}{UNUSABLE}",
     ),
     "manifest cut short": (cut(STEP / "manifest.json", 100), f"{STEP}/manifest.json: damaged: not JSON{UNUSABLE}"),
     "manifest of a flipped bit": (
@@ -308,7 +309,7 @@ DAMAGES = {
         name_of_a_path("/etc/passwd"),
         f"{STEP}/manifest.json: names other files than model.safetensors, training.safetensors, state.json{UNUSABLE}",
     ),
-    "no weights": (lambda: WEIGHTS.unlink(), f"{WEIGHTS}: no such file or directory{UNUSABLE}"),
+    "no weights": (lambda: WEIGHTS.unlink(), f"{WEIGHTS}: {NO_FILE}{UNUSABLE}"),
     "weights cut short": (cut(WEIGHTS, 100), f"{WEIGHTS}: damaged: not the bytes that were saved{UNUSABLE}"),
     "empty weights": (cut(WEIGHTS, 0), f"{WEIGHTS}: damaged: not the bytes that were saved{UNUSABLE}"),
     "weights of a flipped bit": (lambda: flip(WEIGHTS), f"{WEIGHTS}: damaged: not the bytes that were saved{UNUSABLE}"),
@@ -368,7 +369,7 @@ DAMAGES = {
         lambda: save_again(set_nan),
         f"{WEIGHTS}: tensor 'embedding.weight' holds values that are not finite{UNUSABLE}",
     ),
-    "no state": (lambda: STATE.unlink(), f"{STATE}: no such file or directory{UNUSABLE}"),
+    "no state": (lambda: STATE.unlink(), f"{STATE}: {NO_FILE}{UNUSABLE}"),
     "state that is a list": (lambda: forge(STATE, b"[]"), f"{STATE}: damaged: not a JSON object{UNUSABLE}"),
     "state of another tokenizer": (
         lambda: save_again(lambda saved: saved.state.update(tokenizer="")),
@@ -440,7 +441,7 @@ def retrain(**changes):
 
 # damage to what only training reads
 CONTINUED = {
-    "no training state": (lambda: TRAINING.unlink(), f"{TRAINING}: no such file or directory{UNUSABLE}"),
+    "no training state": (lambda: TRAINING.unlink(), f"{TRAINING}: {NO_FILE}{UNUSABLE}"),
     "training state cut short": (cut(TRAINING, 100), f"{TRAINING}: damaged: not the bytes that were saved{UNUSABLE}"),
     "pickle for training state": (lambda: forge(TRAINING, PICKLE), f"{TRAINING}: not a safetensors file{UNUSABLE}"),
     "training state without tensors": (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmtrain.data.store.token_store import TokenStore
-from tests.conftest import ROOT
+from tests.conftest import NO_FILE, ROOT
 from tests.stories.bad_inputs.table import IDS, LONGEST_S, MOST_BYTES, both, fifo, folder, link, sparse, text
 
 WORDS = ""
@@ -219,8 +219,8 @@ FAULTS = {
     "dangling link": (
         swap(link("train.txt", "nowhere")),
         WORDS,
-        "train.txt: no such file or directory (the link points nowhere)",
-        "train.txt: no such file or directory (the link points nowhere)",
+        f"train.txt: {NO_FILE} (the link points nowhere)",
+        f"train.txt: {NO_FILE} (the link points nowhere)",
     ),
     "link to itself": (
         swap(link("train.txt", "train.txt")),
@@ -543,7 +543,7 @@ READ = {
     "dangling link": (
         "run",
         link("new.txt", "nowhere"),
-        "new.txt: no such file or directory (the link points nowhere)",
+        f"new.txt: {NO_FILE} (the link points nowhere)",
     ),
     "bad UTF-8": (
         "run",
@@ -693,7 +693,7 @@ NOTES = {
 
 
 @pytest.mark.parametrize("name", NOTES)
-def test_what_is_odd_is_used_and_noted(desk, shell, name):
+def test_odd_but_usable_inputs_are_used_with_a_note(desk, shell, name):
     make, overrides, said, told = NOTES[name]
     make()
     done = shell("check", "c.yaml", *overrides.split())

@@ -76,7 +76,7 @@ class Started:
 
     @contextmanager
     def traced(self, *options: str) -> Iterator[Path]:
-        """Have strace watch a process that stands still, and let it go on; the log."""
+        """Let strace watch a stopped process, and continue it. Yields the path of the log."""
         log = self.output.with_suffix(".trace")
         command = ["strace", "-f", "-qq", "-o", str(log), *options, "-p", str(self.pid)]
         tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -195,7 +195,7 @@ class Ground:
     def together(
         self, count: int, *more: str, run: str | Path = "run", last: Ground | None = None, **environment: str
     ) -> list[Started]:
-        """Begin to train in several processes, as torchrun would start them, or go on.
+        """Begin to train in several processes, as torchrun would start them, or resume.
 
         Args:
             last: where the last of them reads and writes, in place of here.
@@ -211,11 +211,11 @@ class Ground:
         ]
 
     def train(self, *more: str, run: str | Path = "run", **how: Any) -> Started:
-        """Begin to train, or go on."""
+        """Begin to train, or resume."""
         return self.start("train", "config.yaml", *self.settings, *more, "--run-dir", str(run), "--resume", **how)
 
     def under_way(self, started: Started, rows: int = 1) -> None:
-        """Wait until a run has logged so many rows, or has ended."""
+        """Wait until a run has logged this number of rows, or has ended."""
         until(lambda: self.rows() >= rows or not started.process.is_alive())
 
     def rows(self) -> int:

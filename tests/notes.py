@@ -1,4 +1,4 @@
-"""A progress display for tests."""
+"""A progress display that keeps its notes."""
 
 from lmtrain.system.progress import NullProgress
 
