@@ -100,8 +100,9 @@ class LanguageModel(nn.Module):
         self.ngram_embeddings, self.ngram_counts = nn.ModuleDict(), nn.ModuleDict()
         for name in self.objectives[:2]:
             if ngram_embeddings:
-                buckets, ngram_dropout = ngram_embedding_buckets, ngram_embedding_dropout
-                self.ngram_embeddings[f"of_{name}"] = NgramEmbedding(ngram_embeddings, buckets, size, ngram_dropout)
+                self.ngram_embeddings[f"of_{name}"] = NgramEmbedding(
+                    ngram_embeddings, ngram_embedding_buckets, size, ngram_embedding_dropout
+                )
             if ngram_counts is not None:
                 self.ngram_counts[f"of_{name}"] = CountedNgrams(ngram_counts, vocab_size, size)
         self.history_size = max(*ngram_embeddings, (ngram_counts or 2) - 1, 1) - 1

@@ -40,7 +40,7 @@ OUT_OF_MEMORY = (
 MEMORY_SIGNS = ("memory", "MemoryError", "Resource temporarily unavailable", "failed to map segment")
 
 
-class Task(Protocol[Item_contra, Result_co]):
+class WorkerTask(Protocol[Item_contra, Result_co]):
     """The work of one worker, item by item. `finish` returns what a task that collects something has left at its end.
 
     An LmtrainError that a task raises is raised again in the parent.
@@ -54,7 +54,7 @@ class Task(Protocol[Item_contra, Result_co]):
 class SingleWorker(Generic[Item, Result]):
     """Does the work in this process."""
 
-    def __init__(self, task: Task[Item, Result]) -> None:
+    def __init__(self, task: WorkerTask[Item, Result]) -> None:
         self._task = task
 
     def work(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
@@ -71,7 +71,7 @@ class WorkerPool(Generic[Item, Result]):
         OutOfMemoryError: the system can't start another process.
     """
 
-    def __init__(self, make_task: Callable[[], Task[Item, Result]], count: int) -> None:
+    def __init__(self, make_task: Callable[[], WorkerTask[Item, Result]], count: int) -> None:
         self.workers: list[_Worker] = []
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads = ThreadPoolExecutor(count, "lmtrain-workers")
@@ -133,7 +133,7 @@ class WorkerPool(Generic[Item, Result]):
 
 @contextmanager
 def open_workers(
-    make_task: Callable[[], Task[Item, Result]], size_bytes: int
+    make_task: Callable[[], WorkerTask[Item, Result]], size_bytes: int
 ) -> Iterator[SingleWorker[Item, Result] | WorkerPool[Item, Result]]:
     """Yield workers for items of `size_bytes` together. They end with the context.
 

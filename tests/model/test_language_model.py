@@ -198,7 +198,7 @@ def test_dropout_chooses_neighbours_and_columns_independently():
 def test_loss_and_gradients_on_cuda_equal_those_on_cpu(more):
     results = []
     for device in ("cpu", "cuda"):
-        model = model_of(**more).to(device)
+        model = model_of(**more).to(device).train()  # without dropout; cuDNN has no backward pass in evaluation mode
         tokens, lengths, _ = framed([3, 4, 5, 6], [7, 8], [9])
         losses = model.loss(tokens.to(device), lengths, {"forward": 0.5, "backward": 0.3, "fill": 1.0})
         losses.total.backward()

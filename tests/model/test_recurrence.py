@@ -37,22 +37,23 @@ def pair(cell, num_layers, dtype, device="cpu"):
     return packed, stock
 
 
-def check_parity(cell, num_layers, lengths, dtype, device, **tolerance):
+def both_results(cell, num_layers, lengths, dtype, device):
+    """The results of lmtrain's kernels, each with PyTorch's."""
     torch.manual_seed(1)
     packed, stock = pair(cell, num_layers, dtype, device)
     rows = pack_rows(torch.tensor(lengths))
     inputs = torch.randn(sum(lengths), 6, dtype=dtype, device=device)
     state = tuple(tuple(part.normal_() for part in layer) for layer in packed.zero_state(len(lengths), inputs))
-    for ours, theirs in zip(results(packed, inputs, rows, state), results(stock, inputs, rows, state), strict=True):
-        torch.testing.assert_close(ours, theirs, **tolerance)
+    return zip(results(packed, inputs, rows, state), results(stock, inputs, rows, state), strict=True)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("cell", IN_TORCH)
 def test_values_and_gradients_equal_torch(cell, num_layers, lengths):
-    check_parity(cell, num_layers, lengths, torch.float64, "cpu", rtol=1e-9, atol=1e-11)
-    check_parity(cell, num_layers, lengths, torch.float32, "cpu", rtol=1e-5, atol=1e-5)
+    for dtype, rtol, atol in ((torch.float64, 1e-9, 1e-11), (torch.float32, 1e-5, 1e-5)):
+        for ours, theirs in both_results(cell, num_layers, lengths, dtype, "cpu"):
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 @pytest.mark.cuda
@@ -62,7 +63,8 @@ def test_values_and_gradients_equal_torch(cell, num_layers, lengths):
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("cell", IN_TORCH)
 def test_values_and_gradients_equal_cudnn(cell, num_layers, lengths):
-    check_parity(cell, num_layers, lengths, torch.float32, "cuda", rtol=1e-4, atol=1e-4)
+    for ours, theirs in both_results(cell, num_layers, lengths, torch.float32, "cuda"):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()  # one element may be a small difference of large ones
 
 
 @pytest.mark.parametrize("cell", CELLS)

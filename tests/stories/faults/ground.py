@@ -79,6 +79,9 @@ class Started:
         """Let strace watch a stopped process, and continue it. Yields the path of the log."""
         log = self.output.with_suffix(".trace")
         command = ["strace", "-f", "-qq", "-o", str(log), *options, "-p", str(self.pid)]
+        if shutil.which("strace") is None:
+            self.signal(signal.SIGKILL)
+            pytest.skip("strace is not installed here")
         tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         status = Path(f"/proc/{self.pid}/status")
         until(lambda: tracer.poll() is not None or "TracerPid:\t0\n" not in status.read_text())
