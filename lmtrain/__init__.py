@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lmtrain.system.version import __version__
+
 if TYPE_CHECKING:
     from lmtrain.config import load_config
     from lmtrain.inference.adaptation import Cache, Dynamic
@@ -18,9 +20,7 @@ if TYPE_CHECKING:
     from lmtrain.inference.trained_model import TrainedModel, load
     from lmtrain.training.start import train
 
-__version__ = "0.2.0"
-
-__all__ = ["Beams", "Cache", "Dynamic", "Sampling", "TrainedModel", "load", "load_config", "train"]
+__all__ = ["Beams", "Cache", "Dynamic", "Sampling", "TrainedModel", "__version__", "load", "load_config", "train"]
 
 _MODULES = {  # where each name is defined
     "Beams": "lmtrain.inference.options",

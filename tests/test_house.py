@@ -27,13 +27,14 @@ ROOMS = [
     "inference",
     "training",
     "check",
+    "__init__",
     "cli",
     "__main__",
 ]
 FILES = {
     ".".join(path.relative_to(ROOT / "lmtrain").with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "lmtrain").rglob("*.py"))
-    if path.name != "__init__.py" or path.parent.name in ("config", "cli")  # other folders import nothing of their own
+    if path.name != "__init__.py" or path.parent.name in ("lmtrain", "config", "cli")  # others import nothing
 }
 
 
@@ -50,8 +51,10 @@ def imported(path: Path) -> set[str]:
             home = node.module.removeprefix("lmtrain").removeprefix(".")
             for alias in node.names:
                 inner = f"{home}.{alias.name}".removeprefix(".")
-                found.add(inner if inner in FILES else home)
-    return found - {""}
+                found.add(inner if inner in FILES else home or "__init__")
+        elif isinstance(node, ast.Import) and "lmtrain" in [alias.name for alias in node.names]:
+            found.add("__init__")
+    return found
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -14,8 +14,8 @@ from lmtrain.runs.weights import build_model
 from lmtrain.system.device import choose_device, choose_precision, keep_freed_memory
 from lmtrain.training.step import TrainingStep
 
-MEASURED_S, MOST_STEPS = 1.5, 40  # steps are taken for this long, but no more than so many,
-LEAST_STEPS, LONGEST_S = 3, 6.0  # and at least so many, unless they take longer: batches differ in length
+MEASURED_S, MOST_STEPS = 1.5, 40  # steps are taken for this long, but at most this many
+LEAST_STEPS, LONGEST_S = 3, 6.0  # and at least this many, unless they take this long: batches differ in length
 LARGEST_LAYER = 2048  # the orthogonal start values of larger layers take minutes
 
 

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from lmtrain import __version__
 from lmtrain.cli import generation, inference, training
 from lmtrain.cli.terminal import silence_stdout
 from lmtrain.errors import LmtrainError, escape, out_of_memory
 from lmtrain.system.console import say
+from lmtrain.system.version import __version__
 
 app = typer.Typer(
     name="lmtrain",

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lmtrain import __version__
 from lmtrain.config import Config, dump_config, load_config
 from lmtrain.config.located_yaml import parse_yaml, read_config_text
 from lmtrain.config.schema import RENAMED_KEYS
@@ -25,6 +24,7 @@ from lmtrain.runs import checkpoint
 from lmtrain.runs.checkpoint import INFERENCE_FILES
 from lmtrain.system.files import read_json, read_text, write_atomically
 from lmtrain.system.locks import hold_lock
+from lmtrain.system.version import __version__
 
 
 class RunDirectory:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lmtrain import __version__
+from lmtrain.system.version import __version__
 
 
 def environment(device: torch.device, processes: int = 1, launch: str | None = None) -> dict[str, Any]:
