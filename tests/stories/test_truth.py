@@ -1,9 +1,11 @@
 """The quickstart against the lesson's truth, and the naive network that peeks. Slow: minutes."""
 
 import json
+import os
 
 import pytest
 import torch
+from filelock import FileLock
 
 from lmtrain.config import load_config
 from lmtrain.inference.trained_model import load
@@ -14,17 +16,6 @@ pytestmark = pytest.mark.slow
 TRUTH = json.loads((ROOT / "data/lesson/truth.json").read_text())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def both_cores():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-together = pytest.mark.xdist_group("quickstart")  # one process, which trains once
-
-
 @pytest.fixture(scope="module")
 def naive():
     """scripts/naive_network.py as a module."""
@@ -33,14 +24,18 @@ def naive():
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
+    """The trained quickstart. Whichever of pytest's processes comes first trains it, and the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    run, overrides = folder / "quickstart", [f"data.cache_dir={folder}/cache"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        folder = tmp_path_factory.mktemp("quickstart")
-        overrides = [f"runs_dir={folder}", f"data.cache_dir={folder}"]
-        yield load(train(load_config("configs/quickstart.yaml", overrides)).run)
+        with FileLock(f"{run}.lock"):
+            if not run.exists():
+                train(load_config("configs/quickstart.yaml", overrides), run)
+        yield load(run)
 
 
-@together
 def test_both_directions_come_close_to_the_truth_and_never_below_it(quickstart):
     figures, truth = quickstart.evaluate().figures(), TRUTH["test"]
     for name in ("perplexity", "backward_perplexity"):
@@ -50,14 +45,12 @@ def test_both_directions_come_close_to_the_truth_and_never_below_it(quickstart):
     assert figures["unknown_tokens"] == 0
 
 
-@together
 def test_what_it_writes_is_in_the_grammar(quickstart, naive):
     results = quickstart.generate(naive.random_prompts(200))
     assert all(result.finished for result in results)
     assert naive.fraction_grammatical([result.text for result in results]) >= 0.9
 
 
-@together
 def test_fillings_are_near_the_exact_posterior_and_nearer_than_the_left_side_alone(quickstart):
     """Total variation, mean over 300 places."""
     grammar = load_script("make_lesson").lesson()
@@ -86,7 +79,6 @@ def total_variation(one, other):
     return sum(abs(one.get(word, 0.0) - other.get(word, 0.0)) for word in one.keys() | other.keys()) / 2
 
 
-@together
 def test_scores_of_both_directions_tell_the_sentence_that_agrees_across_its_clause(quickstart):
     grammar = load_script("make_lesson").lesson()
     pairs = []
