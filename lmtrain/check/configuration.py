@@ -28,7 +28,7 @@ from lmtrain.runs.weights import count_weights
 from lmtrain.system.device import choose_device
 from lmtrain.system.processes import core_count
 
-LARGE_BYTES = 64 << 20  # files of more in all are not read as a whole
+LARGE_BYTES = 64 << 20  # if all files together are larger, only excerpts are read
 PARTS = ("train", "valid", "test")
 
 
@@ -48,7 +48,7 @@ def describe_configuration(config: Config, notify: Callable[[str], None]) -> Ite
     if faults:
         raise DataError(*faults)
     tokenizer, stores = prepare_all(config, notify)
-    batches = training_batches(config, stores["train"], tokenizer.eos_id)  # or a fault, before anything is said
+    batches = training_batches(config, stores["train"], tokenizer.eos_id)  # it may raise, so it comes before any line
     yield f"vocabulary: {tokenizer.vocab_size:,} tokens ({tokenizer.kind})"
     for name, store in stores.items():
         yield f"{name}: {store.counts.summary()}"
@@ -63,7 +63,7 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
     if faults:
         raise DataError(*map(excerpts.named, faults))
     known = _learnt(config)
-    start_s = time.process_time()  # of all threads; it does not depend on what else the machine does
+    start_s = time.process_time()  # time of all threads, which other programs do not change
     try:
         tokenizer, stores = prepare_all(
             sampled, lambda line: None, tokenizer=known

@@ -34,7 +34,7 @@ from lmtrain.system.device import choose_device
 Texts = Iterable[str] | Iterable[Block]
 
 LINES_AT_ONCE = 4096
-COMPARED_TOKENS = 5000  # on which an export in 8 bits is compared with the original
+COMPARED_TOKENS = 5000  # tokens on which an export in 8 bits is compared with the original
 
 
 class TrainedModel:
@@ -145,7 +145,7 @@ class TrainedModel:
     def export(
         self, path: str | Path, format: Literal["onnx", "safetensors"] = "onnx", int8: bool = False
     ) -> list[str]:
-        """Write the model for other programs into a new folder, with its tokenizer.json; returns lines that say so.
+        """Write the model and tokenizer.json into a new folder, for other programs; returns lines on what was written.
 
         Args:
             format: onnx writes model.onnx, one step of the forward direction (`onnx_model` lists inputs and outputs);

@@ -27,8 +27,8 @@ class RecurrentLayers(nn.Module):
 
     Args:
         cell, stack_options: as in `RecurrentStack`.
-        hidden_size: H of all layers, or of each from the input up. Different sizes have no state in PyTorch's layout,
-            so `forward` refuses them; their stacks can be called by themselves.
+        hidden_size: H of all layers, or of each from the input up. Layers of different sizes have no state in PyTorch's
+            layout, so `forward` refuses them; call each of the `stacks` instead.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ class FullOutput(nn.Linear):
         return _softmax_loss(states, weight, bias, targets, weights, label_smoothing)
 
     def log_probabilities(self, states: Tensor) -> Tensor:
-        """Natural log-probabilities (N, V) of every token, float32."""
+        """Natural log-probabilities (N, V) of every token for states (N, P), float32."""
         return F.log_softmax(self(states).float(), -1)
 
 
@@ -128,7 +128,7 @@ class AdaptiveOutput(nn.Module):
         return OutputLoss(total, nats)
 
     def log_probabilities(self, states: Tensor) -> Tensor:
-        """Natural log-probabilities (N, V) of every token, float32."""
+        """Natural log-probabilities (N, V) of every token for states (N, P), float32."""
         with torch.autocast(states.device.type, enabled=False):
             result: Tensor = self.clusters.log_prob(states.to(self.clusters.head.weight.dtype))
         return result
@@ -151,8 +151,8 @@ def _softmax_loss(
 class _SoftmaxLoss(torch.autograd.Function):
     """`apply(states, weight, bias, targets, weights, smoothing, differentiate) -> total (), nats (N,)`.
 
-    It never keeps a copy of all logits, least of all in float32. It takes a block of rows and one chunk of the
-    vocabulary after the other, computes their logits, and overwrites them with their exponentials e, in the dtype of
+    It never keeps a copy of all logits, least of all in float32. It takes one block of rows and one chunk of
+    the vocabulary at a time, computes their logits, and overwrites them with their exponentials e, in the dtype of
     products. Once a row's sum s of exponentials is known, the gradient
 
         d total / d logit = weight * (e - s [target]) / s
@@ -178,7 +178,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             states = states.to(torch.promote_types(states.dtype, torch.float32))  # not rounded to bf16
             events = len(states)
             if dtype != states.dtype:
-                padding = padded_rows(events) - events  # of weight 0
+                padding = padded_rows(events) - events  # padding has weight 0
                 states, targets = F.pad(states, (0, 0, 0, padding)), F.pad(targets, (0, padding))
                 weights = F.pad(weights, (0, padding))
             nats = torch.empty_like(states[:, 0])

@@ -1,4 +1,4 @@
-"""Where the tokens of a batch of rows of different lengths lie when they are packed step by step.
+"""The layout of a batch whose rows differ in length: their tokens are packed step by step.
 
 Shapes: B rows, L longest row, N packed rows (the sum of the lengths).
 """
@@ -29,7 +29,7 @@ class PackedRows(NamedTuple):
         return self.batch_sizes[-1] == self.batch_sizes[0]
 
     def reversed(self) -> Tensor:
-        """For each packed row the one that it becomes when its row is read from the end, (N,)."""
+        """The packed row (N,) that takes the place of each packed row when its row is read from the end."""
         return self.at(self.lengths[self.row] - 1 - self.time, self.row)
 
     def previous(self) -> Tensor:
@@ -38,7 +38,7 @@ class PackedRows(NamedTuple):
         return self.at(self.time[later] - 1, self.row[later])
 
     def at(self, time: Tensor, row: Tensor) -> Tensor:
-        """The packed rows of the given steps of the given rows, all of one shape and on CPU."""
+        """The packed row of each given step of each given row; arguments and result have one shape and are on CPU."""
         return torch.tensor(self.offsets)[time] + row
 
 

@@ -1,6 +1,6 @@
-"""What a model keeps of the tokens it has read, and how it is carried from batch to batch.
+"""The state of a model after the tokens it has read, and how it is carried from batch to batch.
 
-Shapes: B rows, H hidden size of a layer, K tokens of n-gram history, R chosen rows.
+Shapes: B rows, H hidden size of a layer, K tokens of n-gram history, R selected rows.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ StackState = tuple[tuple[Tensor, ...], ...]
 
 
 class ModelState(NamedTuple):
-    """What a model keeps of what it has read."""
+    """The state of a model after the tokens it has read."""
 
     layers: StackState
     history: Tensor | None = None  # (B, K) int64: ids + 1 of the last K tokens, 0 for none; None without n-grams
@@ -58,11 +58,11 @@ class CarriedState:
         self._tensors = {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: `LAYER/PART` -> (columns, H), and `history` -> (columns, K)."""
+        """Return what a checkpoint keeps: `LAYER/PART` -> (columns, H), and `history` -> (columns, K)."""
         return dict(self._tensors)
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Take back what `tensors` returned; raises ValueError for a name that `tensors` does not give."""
+        """Restore what `tensors` returned; raises ValueError for a name that `tensors` does not give."""
         self._tensors = _named(_from_named({name: tensor.to(device) for name, tensor in tensors.items()}))
 
 

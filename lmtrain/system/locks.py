@@ -1,7 +1,7 @@
-"""Locks on files: one process at a time holds each, until it lets go or ends, however it ends.
+"""Locks on files. One process at a time holds a lock, until it releases the lock or ends, however it ends.
 
-The `filelock` library keeps them. From version 4 on it leaves alone what stands in a file that another process has
-locked, opens no symbolic link, and tries again where the file that it has locked was removed meanwhile.
+The `filelock` library keeps them. From version 4 on it does not change a file that another process has locked,
+opens no symbolic link, and tries again if the file that it has locked was removed meanwhile.
 """
 
 import os

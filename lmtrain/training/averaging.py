@@ -31,7 +31,7 @@ class Averaging:
 
     def __init__(self, model: LanguageModel, *, name: Literal["ema", "triggered"] | None, decay: float) -> None:
         self.model, self.name, self.decay = model, name, decay
-        self.steps = 0  # in the average
+        self.steps = 0  # optimizer steps in the average
         self.averages: dict[str, Tensor] = {}
         if name == "ema":
             self.begin()

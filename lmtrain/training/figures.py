@@ -25,7 +25,7 @@ class Window:
     """Sums over the training steps since the last row of metrics. They are plain values, which a checkpoint keeps."""
 
     tallies: dict[Objective, list[float]] = field(default_factory=dict)  # [nats, tokens]
-    padded_tokens: int = 0  # of the batches, start and end tokens and padding included
+    padded_tokens: int = 0  # tokens of the batches, start and end tokens and padding included
     padding: int = 0
 
     def add(

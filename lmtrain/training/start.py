@@ -107,7 +107,7 @@ def _train(
         try:
             trainer = Trainer(config, run, corpora, batches, device, progress, start_s, processes)
             if first and not new:
-                run.write_config(config)  # with what may change in a resume
+                run.write_config(config)  # some of its keys may change in a resume
             with noted_signals() as stopped_by:
                 return trainer.run_to_end(stopped_by, stop_at_step)
         except (RuntimeError, MemoryError) as error:

@@ -121,7 +121,7 @@ def _summaries(values: Mapping[str, Any]) -> Iterator[Any]:
 
 
 class NullTracker(Tracker):
-    """Writes nothing: the tracker of every process but the first of those that train together."""
+    """Writes nothing; every process but rank 0 has this tracker."""
 
     def __init__(self) -> None: ...
 

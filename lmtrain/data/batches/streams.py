@@ -78,7 +78,7 @@ class Stream:
         return batch
 
     def lengths(self, span: Span) -> Ints:
-        """Return the tokens of each column's row in a span, (B,), the token before the span counted."""
+        """Return the tokens of each column's row in a span, (B,), including the token before the span."""
         return np.minimum(self.column_lengths[span.columns], span.end) - span.first + 1
 
     def spans(self, cuts: Ints) -> Parts:

@@ -84,7 +84,7 @@ class Build:
     def _append(self, name: str, data: bytes) -> None:
         self._files[name].write(data)
         self.sizes[name] += len(data)
-        self.checksums[name] = zlib.crc32(data, self.checksums[name])  # of the bytes to be written, not read back
+        self.checksums[name] = zlib.crc32(data, self.checksums[name])  # computed from `data`, not read back
 
     def add(self, raw: RawBlock, result: BlockResult) -> None:
         """Append the next block, which has been encoded."""
@@ -154,7 +154,7 @@ def locked(cache: Path, key: str, notify: Notify) -> Iterator[Path]:
 
 
 def remove_abandoned(cache: Path, but: str) -> None:
-    """Remove what killed builders of other keys have left and nobody can or will continue."""
+    """Remove unfinished builds of other keys that no process holds and that are damaged or older than `KEPT_S`."""
     for lock in cache.glob(".building-*.lock"):
         if lock.name == f".building-{but}.lock":
             continue

@@ -1,4 +1,4 @@
-"""What every tokenizer does: text to ids and back.
+"""The base class of tokenizers, which turn text into ids and back.
 
 Special tokens are `<pad>` 0, `<bos>` 1, `<eos>` 2, `<unk>` 3; a vocabulary's own tokens follow from 4 on. Kind `ids`
 leaves the user's ids as they are and appends `<bos>` and `<eos>`. Text that looks like a special token is ordinary
@@ -41,7 +41,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """What a run's tokenizer.json holds beside the kind and the format."""
+        """Return the content of a run's tokenizer.json beside the kind and the format."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text, without `<bos>` and `<eos>`."""
@@ -53,5 +53,5 @@ class Tokenizer(ABC):
         return json.dumps(content, ensure_ascii=False, sort_keys=True) + "\n"
 
     def fingerprint(self) -> str:
-        """SHA-256 of the content. Tokenizers that encode alike have the same."""
+        """SHA-256 of the content. Tokenizers with equal content have equal fingerprints."""
         return hashlib.sha256(self.dumps().encode()).hexdigest()

@@ -15,8 +15,8 @@ _REDIRECTING = Lock()  # all threads of the process have the same standard error
 def as_artefact_errors(what: str) -> Iterator[None]:
     """Raise an ArtefactError for anything that the tokenizers library raises.
 
-    Its panics are no `Exception`, and it writes them to standard error itself. That is switched off meanwhile, since a
-    user should see our one line alone, which begins with `what`.
+    The library's panics are no `Exception`, and it writes them to standard error itself. Standard error is discarded
+    meanwhile, so that the user sees only our one line, which begins with `what`.
     """
     with _REDIRECTING, open(os.devnull, "w") as nowhere:
         try:

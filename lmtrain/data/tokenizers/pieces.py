@@ -18,7 +18,7 @@ import numpy as np
 
 from lmtrain.data.arrays import Ints
 
-MOST_PIECES = 1 << 18  # pieces to remember; beyond, the later half is forgotten: frequent pieces come early
+MOST_PIECES = 1 << 18  # pieces to remember; beyond, the later half is forgotten, since frequent pieces come early
 TOGETHER = 64  # new pieces that the library encodes as one text
 _OTHER_WHITE = re.compile("[\t\n\x0b\x0c\r\x1c-\x1f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 _WORD = re.compile(r" \S+")
@@ -53,7 +53,7 @@ class Pieces:
         self._ends = np.zeros(1, np.int64)  # piece n has the ids from _ends[n] to _ends[n + 1]
 
     def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
-        """Encode texts: flat ids (T,), and the number of ids of each text, as `Tokenizer.encode_texts` does."""
+        """Encode texts: flat ids (T,), and the number of ids of each (S,), as `Tokenizer.encode_texts` does."""
         if _has_single_spaces("".join(texts)):
             pieces = "\n".join(texts).replace(" ", "\n ").split("\n")
             counts = np.fromiter(map(str.count, texts, repeat(" ")), np.int64, len(texts)) + 1

@@ -22,7 +22,7 @@ _WHITE = np.zeros(256, bool)
 _WHITE[[9, 10, 11, 12, 13, 28, 29, 30, 31, 32]] = True
 _OTHER_WHITE = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 _OTHER_WHITE_STARTS = (b"\xc2\x85", b"\xc2\xa0", b"\xe1\x9a\x80", b"\xe2\x80", b"\xe2\x81\x9f", b"\xe3\x80\x80")
-_MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # of the first 0 to 8 bytes of a register
+_MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # keep the first 0 to 8 bytes of a register
 _FACTORS = tuple(map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)))  # odd, with mixed bits
 _SHIFT = np.uint64(29)
 
@@ -35,7 +35,7 @@ class Words(NamedTuple):
     sizes: Ints  # (W,) bytes
 
     def bytes_of(self, chosen: Ints) -> list[bytes]:
-        """The words at these positions."""
+        """The words at these positions (chosen,)."""
         data, starts = self.flat.tobytes(), self.starts[chosen]
         ends = starts + self.sizes[chosen]
         return [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]

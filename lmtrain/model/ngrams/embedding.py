@@ -2,11 +2,11 @@
 
 Shapes: B rows, L longest row, K tokens of n-gram history, N events, O orders, P output size.
 
-A recurrent layer takes long to learn what an n-gram model knows after one look: which token follows these three. A
+A recurrent layer learns slowly what an n-gram model learns in one pass: which token follows three given tokens. A
 vector for each n-gram, added to the projected state, leaves the rest to the recurrence. Mikolov et al. 2011 ("RNNME",
 https://doi.org/10.1109/ASRU.2011.6163930) connect hashed n-grams with every token of the vocabulary; here the output
-layer multiplies the vectors, so that a large vocabulary needs no more of them. N-grams that are hashed to one vector
-share it.
+layer multiplies the vectors, so that a large vocabulary needs no more vectors. N-grams that are hashed to one
+vector share it.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What every file format has to say: how a file is cut into blocks of whole records, and which texts a block holds."""
+"""The base class of file formats: it says how a file is cut into blocks of whole records, and which texts they hold."""
 
 import codecs
 from abc import ABC, abstractmethod
