@@ -191,7 +191,7 @@ def _about(number: float) -> str:
 
 
 def describe_duration(duration_s: float) -> str:
-    """A duration in the unit that people would use: 45 s, 12.5 min, 3.2 h, 4.1 days."""
+    """Return a duration in the unit that people would use: 45 s, 12.5 min, 3.2 h, 4.1 days."""
     for unit, seconds, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
         if duration_s / seconds < most:
             return f"{duration_s / seconds:.{2 if duration_s < 10 else 1}f} {unit}"

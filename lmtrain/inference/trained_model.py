@@ -129,8 +129,8 @@ class TrainedModel:
     def embed(self, texts: Texts, path: str | Path) -> int:
         """Write the vectors of each text to an .npz file that `numpy.load` reads; returns the number of texts.
 
-        The file holds `ids` (T,), `lengths` (texts,), `output` (T, D*H) and `h_n` (texts, num_layers*D, H), of all
-        texts: see `lmtrain.inference.vectors.Vectors`.
+        The file holds `ids` (T,), `lengths` (texts,), `output` (T, D*H) and `h_n` (texts, num_layers*D, H), for T
+        tokens of all texts, D directions and hidden size H: see `lmtrain.inference.vectors.Vectors`.
 
         >>> model.embed(["a b", "c"], "vectors.npz")
         2

@@ -35,7 +35,7 @@ class Cell(NamedTuple):
     fused_on_cpu: bool = False  # whether PyTorch's float32 kernel for rows of equal length is faster than ours on CPU
 
     def layer(self, input_size: int, hidden_size: int) -> nn.Module:
-        """A module that holds the weights of one layer; it is never called."""
+        """Return a module that holds the weights of one layer; it is never called."""
         if self.torch_module is not None:
             return self.torch_module(input_size, hidden_size)
         return CellWeights(input_size, hidden_size, self.gates)
@@ -54,7 +54,7 @@ class CellWeights(nn.Module):
 
 
 def layer_weights(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The weights of a layer in the order `WEIGHTS`: (G*H, I), (G*H, H), (G*H,), (G*H,)."""
+    """Return the weights of a layer in the order `WEIGHTS`: (G*H, I), (G*H, H), (G*H,), (G*H,)."""
     return layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0  # type: ignore[return-value]
 
 

@@ -26,7 +26,7 @@ class Lookups:
         self.gradient: Tensor | None = None  # (V, E) from the output layer
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """The embeddings (N, E) of tokens (N,)."""
+        """Return the embeddings (N, E) of tokens (N,)."""
         if self.sparse:
             return F.embedding(tokens, self.weight, sparse=True)
         self.pending += 1
@@ -34,7 +34,7 @@ class Lookups:
         return rows
 
     def tied(self) -> Tensor:
-        """The weight (V, E) for the output layer."""
+        """Return the weight (V, E) for the output layer."""
         weight: Tensor = _Tied.apply(self.weight, self)  # type: ignore[no-untyped-call]
         return weight
 

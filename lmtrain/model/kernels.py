@@ -29,7 +29,7 @@ tanh_backward = torch.ops.aten.tanh_backward
 
 
 def spans_of(rows: PackedRows, hidden_size: int) -> list[tuple[int, int]]:
-    """Spans of steps, (first, end), whose packed rows of H values stay in the cache while they are worked on."""
+    """Return spans of steps, (first, end), whose packed rows of H values stay in the cache while they are worked on."""
     spans, first, count = [], 0, 0
     for step, size in enumerate(rows.batch_sizes):
         count += size
@@ -40,7 +40,7 @@ def spans_of(rows: PackedRows, hidden_size: int) -> list[tuple[int, int]]:
 
 
 def state_buffer(initial: Tensor, rows: PackedRows) -> tuple[Tensor, Sequence[Tensor]]:
-    """A buffer (B + N, H) whose first B rows are the initial state (B, H), and the part of it for each step."""
+    """Return a buffer (B + N, H) whose first B rows are the initial state (B, H), and the part of it for each step."""
     count = len(initial)
     buffer = initial.new_empty(count + len(rows.time), initial.shape[1])
     buffer[:count] = initial
@@ -69,7 +69,7 @@ def operand_of(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def project(inputs: Tensor, w_ih: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The operand of the inputs (N, I), and inputs @ w_ih.T (N, G*H) in the inputs' dtype."""
+    """Return the operand of the inputs (N, I), and inputs @ w_ih.T (N, G*H) in the inputs' dtype; w_ih is (G*H, I)."""
     operand = operand_of(inputs, dtype)
     if operand is not inputs:
         operand[: len(inputs)] = inputs
@@ -90,7 +90,7 @@ def state_gradients(to_output: Tensor, to_h: Tensor, rows: PackedRows) -> tuple[
 
 
 def input_gradients(ctx: Any, inputs: Tensor, w_ih: Tensor, d_gates: Tensor, operand: Tensor) -> list[Tensor | None]:
-    """Gradients of (inputs, w_ih, b_ih) from `d_gates` (N, G*H), the gradients of the gates, and from their operand."""
+    """Return the gradients of (inputs, w_ih, b_ih) from those of the gates, `d_gates` (N, G*H), and their operand."""
     to_inputs = None
     if ctx.needs_input_grad[0]:
         buffer = d_gates.new_empty(len(operand), w_ih.shape[1])

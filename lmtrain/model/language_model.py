@@ -131,7 +131,7 @@ class LanguageModel(nn.Module):
             self._counted(direction).load_counts(of_direction)
 
     def stack(self, direction: Direction) -> RecurrentStack:
-        """The layers that read in a direction."""
+        """Return the layers that read in a direction."""
         stack = self.recurrence.stacks[0 if direction == "forward" else 1]
         assert isinstance(stack, RecurrentStack)
         return stack
@@ -216,13 +216,13 @@ class LanguageModel(nn.Module):
         return self.log_probabilities(direction, projected, history)  # these are logits, too
 
     def nats(self, objective: Objective, events: Events) -> Tensor:
-        """Negative log-likelihood of each target (N,) in nats, at least float32, outside the graph."""
+        """Return the negative log-likelihood of each target (N,) in nats, at least float32, outside the graph."""
         with torch.no_grad():
             weights = torch.ones_like(events.targets, dtype=events.states.dtype)
             return self._mix_counts(objective, events, self.output.loss(events.states, events.targets, weights).nats)
 
     def log_probabilities(self, objective: Objective, states: Tensor, history: Tensor | None) -> Tensor:
-        """Natural log-probabilities (N, V) of every token, float32, for the states and history of `Events`."""
+        """Natural log-probabilities (N, V), float32, of every token for states (N, P) and history (N, K) of events."""
         network = self.output.log_probabilities(states)
         return network if history is None else self._counted(objective).log_probabilities(states, history, network)
 
@@ -296,7 +296,7 @@ class LanguageModel(nn.Module):
         weights: Mapping[Objective, float] | None = None,
         state: ModelState | None = None,
     ) -> Losses:
-        """The nats of each objective and their weighted sum; padding is never scored.
+        """Compute the nats of each objective and their weighted sum; padding is never scored.
 
         With counted n-grams the nats are those of the mixture. The weighted sum then also holds the network's own nats,
         from which alone the network learns.

@@ -64,7 +64,7 @@ def align(lengths: Tensor) -> Alignment:
 
 
 def count_events(rows: int, tokens: int) -> dict[Objective, int]:
-    """The number of tokens that each objective predicts in `rows` rows of `tokens` tokens with `<bos>` and `<eos>`."""
+    """Return how many tokens each objective predicts in `rows` rows of `tokens` tokens with `<bos>` and `<eos>`."""
     return {"forward": tokens - rows, "backward": tokens - rows, "fill": tokens - 2 * rows}
 
 

@@ -29,16 +29,16 @@ class PackedRows(NamedTuple):
         return self.batch_sizes[-1] == self.batch_sizes[0]
 
     def reversed(self) -> Tensor:
-        """The packed row (N,) that takes the place of each packed row when its row is read from the end."""
+        """Return the packed row (N,) that takes the place of each packed row when its row is read from the end."""
         return self.at(self.lengths[self.row] - 1 - self.time, self.row)
 
     def previous(self) -> Tensor:
-        """The packed row one step earlier for each packed row after the first step, (N - B,)."""
+        """Return the packed row one step earlier for each packed row after the first step, (N - B,)."""
         later = slice(self.batch_sizes[0], None)
         return self.at(self.time[later] - 1, self.row[later])
 
     def at(self, time: Tensor, row: Tensor) -> Tensor:
-        """The packed row of each given step of each given row; arguments and result have one shape and are on CPU."""
+        """Return the packed row of each given step and row; arguments and result have one shape and are on CPU."""
         return torch.tensor(self.offsets)[time] + row
 
 
@@ -56,7 +56,7 @@ def pack_rows(lengths: Tensor) -> PackedRows:
 
 
 def states_before(rows: PackedRows, device: torch.device) -> Tensor:
-    """The index (N,) of the state before each packed row in a buffer of the B initial states and the N packed ones."""
+    """Return the index (N,) of the state before each packed row, in a buffer of B initial and N packed states."""
     count = rows.batch_sizes[0]
     starts = torch.tensor([0, *(count + offset for offset in rows.offsets[:-1])])
     return (starts[rows.time] + rows.row).to(device)

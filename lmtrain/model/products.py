@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def product_dtype(inputs: Tensor) -> torch.dtype:
-    """The dtype of products: bf16 under autocast, else that of the inputs."""
+    """Return the dtype of products: bf16 under autocast, else that of the inputs."""
     device = inputs.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
 

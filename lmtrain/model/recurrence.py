@@ -75,7 +75,7 @@ class RecurrentStack(nn.Module):
                 bias_ih[gate * size : (gate + 1) * size] = value
 
     def zero_state(self, batch_size: int, like: Tensor) -> StackState:
-        """Zeros (B, H) for each layer's states, with the dtype and device of `like`."""
+        """Return zeros (B, H) for each layer's states, with the dtype and device of `like`."""
         return tuple(tuple(like.new_zeros(batch_size, size) for _ in self.cell.states) for size in self.hidden_sizes)
 
     def forward(self, inputs: Tensor, rows: PackedRows, state: StackState | None = None) -> tuple[Tensor, StackState]:

@@ -21,7 +21,7 @@ class ModelState(NamedTuple):
 
 
 def select(state: ModelState, rows: Tensor) -> ModelState:
-    """The state of the given rows, (R,) int64: each tensor (B, ...) -> (R, ...)."""
+    """Return the state of the given rows, (R,) int64: each tensor (B, ...) -> (R, ...)."""
     layers = tuple(tuple(part.index_select(0, rows) for part in layer) for layer in state.layers)
     return ModelState(layers, None if state.history is None else state.history.index_select(0, rows))
 
@@ -39,7 +39,7 @@ class CarriedState:
         self._tensors: dict[str, Tensor] = {}  # by the names that `tensors` gives
 
     def of(self, order: Tensor) -> ModelState | None:
-        """The state of the columns `order` (B,), in that order; None at the beginning of the text."""
+        """Return the state of the columns `order` (B,), in that order; None at the beginning of the text."""
         if not self._tensors:
             return None
         return select(_from_named(self._tensors), order.to(self._tensors["0/0"].device))

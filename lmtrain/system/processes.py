@@ -65,7 +65,7 @@ class SingleProcess:
         return value
 
     def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that rank 0 gives; in the other processes they lie on the CPU."""
+        """Return the tensors (of any shape) that rank 0 gives; in the other processes they lie on the CPU."""
         return tensors
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from lmtrain.runs.weights import named_weights
 
 
 def averaged_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights that are averaged, by name."""
+    """Return the weights that are averaged, by name."""
     return {name: weight for name, weight in named_weights(model).items() if not name.startswith("ngram_embeddings.")}
 
 
@@ -78,7 +78,7 @@ class Averaging:
             weight.copy_(tensors[name])
 
     def load(self, averages: Mapping[str, Tensor], steps: int) -> None:
-        """Restore an average that was saved."""
+        """Restore an average of `steps` optimizer steps that was saved."""
         self.averages = {
             name: averages[name].to(weight.device, copy=True) for name, weight in averaged_weights(self.model).items()
         }

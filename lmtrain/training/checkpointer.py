@@ -229,7 +229,7 @@ def check_unchanged(saved: Config, config: Config) -> None:
 
 
 def flatten_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration by dotted keys: {"model.cell": "lstm", ...}."""
+    """Return a nested configuration by dotted keys: {"model.cell": "lstm", ...}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -12,7 +12,7 @@ LossWeights = Mapping[Objective, float]
 
 
 def weighted_loss(tallies: Mapping[Objective, Tally], weights: LossWeights) -> float:
-    """The loss that is reported: the sum over objectives of nats per token times the objective's weight."""
+    """Return the loss that is reported: the sum over objectives of nats per token times the objective's weight."""
     return math.fsum(
         weight * tallies[objective].nats_per_token
         for objective, weight in weights.items()
@@ -42,7 +42,7 @@ class Window:
     def figures(
         self, weights: LossWeights, rate: float, norm: float, elapsed_s: float, waited_s: float
     ) -> dict[str, float]:
-        """A row of training metrics by tag.
+        """Return a row of training metrics by tag.
 
         Args:
             rate, norm: learning rate and gradient norm of the last step.
@@ -61,7 +61,7 @@ class Window:
 
 
 def validation_figures(result: Evaluation, weights: LossWeights) -> dict[str, float]:
-    """A row of validation metrics by tag; the last two exist with two directions only."""
+    """Return a row of validation metrics by tag; the last two exist with two directions only."""
     figures = {"valid/loss": weighted_loss(result.tallies, weights), "valid/perplexity": result.perplexity}
     if "backward" in result.tallies:
         figures["valid/backward_perplexity"] = result.tallies["backward"].perplexity

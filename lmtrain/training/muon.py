@@ -55,7 +55,7 @@ class Muon(Optimizer):
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """A matrix (m, n) with singular value decomposition U S V -> about U V, (m, n).
+    """Return about U V, (m, n), for a matrix (m, n) with the singular value decomposition U S V.
 
     Its singular values are between 0.6 and 1.2, except for the smallest, which grow some 40 times. An odd polynomial of
     X, applied repeatedly, drives singular values to 1: X <- a X + b X X'X + c X (X'X)^2. Every factor is a polynomial

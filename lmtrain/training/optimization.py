@@ -22,7 +22,7 @@ WEIGHT_SHAPED = (torch.optim.AdamW, torch.optim.SGD, torch.optim.SparseAdam, Muo
 
 
 def has_sparse_embedding(model: LanguageModel, name: str, weight_decay: float) -> bool:
-    """Whether a step leaves the embeddings of all tokens that are not in the batch as they are.
+    """Tell whether a step leaves the embeddings of all tokens that are not in the batch as they are.
 
     That is so for SGD without weight decay, where the embedding is not tied to the output layer. The embedding then
     gives a sparse gradient, with a row for each token of the batch.
@@ -41,7 +41,7 @@ def build_optimizers(
     muon_lr_scale: float = 1.0,
     ngram_lr_scale: float = 1.0,
 ) -> list[Optimizer]:
-    """AdamW, Muon or SGD over the model's weights. Matrices decay; biases and the vectors of n-grams do not.
+    """Build AdamW, Muon or SGD over the model's weights. Matrices decay; biases and the vectors of n-grams do not.
 
     AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101. Muon moves the matrices of the recurrence and
     of the projections; AdamW moves embeddings, the output layer and everything that is no matrix, as in Jordan et al.
@@ -90,7 +90,7 @@ def learning_rate(
     rise_fraction: float = 0.3,
     cut: float = 1.0,
 ) -> float:
-    """The learning rate of a step: a linear rise over the warm-up, times the schedule's part of the peak rate.
+    """Return the learning rate of a step: a linear rise over the warm-up, times the schedule's part of the peak rate.
 
     Args:
         step: optimizer steps done before this one.
@@ -178,7 +178,7 @@ def _aligned(gradient: Tensor) -> Tensor:
 
 
 def optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel) -> dict[str, Tensor]:
-    """The state of the optimizers as tensors, named by key and weight: `exp_avg/embedding.weight`."""
+    """Return the state of the optimizers as tensors, named by key and weight: `exp_avg/embedding.weight`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         f"{key}/{names[id(parameter)]}": torch.as_tensor(value)  # SparseAdam counts its steps in an integer

@@ -146,8 +146,8 @@ def _find_begun(
 
 
 def _prepare(config: Config, progress: Progress, tokenizer: Tokenizer | None, processes: SingleProcess) -> Corpora:
-    """Prepare what the training reads. Rank 0 does it first; the others find it there, or prepare their own copy on
-    another machine."""
+    """Prepare what the training reads. Rank 0 does it first; the others find the result in the cache, or prepare
+    their own copy on another machine."""
     if not processes.under_torchrun:
         return prepare(config, progress.note, tokenizer, progress.reading)
     first = processes.rank == 0

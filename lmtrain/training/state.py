@@ -113,6 +113,6 @@ def _belongs(name: str, spec: TensorSpec, wanted: Mapping[str, TensorSpec], conf
 
 
 def part_of(training: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of one part of a checkpoint's training.safetensors."""
+    """Return the tensors of one part of a checkpoint's training.safetensors."""
     prefix = f"{name}/"
     return {key.removeprefix(prefix): value for key, value in training.items() if key.startswith(prefix)}

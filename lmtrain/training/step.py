@@ -50,8 +50,7 @@ class TrainingStep:
 
     Attributes:
         model, optimizers, averaging: what a checkpoint keeps and a resume restores.
-        carried: the hidden state between one batch and the next, for text that continues; None where rows are
-            sequences.
+        carried: the hidden state that is carried from batch to batch; None where each row is a sequence of its own.
         precision: precision of the matrix products, `fp32` or `bf16`; set it before the first step.
         synchronised_s: when the processes last exchanged numbers, by `time.perf_counter`.
     """

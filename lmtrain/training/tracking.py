@@ -97,7 +97,7 @@ class Tracker:
         self.notify(f"warning: TensorBoard's file can't be written ({error.strerror}); training continues without it")
 
     def lengths(self) -> Lengths:
-        """Bytes of each metric file, once all rows are on the disk itself."""
+        """Return the bytes of each metric file, once all rows are on the disk itself."""
         try:
             self.metrics.flush()
             os.fsync(self.metrics.fileno())

@@ -1,7 +1,7 @@
 """Decides in which order training reads the rows of a corpus: a function of (seed, epoch), so a resume replays nothing.
 
 A sampler gives the parts of an epoch. A part is the rows of one batch, in the form that their source takes: indices for
-`Rows`, `Stretches` for `WindowedRows`, a `Span` for a `Stream`. Shapes: R rows of a corpus or of a window.
+`Rows`, `Stretches` for `WindowedRows`, a `Span` for a `Stream`. Shapes: B rows of a batch, R of a corpus or window.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -48,7 +48,7 @@ class _BatchCutter:
         self.bucket_rows = bucket_batches * (batch_size or max(1, (max_tokens or 1) // max(1, round(mean))))
 
     def batches(self, buckets: Iterable[Ints], lengths: Ints, random: np.random.Generator) -> list[Ints]:
-        """Sort each bucket of row indices by `lengths`, (R,) of all rows, cut it into batches, and shuffle them all."""
+        """Sort each bucket of row indices by `lengths` (R,), cut it into batches (B,), and shuffle all batches."""
         batches = []
         for bucket in buckets:
             bucket = bucket[longest_first(lengths[bucket])]

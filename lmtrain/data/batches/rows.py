@@ -104,7 +104,7 @@ class Rows:
         return self.row_lengths[indices]
 
     def take(self, indices: Ints, chosen: Ints) -> Ints:
-        """Return `indices[chosen]`: some of these rows."""
+        """Return `indices[chosen]`, (chosen,): some of these rows (B,)."""
         return indices[chosen]
 
 
@@ -134,7 +134,7 @@ def cut_batches(
 
 
 def sorted_parts(lengths: Ints, max_tokens: int, batch_size: int | None = None) -> Iterator[Ints]:
-    """Yield the row indices (B,) of each batch, longest rows first: the cheapest order where any order will do."""
+    """Yield each batch's row indices (B,), of `lengths` (R,), longest first: the cheapest order where any will do."""
     order = longest_first(lengths)
     for start, end in cut_batches(lengths[order], batch_size, max_tokens):
         yield order[start:end]

@@ -3,7 +3,7 @@
 Each batch has a row of each column, and the next batch continues each column where its row ended. The `order` of a
 batch says which column each row belongs to. For example, a stream of the tokens 0 .. 9 in two columns, 2 steps a batch:
 column 0 predicts 0 1, then 2 3, then 4, while column 1 predicts 5 6, then 7 8, then 9.
-Shapes: B columns, L longest row, T tokens of the stream, R rows of a corpus.
+Shapes: B columns, T tokens of the stream.
 """
 
 from typing import NamedTuple
@@ -62,7 +62,7 @@ class Stream:
         return len(self.column_lengths)
 
     def take(self, span: Span, columns: Ints) -> Span:
-        """Return the same steps of some neighbouring columns, by their numbers."""
+        """Return the same steps of some neighbouring columns, whose numbers are `columns` (B,)."""
         return span._replace(columns=slice(int(columns[0]), int(columns[-1]) + 1))
 
     def batch(self, span: Span, pad_id: int) -> Batch:

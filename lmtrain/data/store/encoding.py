@@ -27,7 +27,7 @@ class BlockResult(NamedTuple):
 
 
 def token_type(vocab_size: int) -> str:
-    """The narrowest type that holds the ids of a store."""
+    """Return the narrowest type that holds the ids of a store."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 

@@ -99,14 +99,14 @@ class TokenStore:
         return int(self.tokens.nbytes + self.offsets.nbytes + self.hashes.nbytes)
 
     def longer_than(self, max_length: int) -> int:
-        """The number of sequences of more than `max_length` tokens, `<bos>` and `<eos>` not counted."""
+        """Return the number of sequences of more than `max_length` tokens, `<bos>` and `<eos>` not counted."""
         if self.counts.longest <= max_length:
             return 0
         parts = (self.offsets[k : k + COMPARED + 1] for k in range(0, self.counts.sequences, COMPARED))
         return sum(int((np.diff(part) > max_length + 2).sum()) for part in parts)
 
     def overlap(self, other: TokenStore) -> int:
-        """The number of this store's sequences that the other store, which may be large, holds token for token."""
+        """Return how many of this store's sequences the other store, which may be large, holds token for token."""
         own_hashes, counts = np.unique(self.hashes, return_counts=True)
         shift, shared = np.uint64(40), np.zeros(len(own_hashes), bool)
         begins = np.zeros(1 << 24, bool)  # by the first 24 bits of own hashes, with which few other hashes begin

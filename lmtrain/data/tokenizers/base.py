@@ -37,18 +37,18 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. `<pad>`, `<bos>` and `<eos>` give no text, `<unk>` gives `<unk>`."""
+        """Return the text of ids. `<pad>`, `<bos>` and `<eos>` give no text, `<unk>` gives `<unk>`."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """Return the content of a run's tokenizer.json beside the kind and the format."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text, without `<bos>` and `<eos>`."""
+        """Return the ids of one text, without `<bos>` and `<eos>`."""
         return [int(i) for i in self.encode_texts([text])[0]]
 
     def dumps(self) -> str:
-        """The whole tokenizer as JSON, which `parse_tokenizer` reads."""
+        """Return the whole tokenizer as JSON, which `parse_tokenizer` reads."""
         content = {"format": TOKENIZER_FORMAT, "kind": self.kind, **self.state()}
         return json.dumps(content, ensure_ascii=False, sort_keys=True) + "\n"
 

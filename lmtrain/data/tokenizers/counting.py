@@ -162,7 +162,7 @@ def _read_part(run: IO[bytes], size: int) -> tuple[list[bytes], list[int]]:
 
 
 def most_frequent(parts: Iterable[Mapping[AnyStr, int]], size: int, least: int, left_out: AnyStr) -> list[AnyStr]:
-    """The `size` most frequent tokens, best first, equal counts in the order of their code points.
+    """Return the `size` most frequent tokens, best first, equal counts in the order of their code points.
 
     `parts` are counts that together have each token once. A token must occur `least` times and not be `left_out`.
     """

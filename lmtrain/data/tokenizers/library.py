@@ -1,4 +1,4 @@
-"""The `tokenizers` library: its errors as ours, and its trainers."""
+"""Calls the trainers of the `tokenizers` library, and turns the library's errors into ours."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -53,5 +53,5 @@ def train_library(kind: str, texts: Iterable[str], size: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut after 200 characters."""
+    """Return the first line of an error's message, cut after 200 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -6,7 +6,7 @@ The library's byte-level tokenizers cut text by GPT-2's pattern before they look
 
 None of its alternatives matches across a space that follows a character that is no space, and none looks back. So a
 text whose white space is single spaces may be cut before each space, and its pieces have the same ids as the whole
-(tests/data/test_fast_tokenizers.py compares the two). Any other text is encoded whole.
+(tests/data/test_fast_tokenizers.py compares the two). Any other text is encoded whole. Shapes: S texts, T ids of all.
 """
 
 import re
@@ -26,7 +26,7 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True
 
 
 def cuts_at_spaces(content: dict[str, Any]) -> bool:
-    """Whether the library's tokenizer with this JSON gives pieces the same ids as it gives them in the whole text."""
+    """Tell whether the library's tokenizer with this JSON gives a piece the same ids as in the whole text."""
     pre_tokenizer = {key: value for key, value in (content.get("pre_tokenizer") or {}).items() if key in _BYTE_LEVEL}
     others = ("normalizer", "post_processor", "truncation", "padding", "added_tokens")
     is_random = content["model"].get("dropout")

@@ -35,18 +35,18 @@ class Words(NamedTuple):
     sizes: Ints  # (W,) bytes
 
     def bytes_of(self, chosen: Ints) -> list[bytes]:
-        """The words at these positions (chosen,)."""
+        """Return the words at these positions (chosen,)."""
         data, starts = self.flat.tobytes(), self.starts[chosen]
         ends = starts + self.sizes[chosen]
         return [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
     def registers(self, chosen: Ints) -> Keys:
-        """The words at these positions, each of 8 bytes at most, as numbers that sort as the bytes do."""
+        """Return the words at these positions, of 8 bytes at most, as numbers (chosen,) that sort as the bytes do."""
         registers: Keys = np.ndarray((len(self.flat) - 7,), "<u8", self.flat, 0, (1,))
         return (registers[self.starts[chosen]] & _MASKS[self.sizes[chosen]]).byteswap()
 
     def lengths(self) -> Ints:
-        """The number of words of each line, (lines,)."""
+        """Return the number of words of each line, (lines,)."""
         before = np.searchsorted(self.starts, np.flatnonzero(self.flat[: -len(PADDING) - 1] == 10))
         return np.diff(before, prepend=0, append=len(self.starts))
 
@@ -103,7 +103,7 @@ class WordIndex:
         return keys, (mixed >> self._bits).view(np.int64)
 
     def look_up(self, words: Words) -> NDArray[np.int32]:
-        """The position of each word plus 1, or 0 for a word that is not in the list; (W,)."""
+        """Return the position of each word plus 1, or 0 for a word that is not in the list; (W,)."""
         keys, slots = self._keys(words.flat, words.starts, words.sizes)
         positions = self._table[slots]
         same = (self._registers[0][positions] == keys[0]) & (self._sizes[positions] == words.sizes)

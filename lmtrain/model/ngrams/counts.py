@@ -72,18 +72,18 @@ class _Order(nn.Module):
         self.discount = min(MOST_DISCOUNT, max(LEAST_DISCOUNT, discount))
 
     def find_contexts(self, keys: Tensor) -> tuple[Tensor, Tensor, _Statistics]:
-        """The index of each context (N,), arbitrary for an unseen one; whether it was seen (N,); its statistics."""
+        """Return each context's index (N,), arbitrary if it was not seen; whether it was seen (N,); its statistics."""
         context, seen = _find(self.contexts, keys)
         counted = (torch.where(seen, part[context], 0) for part in (self.totals, self.types, self.singles))
         return context, seen, _Statistics(*counted)
 
     def target_counts(self, context: Tensor, seen: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        """How often targets (N,) followed these contexts, (N,)."""
+        """Return how often targets (N,) followed the contexts that `find_contexts` found, (N,)."""
         pair, counted = _find(self.pairs, context * vocab_size + targets)
         return torch.where(seen & counted, self.counts[pair].long(), 0)
 
     def followers(self, context: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs of seen contexts (N,): for each pair the context's row in 0 .. N - 1, the token and its count."""
+        """Return the pairs of seen contexts (N,): each one's row in 0 .. N - 1, its token, its count, (pairs,) each."""
         first = torch.searchsorted(self.pairs, context * vocab_size)
         sizes = torch.searchsorted(self.pairs, (context + 1) * vocab_size) - first
         row = torch.repeat_interleave(torch.arange(len(context), device=context.device), sizes)
@@ -136,7 +136,7 @@ class CountedNgrams(nn.Module):
         return cast(list[_Order], list(self.orders))
 
     def mix(self, states: Tensor, history: Tensor, targets: Tensor, exclude_event: bool = False) -> Mixture:
-        """The estimates for each target, and the weights of the mixture.
+        """Return the estimates for each target, and the weights of the mixture.
 
         Args:
             states: (N, P), outside the graph: the gate learns from them, but they do not learn from the gate.
@@ -160,7 +160,7 @@ class CountedNgrams(nn.Module):
         return Mixture(self._gate(states, features), torch.stack(estimates, 1).log())
 
     def log_probabilities(self, states: Tensor, history: Tensor, network: Tensor) -> Tensor:
-        """The mixture's log-probabilities (N, V) of every token.
+        """Return the mixture's log-probabilities (N, V) of every token.
 
         Args:
             states, history: as in `mix`.

@@ -39,7 +39,7 @@ class NgramEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.zeros(len(self.orders) * buckets, size))
 
     def forward(self, context: Tensor, time: Tensor, row: Tensor) -> Tensor:
-        """The summed vectors (N, P) of the n-grams that end at the given steps of the given rows.
+        """Return the summed vectors (N, P) of the n-grams that end at the given steps of the given rows.
 
         Args:
             context: (K + L, B) from `context_of` with this K.

@@ -31,7 +31,7 @@ def context_of(tokens: Tensor, size: int, history: Tensor | None = None) -> Tens
 
 
 def history_at(context: Tensor, size: int, time: Tensor, row: Tensor) -> Tensor:
-    """The `size` tokens (N, size) that end at each given step of the given rows; the step's own token is the last one.
+    """Return the `size` tokens (N, size) up to each given step of the given rows; the step's own token is the last.
 
     Args:
         context: (K + L, B) from `context_of`, K >= size - 1.
