@@ -96,7 +96,7 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
 
 
 def _learnt(config: Config) -> Tokenizer | None:
-    """The tokenizer of the whole text, where one was learnt before; the whole text is hashed to find it."""
+    """The tokenizer of the whole text, if one was learnt before; the whole text is hashed to find it."""
     cache, source = Path(config.data.cache_dir), source_of(config, "train")
     if source is None or not any(cache.glob("tokenizer-*.json")):
         return None

@@ -78,7 +78,7 @@ def _training(config: Config) -> Iterator[tuple[str, str]]:
         if not _validates(config):
             yield "averaging.name", "triggered waits for validations: set data.valid or data.valid_fraction"
         if config.schedule.name == "plateau":
-            yield "averaging.name", "triggered keeps the weights where plateau restores earlier ones; use one of them"
+            yield "averaging.name", "triggered keeps the weights, and plateau restores earlier ones; use one of them"
         if patience is not None and patience <= averaging.trigger:
             yield "averaging.trigger", f"training.patience ({patience}) ends the run before averaging could begin"
 

@@ -197,7 +197,7 @@ class TrainingConfig(Section):
     patience: int | None = Field(None, ge=1, le=MOST)
     """Early stopping: validations without a better loss before training stops; null never stops early."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the training runs; auto takes CUDA where PyTorch finds it, else the CPU."""
+    """Where the training runs; auto takes CUDA if PyTorch finds it, else the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products; auto measures which is faster here. Weights and sums stay in fp32."""
     num_threads: int | None = Field(None, ge=1, le=1024)

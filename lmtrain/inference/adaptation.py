@@ -51,7 +51,7 @@ def evaluate_with_cache(model: LanguageModel, batches: Iterable[Batch], cache: C
     """Sum the nats of a text that is read in one column; state and cache are carried from batch to batch."""
     device, result = model.embedding.weight.device, Tally()
     keys: Tensor | None = None  # (W, P) states before the cached tokens
-    values = torch.empty(0, dtype=torch.int64, device=device)  # (W,) these tokens
+    values = torch.empty(0, dtype=torch.int64, device=device)  # (W,) the cached tokens
     for encoded in encoded_batches(model, batches, columns=1):
         events = encoded.events["forward"]
         states, targets = events.states.float(), events.targets

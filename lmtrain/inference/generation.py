@@ -160,8 +160,8 @@ class _Writer:
             logits = logits.squeeze(0)
 
     def _append(self, logits: Tensor, running: list[int], state: ModelState) -> tuple[Tensor, list[int], ModelState]:
-        """Choose the next token of each running row by its logits (B, V), append it, and drop the rows that it ends;
-        returns the tokens (B,), the indices in `self.rows` and the state of the rows that are left."""
+        """Choose the next token of each running row by its logits (B, V), append it, and drop the rows that it ends.
+        Returns the tokens (B,), the indices in `self.rows` and the state of the rows that are left."""
         log_probabilities = logits.log_softmax(-1).index_fill_(1, self.excluded, -torch.inf)  # (B, V)
         tokens = self._choose(logits, log_probabilities, running)
         chosen = log_probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)

@@ -131,7 +131,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token); infinite where that overflows."""
+        """exp(nats per token); infinite if that overflows."""
         return perplexity(self.nats_per_token)
 
 
@@ -177,7 +177,7 @@ def score(
 def _nats_of_tokens(
     model: LanguageModel, rows: Rows, directions: Sequence[Direction], pad_id: int
 ) -> NDArray[np.float64]:
-    """Compute each token's nats (T,), the mean over directions; 0 where a direction predicts nothing."""
+    """Compute each token's nats (T,), the mean over directions; 0 if a direction predicts nothing."""
     device = model.embedding.weight.device
     nats = np.zeros(len(rows.flat))
     for indices in sorted_parts(rows.row_lengths, SCORED_TOKENS):

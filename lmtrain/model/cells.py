@@ -29,7 +29,7 @@ class Cell(NamedTuple):
     onnx: Callable[[Any, str, Sequence[str], Sequence[str]], object]
     """Adds `step` to the graph of `inference/export/onnx.py`, given the names of inputs, states and weights; the new
     state of NAME gets the name NAME_out."""
-    start_bias: Mapping[int, float] = {}  # start value of the bias of each gate, counted from 0; 0 where left out
+    start_bias: Mapping[int, float] = {}  # start value of the bias of each gate, counted from 0; 0 if left out
     torch_module: type[nn.LSTM] | type[nn.GRU] | type[nn.RNN] | None = None  # PyTorch's, if PyTorch has the cell
     torch_function: Step | None = None  # called by `torch_module`; takes any weights
     fused_on_cpu: bool = False  # whether PyTorch's float32 kernel for rows of equal length is faster than ours on CPU

@@ -23,7 +23,7 @@ TorchState = tuple[Tensor, ...]
 
 
 class RecurrentLayers(nn.Module):
-    """One stack or two of recurrent layers; the arguments are those of `torch.nn.LSTM` where not listed here.
+    """One stack or two of recurrent layers; the arguments are those of `torch.nn.LSTM` if not listed here.
 
     Args:
         cell, stack_options: as in `RecurrentStack`.

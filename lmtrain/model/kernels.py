@@ -240,7 +240,7 @@ class GRULayer(torch.autograd.Function):
         recurrent = StepWeight(w_hh, ctx.dtype, len(to_h))
         before = states_before(rows, to_h.device)
         to_h_0, to_states = state_gradients(to_output, to_h, rows)
-        d_gates = torch.empty_like(gates)  # gradient of W_h h + b_h; for n that of W_i x + b_i differs from it
+        d_gates = torch.empty_like(gates)  # gradient of W_h h + b_h, which differs from that of W_i x + b_i for n
         operand = operand_of(d_gates, ctx.dtype)
         to_n_input = torch.empty_like(to_output, memory_format=torch.contiguous_format)  # (N, H) of W_i x + b_i for n
         buffers = (*d_gates.split(hidden_size, 1), to_n_input, d_gates, operand[: len(d_gates)])

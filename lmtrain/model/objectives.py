@@ -36,7 +36,7 @@ class EncodedBatch(NamedTuple):
 
     events: dict[Objective, Events]
     state: ModelState  # state of the forward stack at each row's end
-    penalties: dict[Objective, Tensor]  # () `state_penalty` of each direction; empty where there are no penalties
+    penalties: dict[Objective, Tensor]  # () `state_penalty` of each direction; empty if there are no penalties
 
 
 class Alignment(NamedTuple):

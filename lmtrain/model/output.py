@@ -157,9 +157,10 @@ class _SoftmaxLoss(torch.autograd.Function):
 
         d total / d logit = weight * (e - s [target]) / s
 
-    needs no further pass over the vocabulary than the two products for the gradients of states and weights: at the
-    target it holds e - s, which is minus the sum of all other exponentials, and the factor weight / s is applied to the
-    small operand of each product. Label smoothing adds a gradient that is the same for every token; see `_smooth`.
+    ([target] is 1 at the target, else 0) needs only two more passes over the vocabulary, the products for the gradients
+    of states and weights. At the target, e - s is minus the sum of all other exponentials. The factor weight / s is
+    applied to the small operand of each product. Label smoothing adds a gradient that is the same for every token; see
+    `_smooth`.
     """
 
     @staticmethod
@@ -256,7 +257,7 @@ class _Chunks:
         """The exponentials (R, W) of each chunk, 0 at the targets (an empty list unless `keep`); their sum over the
         vocabulary (R,); the targets' logits (R,); the sum with the targets' exponentials (R,).
 
-        All logits are shifted by their row's greatest where a sum would leave the range of floats.
+        All logits are shifted by their row's greatest if a sum would leave the range of floats.
         """
         rounded = inputs.to(self.dtype)
         kept, others, of_target = self._exponentials(rounded, inputs.dtype, targets, None, keep)

@@ -29,9 +29,9 @@ def select(state: ModelState, rows: Tensor) -> ModelState:
 class CarriedState:
     """Carries the state of each column of a text from one batch to the next, outside the graph.
 
-    A batch may hold the columns in any order, and fewer of them where the text ends. For example, after a batch whose
+    A batch may hold the columns in any order, and fewer of them at the text's end. For example, after a batch whose
     `order` is [2, 0], `store` keeps its first row's state for column 2 and its second row's for column 0; `of` a later
-    batch's order [0, 1, 2] returns that state of column 0, zeros for column 1, and that state of column 2.
+    batch's order [0, 1, 2] returns the kept state of column 0, zeros for column 1, the kept state of column 2.
     """
 
     def __init__(self, columns: int) -> None:

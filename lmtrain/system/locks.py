@@ -17,7 +17,7 @@ def hold_lock(path: Path, on_held: Callable[[str], None]) -> Iterator[None]:
     """Hold a lock, with this process's id in its file.
 
     Args:
-        on_held: called once where another process holds the lock, with the id of that process, or "unknown". If it
+        on_held: called once if another process holds the lock, with the id of that process, or "unknown". If it
             returns, this process waits for the lock.
 
     Raises:

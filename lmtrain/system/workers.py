@@ -1,6 +1,6 @@
 """Worker processes: each does one kind of work on the items that it is sent, and the results come back in order.
 
-Where there is little work, or only one processor core, the same interface does the work in this process.
+If there is little work, or only one processor core, the same interface does the work in this process.
 
 A worker is a plain Python process at the other end of a connection. It is no `ProcessPoolExecutor`, for two reasons.
 An executor waits forever for a worker that is killed while it sends a result (seen in Python 3.11.2 and 3.13.0), since

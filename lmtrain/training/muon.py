@@ -3,7 +3,7 @@
 Shapes: a matrix (m, n).
 
 PyTorch has this optimizer (`torch.optim.Muon`). It computes in bf16 on every machine, which is three times as slow
-where the processor has no bf16, and it iterates on the matrix itself. This one iterates on the smaller of the two
+if the processor has no bf16, and it iterates on the matrix itself. This one iterates on the smaller of the two
 Gram matrices X'X and XX': a quarter of the size where an LSTM's four gates stand above each other.
 """
 

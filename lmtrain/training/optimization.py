@@ -24,7 +24,7 @@ WEIGHT_SHAPED = (torch.optim.AdamW, torch.optim.SGD, torch.optim.SparseAdam, Muo
 def has_sparse_embedding(model: LanguageModel, name: str, weight_decay: float) -> bool:
     """Tell whether a step leaves the embeddings of all tokens that are not in the batch as they are.
 
-    That is so for SGD without weight decay, where the embedding is not tied to the output layer. The embedding then
+    That is so for SGD without weight decay, if the embedding is not tied to the output layer. The embedding then
     gives a sparse gradient, with a row for each token of the batch.
     """
     tied = any(weight is model.embedding.weight for weight in model.output.parameters())
@@ -96,7 +96,7 @@ def learning_rate(
         step: optimizer steps done before this one.
         progress: fraction of the training that is done, 0..1.
         name: cosine (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983), linear, constant, plateau (the rate
-            is cut where validation stalls), or one_cycle (Smith and Topin 2018, https://arxiv.org/abs/1708.07120: a
+            is cut if validation stalls), or one_cycle (Smith and Topin 2018, https://arxiv.org/abs/1708.07120: a
             rise from 1/25 over `rise_fraction` of the training, then a fall, both along half a cosine).
         hold_fraction: cosine and linear keep the peak rate over this fraction of the training before they fall
             (warmup-stable-decay: Hagele et al. 2024, https://arxiv.org/abs/2405.18392).

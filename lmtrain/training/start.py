@@ -37,8 +37,8 @@ def train(
 
     Args:
         config: a configuration, the path of its file, or a function that loads it.
-        run_dir: the run directory, new or empty; default `runs_dir/name`, with -2, -3 ... where that is taken.
-        resume: continue from the last good checkpoint, where there is one.
+        run_dir: the run directory, new or empty; default `runs_dir/name`, with -2, -3 ... if that is taken.
+        resume: continue from the last good checkpoint, if there is one.
         stop_at_step: save and stop after this step, as if a signal had come.
         progress: shows what rank 0 does; the other processes show nothing.
 
@@ -61,7 +61,7 @@ def train(
 
 
 def _settings(config: Config | str | Path | Callable[[], Config], processes: SingleProcess) -> Config:
-    """The configuration; raises ConfigError where its batches can't be divided among these processes."""
+    """The configuration; raises ConfigError if its batches can't be divided among these processes."""
     if isinstance(config, str | Path):
         config = load_config(config)
     settings = config() if callable(config) else config

@@ -48,7 +48,7 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, state: Any) -> TrainingState:
-        """Read the state out of a checkpoint's state.json; raises ValueError where it is not one."""
+        """Read the state out of a checkpoint's state.json; raises ValueError if it is not one."""
         found = TypeAdapter(cls).validate_python(state)
         whole = (found.step, found.epoch, found.next_batch, found.best_step or 0)
         if min(whole) < 0 or found.precision not in ("fp32", "bf16"):

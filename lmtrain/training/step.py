@@ -121,7 +121,7 @@ class TrainingStep:
         busy_s, all_padded_tokens, *all_nats = zip(*by_rank, strict=True)
         nats = dict(zip(nats, map(math.fsum, all_nats), strict=True))
 
-        # 4. Clip the gradient, and stop before the update where something is not finite.
+        # 4. Clip the gradient, and stop before the update if something is not finite.
         norm = clip_gradient(self.model.parameters(), self.clip_grad_norm)
         if not math.isfinite(norm) or not all(map(math.isfinite, nats.values())):
             raise DivergedError(

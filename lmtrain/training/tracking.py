@@ -84,7 +84,7 @@ class Tracker:
         self._on_board(lambda board: board.write(0, hparams(plain, dict(figures))))
 
     def _on_board(self, write: Callable[[Board], None]) -> None:
-        """Write to TensorBoard's file. Where it can't be written, training continues without it and says so once."""
+        """Write to TensorBoard's file. If it can't be written, training continues without it and says so once."""
         if self.board is None:
             return
         try:

@@ -237,7 +237,7 @@ class Trainer:
         return self.state.next_batch == 0 if every is None else self.state.step % every == 0
 
     def _validate(self) -> bool:
-        """Validate, let the model write samples, and log both; True where the loss is the best so far."""
+        """Validate, let the model write samples, and log both; True if the loss is the best so far."""
         started_s = time.monotonic()
         state, improved = self.state, False
         state.validated_step = state.step

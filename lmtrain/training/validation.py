@@ -24,7 +24,7 @@ class Validation:
         self.processes = processes
 
     def figures(self) -> dict[str, float]:
-        """Return a row of validation metrics over the whole validation set; empty where there is none.
+        """Return a row of validation metrics over the whole validation set; empty if there is none.
 
         Each process reads its part of the set, and the sums are exchanged.
         """

@@ -65,7 +65,7 @@ class RankShard(NamedTuple):
 
 
 def training_batches(config: Config, store: TokenStore, eos_id: int) -> TrainingBatches:
-    """Return the batches to train on; raises ConfigError where a text has fewer tokens or rows than columns."""
+    """Return the batches to train on; raises ConfigError if a text has fewer tokens or rows than columns."""
     batching, columns = config.batching, config.batching.batch_size
     if batching.mode == "stream":
         _check_columns(columns, len(store.tokens), "tokens")

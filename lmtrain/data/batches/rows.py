@@ -134,7 +134,7 @@ def cut_batches(
 
 
 def sorted_parts(lengths: Ints, max_tokens: int, batch_size: int | None = None) -> Iterator[Ints]:
-    """Yield each batch's row indices (B,), of `lengths` (R,), longest first: the cheapest order where any will do."""
+    """Yield each batch's row indices (B,), longest of `lengths` (R,) first: the cheapest order if any order will do."""
     order = longest_first(lengths)
     for start, end in cut_batches(lengths[order], batch_size, max_tokens):
         yield order[start:end]

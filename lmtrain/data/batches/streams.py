@@ -30,7 +30,7 @@ class Span(NamedTuple):
 def _columns(count: int, columns: int) -> tuple[Ints, Ints]:
     """Cut `count` tokens or rows into columns: where each begins and how many it has, both (B,).
 
-    The first columns have one more than the others where `count` is no multiple of B.
+    The first columns have one more than the others if `count` is no multiple of B.
     """
     steps, longer = divmod(count, columns)
     column = np.arange(columns)
@@ -120,5 +120,5 @@ class LinesSampler:
         self.starts, self.counts = _columns(len(rows), columns)
 
     def epoch(self, epoch: int) -> Parts:
-        """Return the row indices of every batch, (B,) each, fewer where columns have ended; the same in each epoch."""
+        """Return the row indices of every batch, (B,) each, fewer if columns have ended; the same in each epoch."""
         return Parts(int(self.counts[0]), lambda step: self.starts[self.counts > step] + step)

@@ -3,7 +3,7 @@
 A store is a directory. `tokens.bin` (T,), uint16 or uint32, little-endian, holds every sequence from its `<bos>` to
 its `<eos>`, or every line of a stream up to its `<eos>`. `offsets.bin` (S + 1,), uint64, says where each sequence
 begins and the last one ends. `hashes.bin` (S,), uint64, holds a hash of each. `store.json` holds the counts. A store is
-written in one pass and bounded memory, by several processes where the text is long, and renamed into place when it is
+written in one pass and bounded memory, by several processes if the text is long, and renamed into place when it is
 whole. Its name is made from the content of the files and the tokenizer, so a changed file gets a new store.
 
 Shapes: T tokens and S sequences of the store.
@@ -126,7 +126,7 @@ def open_store(
     watch: Watch = unwatched,
     digests: Digests | None = None,
 ) -> TokenStore:
-    """Return the store of a source under `cache_dir`, and build it first where it does not exist yet.
+    """Return the store of a source under `cache_dir`, and build it first if it does not exist yet.
 
     Raises:
         DataError: the text has a fault, which is named with its place, or there is no text at all.
@@ -169,7 +169,7 @@ def open_store(
 def _write(source: Source, tokenizer: Tokenizer, directory: Path, notify: Notify, watch: Watch) -> bool:
     """Build a store, or continue an unfinished build of it, and return whether there was one.
 
-    Raises DataError for a fault of the text, and OSError where the store can't be written.
+    Raises DataError for a fault of the text, and OSError if the store can't be written.
     """
     what = f"reading {source.name}"
     notify(what)

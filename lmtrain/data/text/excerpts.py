@@ -98,7 +98,7 @@ def _take(formats: dict[str, Format], folder: Path) -> Excerpt:
 
 
 def _take_pieces(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
-    """Take pieces of whole lines, evenly spaced over the files; raises DataError where a line is too long."""
+    """Take pieces of whole lines, evenly spaced over the files; raises DataError if a line is too long."""
     whole = sum(sizes.values())
     count = max(1, budget // PIECE_BYTES)
     begins = [whole * number // count for number in range(count)]

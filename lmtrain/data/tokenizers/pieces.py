@@ -95,7 +95,7 @@ class Pieces:
     def _encode_together(self, words: list[str]) -> tuple[Ints, Ints] | None:
         """Encode many pieces as one text, in a third of the time: flat ids, and where those of each piece end.
 
-        Returns None where an id spans two pieces.
+        Returns None if an id spans two pieces.
         """
         lines = ["".join(words[start : start + TOGETHER]) for start in range(0, len(words), TOGETHER)]
         ids = np.array(list(chain.from_iterable(self._encode(lines))), np.int64)

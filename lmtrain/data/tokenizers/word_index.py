@@ -96,7 +96,7 @@ class WordIndex:
         long = np.flatnonzero(sizes > 8)
         for number in (1, 2) if len(long) else ():
             size = np.clip(sizes[long] - 8 * number, 0, 8)
-            first = np.minimum(starts[long] + 8 * number, len(registers) - 1)  # any byte where the size is 0
+            first = np.minimum(starts[long] + 8 * number, len(registers) - 1)  # any byte if the size is 0
             keys[number][long] = registers[first] & _MASKS[size]
             mixed[long] ^= keys[number][long] * _FACTORS[number]
         mixed = (mixed ^ (mixed >> _SHIFT)) * _FACTORS[1]

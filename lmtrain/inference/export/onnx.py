@@ -59,7 +59,7 @@ def onnx_model(model: LanguageModel, tokenizer: Tokenizer, tied: bool = True) ->
     step under its name with `_out` appended. A text begins with `<bos>` (a stream with `<eos>`) and states of zeros.
 
     Args:
-        tied: share one constant between the embedding and the output layer where they share their weight.
+        tied: share one constant between the embedding and the output layer if they share their weight.
 
     Raises:
         ConfigError: onnx is not installed, or the model has an adaptive output layer or counted n-grams.

@@ -18,7 +18,7 @@ class NgramInputs(NamedTuple):
 
 
 def context_of(tokens: Tensor, size: int, history: Tensor | None = None) -> Tensor:
-    """Put the history before the tokens, (K + L, B): ids + 1, and 0 where nothing was read.
+    """Put the history before the tokens, (K + L, B): ids + 1, and 0 if nothing was read.
 
     Args:
         tokens: (L, B) ids, in the order in which they are read.

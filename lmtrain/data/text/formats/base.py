@@ -56,7 +56,7 @@ class Format(ABC):
                 yield raw._replace(read_bytes=handle.tell())
 
     def cut(self, path: str, chunks: Iterable[bytes], offset: int = 0, line: int = 1) -> Iterator[RawBlock]:
-        """Cut chunks of bytes into blocks of whole records; raises DataError where a record has more than 16 MiB.
+        """Cut chunks of bytes into blocks of whole records; raises DataError if a record has more than 16 MiB.
 
         Args:
             path: name for messages.
