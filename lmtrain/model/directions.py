@@ -62,7 +62,7 @@ class RecurrentLayers(nn.Module):
             ValueError: an input or state has another shape, or the layers differ in size.
         """
         if len(set(self.hidden_sizes)) > 1:
-            raise ValueError(f"layers of the sizes {self.hidden_sizes} have no state of one shape; call their stacks")
+            raise ValueError(f"layers of the sizes {self.hidden_sizes} have no state of one shape; call the `stacks`")
         if isinstance(inputs, PackedSequence):
             packed, sizes = inputs.data, inputs.batch_sizes  # sizes (L,): number of rows that run at each step
             lengths = (sizes.unsqueeze(1) > torch.arange(int(sizes[0]))).sum(0)  # (B,), longest first

@@ -152,7 +152,7 @@ class Checkpointer:
             if self.corpora.hashes.get(path) != saved.data.get(path):
                 raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
         if saved.counts != self.counts_digest:
-            raise ArtefactError(f"{saved.name}: was trained with other counts of its text than this lmtrain's")
+            raise ArtefactError(f"{saved.name}: was trained with other n-gram counts than this lmtrain makes")
         return saved
 
     def _read_and_share(self, read: Callable[[], LoadedCheckpoint | None]) -> LoadedCheckpoint | None:

@@ -68,7 +68,7 @@ def _settings(config: Config | str | Path | Callable[[], Config], processes: Sin
     rows, count = settings.batching.batch_size, processes.world_size
     if settings.batching.carries_state and rows % count:
         more = -(-rows // count) * count
-        raise ConfigError(f"batching.batch_size: {rows} columns can't be shared out to {count} processes; use {more}")
+        raise ConfigError(f"batching.batch_size: {rows} columns can't be divided among {count} processes; use {more}")
     if rows < count and settings.batching.max_tokens is None:
         raise ConfigError(f"batching.batch_size: {rows} rows a step are too few for {count} processes")
     return settings

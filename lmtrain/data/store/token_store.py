@@ -161,7 +161,7 @@ def open_store(
             time.sleep(max(0.0, min(2 * AT_REST_NS, rest_ns) / 1e9 + 0.1))
         store = TokenStore(home, digests)
     except UNREADABLE:
-        raise StorageError(f"{home}: holds other bytes than were written; is there room, is the disk sound?") from None
+        raise StorageError(f"{home}: not the bytes that were written; check the disk and its free space") from None
     store.is_new, store.was_continued = True, was_continued
     return store
 
