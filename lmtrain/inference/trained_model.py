@@ -282,7 +282,7 @@ class TrainedModel:
         try:
             source = source_of(self.config, "test") or source_of(self.config, "valid")
         except DataError as error:
-            raise DataError(f"{error} (named in the run's config, sought from here; name a file to evaluate)") from None
+            raise DataError(f"{error} (the run's own file, sought from this directory; name another)") from None
         if source is None:
             raise ConfigError("the run names neither a test nor a validation set; name a file to evaluate")
         return source
