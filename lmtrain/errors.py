@@ -29,7 +29,7 @@ class LmtrainError(Exception):
 
     Args:
         *faults: one line on each fault: place, fault and remedy. All faults are given, so that the user can correct
-            them at once. A line may quote any character; control characters are written out.
+            them together. A line may quote any character; control characters are written out.
     """
 
     exit_code = 1
@@ -100,6 +100,6 @@ MEMORY_RAN_OUT = re.compile(
 
 
 def out_of_memory(error: BaseException, remedy: str) -> OutOfMemoryError | None:
-    """Return the error to raise instead of one that says, in whatever words, that memory ran out; None for others."""
+    """Return an `OutOfMemoryError` to raise in place of an error that says that memory ran out; None for others."""
     matches = isinstance(error, RuntimeError | ImportError | OSError) and MEMORY_RAN_OUT.search(str(error))
     return OutOfMemoryError(f"out of memory: {remedy}") if matches or isinstance(error, MemoryError) else None

@@ -1,4 +1,4 @@
-"""Computes the reported figures from summed nats: sums are kept, and divided once at the end."""
+"""Computes the reported figures from sums of nats, which are divided only once, at the end."""
 
 import math
 from dataclasses import dataclass

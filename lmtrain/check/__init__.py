@@ -1,1 +1,1 @@
-"""`lmtrain check`: what a configuration would come to, and whether a run is whole."""
+"""`lmtrain check`: what training with a configuration would cost, and whether a run is whole."""

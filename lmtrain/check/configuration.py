@@ -28,7 +28,7 @@ from lmtrain.runs.weights import count_weights
 from lmtrain.system.device import choose_device
 from lmtrain.system.processes import core_count
 
-LARGE_BYTES = 64 << 20  # files of more in all are not read as a whole
+LARGE_BYTES = 64 << 20  # if all files together are larger, only excerpts are read
 PARTS = ("train", "valid", "test")
 
 
@@ -48,7 +48,7 @@ def describe_configuration(config: Config, notify: Callable[[str], None]) -> Ite
     if faults:
         raise DataError(*faults)
     tokenizer, stores = prepare_all(config, notify)
-    batches = training_batches(config, stores["train"], tokenizer.eos_id)  # or a fault, before anything is said
+    batches = training_batches(config, stores["train"], tokenizer.eos_id)  # it may raise, so it comes before any line
     yield f"vocabulary: {tokenizer.vocab_size:,} tokens ({tokenizer.kind})"
     for name, store in stores.items():
         yield f"{name}: {store.counts.summary()}"
@@ -63,7 +63,7 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
     if faults:
         raise DataError(*map(excerpts.named, faults))
     known = _learnt(config)
-    start_s = time.process_time()  # of all threads; it does not depend on what else the machine does
+    start_s = time.process_time()  # time of all threads, which other programs do not change
     try:
         tokenizer, stores = prepare_all(
             sampled, lambda line: None, tokenizer=known
@@ -96,7 +96,7 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
 
 
 def _learnt(config: Config) -> Tokenizer | None:
-    """The tokenizer of the whole text, where one was learnt before; the whole text is hashed to find it."""
+    """The tokenizer of the whole text, if one was learnt before; the whole text is hashed to find it."""
     cache, source = Path(config.data.cache_dir), source_of(config, "train")
     if source is None or not any(cache.glob("tokenizer-*.json")):
         return None
@@ -191,7 +191,7 @@ def _about(number: float) -> str:
 
 
 def describe_duration(duration_s: float) -> str:
-    """A duration in the unit that people would use: 45 s, 12.5 min, 3.2 h, 4.1 days."""
+    """Return a duration in the unit that people would use: 45 s, 12.5 min, 3.2 h, 4.1 days."""
     for unit, seconds, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
         if duration_s / seconds < most:
             return f"{duration_s / seconds:.{2 if duration_s < 10 else 1}f} {unit}"

@@ -1,4 +1,4 @@
-"""What training would cost on this machine: a few of its steps, measured."""
+"""Measures what training would cost on this machine, by a few of its steps."""
 
 import resource
 import time
@@ -42,7 +42,7 @@ class Measured(NamedTuple):
 
 
 def why_not_measured(config: Config, weights: int) -> str | None:
-    """The reason why this model is not built only to measure it; None where there is none."""
+    """Return why it would take too much memory or time to build this model and measure it; None if it would not."""
     model = config.model
     needed, free = 16 * weights, _available_bytes(choose_device(config.training.device))
     if needed > free:
@@ -93,7 +93,7 @@ def _measure_steps(config: Config, step: TrainingStep, loader: BatchLoader) -> M
 
 
 def _reset_peak(device: torch.device) -> None:
-    """Begin the peak of memory anew."""
+    """Reset the peak of memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError), open("/proc/self/clear_refs", "w") as handle:  # Linux; elsewhere the peak is the process's

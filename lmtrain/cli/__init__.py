@@ -51,7 +51,7 @@ def _run() -> int:
         if getattr(sys, name) is None:  # the parent process closed it
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # open until the process ends
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # where the encoding lacks a character
+        sys.stdout.reconfigure(errors="backslashreplace")  # if the encoding lacks a character
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()

@@ -50,12 +50,12 @@ def evaluate(
     cache_share: Annotated[float, typer.Option(min=0.0, max=0.99, help="Weight of the cache in the mixture.")] = 0.1,
     dynamic: Annotated[
         float | None,
-        typer.Option(min=0.0, metavar="RATE", help="Stream: report the perplexity while the model learns, too."),
+        typer.Option(min=0.0, metavar="RATE", help="Stream: report dynamic evaluation at this learning rate, too."),
     ] = None,
     dynamic_decay: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Fraction of what it learnt that each chunk takes back.")
+        float, typer.Option(min=0.0, max=1.0, help="Fraction of the way back to the trained weights per chunk.")
     ] = 0.0,
-    dynamic_steps: Annotated[int, typer.Option(min=1, help="Tokens that it reads before it learns.")] = 20,
+    dynamic_steps: Annotated[int, typer.Option(min=1, help="Tokens in a chunk; the model then learns from it.")] = 20,
     worst: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Print the N lines with the most nats per token, too.")
     ] = None,

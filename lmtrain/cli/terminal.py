@@ -35,7 +35,7 @@ def load_model(run: str | None, device: Device | None) -> TrainedModel:
 
 
 def silence_stdout() -> None:
-    """Discard everything that is still to be written to stdout, what Python flushes at its end included."""
+    """Discard everything that is still to be written to stdout, including what Python flushes when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

@@ -6,7 +6,7 @@ from lmtrain.config.schema import Config
 
 
 def contradictions(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the path of each key whose value cannot stand beside the others, and the reason."""
+    """Yield the path of each key whose value contradicts other values, and the reason."""
     for check in (_data, _carried_state, _model, _training, _plateau):
         for key, reason in check(config):
             yield tuple(key.split(".")), reason
@@ -58,7 +58,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
         if model.output == "adaptive":
             yield "training.sampled_tokens", "samples a full output layer, and adaptive scores a part of it by itself"
         if smoothing:
-            yield "regularization.label_smoothing", "would spread targets over the sampled part alone; use one"
+            yield "regularization.label_smoothing", "would spread targets over sampled tokens alone; use one of the two"
     if len(set(model.ngram_embeddings)) < len(model.ngram_embeddings):
         yield "model.ngram_embeddings", "names an order twice"
     if model.ngram_counts is not None and config.batching.carry_state:
@@ -78,7 +78,7 @@ def _training(config: Config) -> Iterator[tuple[str, str]]:
         if not _validates(config):
             yield "averaging.name", "triggered waits for validations: set data.valid or data.valid_fraction"
         if config.schedule.name == "plateau":
-            yield "averaging.name", "triggered keeps the weights where plateau restores earlier ones; use one of them"
+            yield "averaging.name", "triggered keeps the weights, and plateau restores earlier ones; use one of them"
         if patience is not None and patience <= averaging.trigger:
             yield "averaging.trigger", f"training.patience ({patience}) ends the run before averaging could begin"
 

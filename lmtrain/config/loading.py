@@ -25,7 +25,7 @@ MOST_FAULTS = 50
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Config:
-    """Read a configuration file and put `KEY=VALUE` overrides over it.
+    """Read a configuration file and apply `KEY=VALUE` overrides to it.
 
     Args:
         overrides: keys by their dotted path, with values as YAML: `model.hidden_size=256`.
@@ -153,7 +153,7 @@ def _section(path: KeyPath) -> type[Section] | None:
 
 
 def _reason(path: KeyPath, detail: Any) -> str:
-    """Word one of pydantic's errors."""
+    """Return the message for one of pydantic's errors."""
     match detail["type"]:
         case "extra_forbidden":
             new_name = RENAMED_KEYS.get(_dotted(path))

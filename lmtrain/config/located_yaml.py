@@ -45,10 +45,10 @@ def parse_yaml(text: str, name: str) -> Located:
     """Read one YAML document.
 
     Args:
-        name: the file's name, or what else its places should be called by.
+        name: the file's name, or another name with which places begin.
 
     Raises:
-        ConfigError: all faults, each with its place; of a syntax error only the first one.
+        ConfigError: all faults, each with its place; reading ends at the first syntax error.
     """
     try:
         composer = _Composer(text, name)
@@ -94,7 +94,7 @@ class _Composer(yaml.SafeLoader):
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
         self.file_name, self.events = name, 0
-        self.path: KeyPath = ()  # of the collection that is being composed
+        self.path: KeyPath = ()  # path of the collection that is being composed
         self.places: dict[KeyPath, str] = {(): f"{name}:1:1"}
         self.faults: list[str] = []
 
@@ -106,7 +106,7 @@ class _Composer(yaml.SafeLoader):
         return None if node is None or self.faults else _value_of(node)
 
     def get_event(self) -> Any:
-        """Return PyYAML's next event, and refuse a text of too many."""
+        """Return PyYAML's next event; refuse a text of more than `MOST_EVENTS`."""
         event = super().get_event()  # type: ignore[no-untyped-call]
         self.events += 1
         if self.events > MOST_EVENTS + 1:

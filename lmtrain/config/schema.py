@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 PathList = Annotated[list[str], Field(min_length=1), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
-MOST = 1 << 31  # the bound of everything that is counted
+MOST = 1 << 31  # the upper bound of all counts
 
 
 class Section(BaseModel):
@@ -137,7 +137,7 @@ class OptimizerConfig(Section):
     muon_lr_scale: float = Field(2.5, gt=0)
     """Learning rate of the matrices that Muon moves, as a multiple of `lr`."""
     ngram_lr_scale: float = Field(1.0, gt=0)
-    """Learning rate of n-gram embeddings, as a multiple of `lr`: the lower, the more often one must occur to count."""
+    """Learning rate of n-gram embeddings, as a multiple of `lr`; a lower one gives rare n-grams less weight."""
     clip_grad_norm: float | None = Field(1.0, gt=0)
     """Gradient clipping: largest global L2 norm of the gradient; null turns clipping off."""
 
@@ -197,7 +197,7 @@ class TrainingConfig(Section):
     patience: int | None = Field(None, ge=1, le=MOST)
     """Early stopping: validations without a better loss before training stops; null never stops early."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the training runs; auto takes CUDA where PyTorch finds it, else the CPU."""
+    """Where the training runs; auto takes CUDA if PyTorch finds it, else the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products; auto measures which is faster here. Weights and sums stay in fp32."""
     num_threads: int | None = Field(None, ge=1, le=1024)

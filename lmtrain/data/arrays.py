@@ -1,4 +1,4 @@
-"""The type of an array of indices, offsets, lengths or counts, which the rooms of data hand to each other."""
+"""The type of an array of indices, offsets, lengths or counts, which the packages under data/ pass to each other."""
 
 import numpy as np
 from numpy.typing import NDArray

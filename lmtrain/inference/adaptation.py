@@ -51,7 +51,7 @@ def evaluate_with_cache(model: LanguageModel, batches: Iterable[Batch], cache: C
     """Sum the nats of a text that is read in one column; state and cache are carried from batch to batch."""
     device, result = model.embedding.weight.device, Tally()
     keys: Tensor | None = None  # (W, P) states before the cached tokens
-    values = torch.empty(0, dtype=torch.int64, device=device)  # (W,) these tokens
+    values = torch.empty(0, dtype=torch.int64, device=device)  # (W,) the cached tokens
     for encoded in encoded_batches(model, batches, columns=1):
         events = encoded.events["forward"]
         states, targets = events.states.float(), events.targets
@@ -60,7 +60,7 @@ def evaluate_with_cache(model: LanguageModel, batches: Iterable[Batch], cache: C
         for part in torch.arange(len(targets), device=device).split(512):
             start, end = int(part[0]), int(part[-1]) + 1
             keys, values = torch.cat([keys, states[start:end]]), torch.cat([values, targets[start:end]])
-            before = len(keys) - (end - start)  # events in the cache before the first of these
+            before = len(keys) - (end - start)  # events in `keys` before the first of this part
             cached = cache_probability(keys, values, before, targets[start:end], cache)
             mixed = torch.log((1 - cache.share) * torch.exp(-nats[start:end]) + cache.share * cached)
             empty = torch.arange(before, len(keys), device=device) == 0  # with an empty cache the model alone counts

@@ -21,7 +21,7 @@ from lmtrain.model.states import select
 class _Hypothesis(NamedTuple):
     prompt: int  # index of the prompt
     text: PartialText
-    log_probability: float  # of the whole text
+    log_probability: float  # log-probability of the whole text
 
 
 @torch.inference_mode()
@@ -30,8 +30,8 @@ def beam_search(
 ) -> list[Generation]:
     """Find the best `count` texts to each prompt; the texts of one prompt follow each other, best first.
 
-    A prompt's search ends once as many hypotheses as the beam is wide have reached their end, or at `max_tokens`; the
-    hypotheses that still run then are ranked with those that have ended.
+    A prompt's search ends once `beams.width` hypotheses have reached their end, or at `max_tokens`; the hypotheses
+    that still run then are ranked with those that have ended.
     """
     results = []
     prompts_at_once = max(1, ROWS_AT_ONCE // beams.width)
@@ -80,7 +80,7 @@ def _extend(
     """Extend the hypotheses by one token, whose log-probabilities are `scores` (R, V), and keep each prompt's best.
 
     Those that take the token `end` move to `ended[prompt]`; at most `width` hypotheses of a prompt run or have ended.
-    Returns the hypotheses that run on, and before them the index of each one's parent in `running`.
+    Returns the index in `running` of each remaining hypothesis's parent, and the remaining hypotheses.
     """
     best, tokens = scores.topk(min(width, scores.shape[1]), dim=1)
     candidates: dict[int, list[tuple[float, int, int, float]]] = {}  # prompt -> (total, parent, token, value)

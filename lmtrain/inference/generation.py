@@ -1,4 +1,4 @@
-"""A model writes text, greedily or drawn at random: a batch of ragged prompts, each row until its own end.
+"""A model writes text to a batch of prompts, greedily or at random; each row runs until its own end.
 
 Shapes: B rows that still run, V vocabulary.
 """
@@ -30,7 +30,7 @@ class Generation:
     completion: str
     text: str  # prompt and completion, in the order in which they are read
     finished: bool  # the text reached its end token or a stop text
-    log_probability: float  # of the written tokens given the prompt, under the model itself, natural logarithm
+    log_probability: float  # natural logarithm, of the written tokens given the prompt, without sampling settings
     tokens: list[tuple[str, float]]  # (text, log-probability) as they were written, the end token included
 
 
@@ -40,7 +40,7 @@ class PartialText:
 
     prompt: list[int]  # ids, as the model read them
     ids: list[int] = field(default_factory=list)  # without the end token
-    log_probabilities: list[float] = field(default_factory=list)  # with that of the end token
+    log_probabilities: list[float] = field(default_factory=list)  # including that of the end token
     finished: bool = False
 
 
@@ -160,8 +160,8 @@ class _Writer:
             logits = logits.squeeze(0)
 
     def _append(self, logits: Tensor, running: list[int], state: ModelState) -> tuple[Tensor, list[int], ModelState]:
-        """Choose the next token of each running row by its logits (B, V), append it, and drop the rows that it ends;
-        returns the tokens (B,), the indices in `self.rows` and the state of the rows that run on."""
+        """Choose the next token of each running row by its logits (B, V), append it, and drop the rows that it ends.
+        Returns the tokens (B,), the indices in `self.rows` and the state of the rows that are left."""
         log_probabilities = logits.log_softmax(-1).index_fill_(1, self.excluded, -torch.inf)  # (B, V)
         tokens = self._choose(logits, log_probabilities, running)
         chosen = log_probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)

@@ -20,7 +20,7 @@ class Sampling:
     """
 
     repetition_penalty: float = 1.0
-    """Logits of tokens that stand in the text already are divided by this where positive, multiplied where negative
+    """Logits of tokens that stand in the text already are divided by this if positive, multiplied if negative
     (Keskar et al. 2019, https://arxiv.org/abs/1909.05858)."""
     temperature: float = 1.0
     """Logits are divided by this; 0 takes the most probable token."""

@@ -1,4 +1,4 @@
-"""The next token is drawn at random from the probable ones, as `Sampling` sets it.
+"""Draws the next token at random from the probable ones, with the settings of `Sampling`.
 
 Shapes: B rows, V vocabulary.
 """
@@ -49,7 +49,7 @@ def penalise(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
 
 
 def random_generator(seed: int, prompt: Sequence[int], number: int) -> np.random.Generator:
-    """Return the random generator of one prompt's text of this number; the rest of the batch does not change it."""
+    """Return the random generator of text `number` of a prompt; it does not depend on the rest of the batch."""
     digest = hashlib.sha256(np.asarray(prompt, np.int64).tobytes()).digest()
     return np.random.default_rng([seed, number, *np.frombuffer(digest, np.uint32)])
 

@@ -118,8 +118,8 @@ def evaluate(
 class Score:
     """How probable one line is; logarithms are natural."""
 
-    line: int  # from 1 on
-    log_probability: float  # of the line and its end
+    line: int  # line number, from 1 on
+    log_probability: float  # log-probability of the line and its end token
     tokens: int  # number of predicted tokens, the end token included
     unknown_tokens: int
     each: list[tuple[str, float]]  # (text, log-probability) of each predicted token, in text order; empty if not asked
@@ -131,7 +131,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token); infinite where that overflows."""
+        """exp(nats per token); infinite if that overflows."""
         return perplexity(self.nats_per_token)
 
 
@@ -177,7 +177,7 @@ def score(
 def _nats_of_tokens(
     model: LanguageModel, rows: Rows, directions: Sequence[Direction], pad_id: int
 ) -> NDArray[np.float64]:
-    """Compute each token's nats (T,), the mean over the directions; one gives 0 to a token that it does not predict."""
+    """Compute each token's nats (T,), the mean over directions; 0 if a direction predicts nothing."""
     device = model.embedding.weight.device
     nats = np.zeros(len(rows.flat))
     for indices in sorted_parts(rows.row_lengths, SCORED_TOKENS):

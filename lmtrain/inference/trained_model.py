@@ -34,7 +34,7 @@ from lmtrain.system.device import choose_device
 Texts = Iterable[str] | Iterable[Block]
 
 LINES_AT_ONCE = 4096
-COMPARED_TOKENS = 5000  # on which an export in 8 bits is compared with the original
+COMPARED_TOKENS = 5000  # tokens on which an export in 8 bits is compared with the original
 
 
 class TrainedModel:
@@ -129,8 +129,8 @@ class TrainedModel:
     def embed(self, texts: Texts, path: str | Path) -> int:
         """Write the vectors of each text to an .npz file that `numpy.load` reads; returns the number of texts.
 
-        The file holds `ids` (T,), `lengths` (texts,), `output` (T, D*H) and `h_n` (texts, num_layers*D, H), of all
-        texts: see `lmtrain.inference.vectors.Vectors`.
+        The file holds `ids` (T,), `lengths` (texts,), `output` (T, D*H) and `h_n` (texts, num_layers*D, H), for T
+        tokens of all texts, D directions and hidden size H: see `lmtrain.inference.vectors.Vectors`.
 
         >>> model.embed(["a b", "c"], "vectors.npz")
         2
@@ -145,7 +145,7 @@ class TrainedModel:
     def export(
         self, path: str | Path, format: Literal["onnx", "safetensors"] = "onnx", int8: bool = False
     ) -> list[str]:
-        """Write the model for other programs into a new folder, with its tokenizer.json; returns lines that say so.
+        """Write the model and tokenizer.json into a new folder, for other programs; returns lines on what was written.
 
         Args:
             format: onnx writes model.onnx, one step of the forward direction (`onnx_model` lists inputs and outputs);
@@ -282,7 +282,7 @@ class TrainedModel:
         try:
             source = source_of(self.config, "test") or source_of(self.config, "valid")
         except DataError as error:
-            raise DataError(f"{error} (the run's own file, seen from here; name a file to evaluate)") from None
+            raise DataError(f"{error} (the run's own file, sought from this directory; name another)") from None
         if source is None:
             raise ConfigError("the run names neither a test nor a validation set; name a file to evaluate")
         return source

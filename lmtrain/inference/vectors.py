@@ -71,7 +71,7 @@ def embed(model: LanguageModel, codec: PromptCodec, blocks: Iterable[Block]) -> 
 def _read(
     model: LanguageModel, direction: Direction, flat: Ints, lengths: Ints, start: int, pad_id: int
 ) -> tuple[Floats, Floats]:
-    """Run one stack over ids `flat` (T,), those of each line in the stack's reading order; returns the states of the
+    """Run one stack over ids `flat` (T,), those of each line in the stack's reading order. Returns the states of the
     last layer after each token (T, H), and of all layers at the end of each line (lines, layers, H)."""
     device, stack = model.embedding.weight.device, model.stack(direction)
     framed, ends = frame_texts(flat, lengths, pad_id, start)  # the token after a line is not read

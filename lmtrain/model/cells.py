@@ -29,13 +29,13 @@ class Cell(NamedTuple):
     onnx: Callable[[Any, str, Sequence[str], Sequence[str]], object]
     """Adds `step` to the graph of `inference/export/onnx.py`, given the names of inputs, states and weights; the new
     state of NAME gets the name NAME_out."""
-    start_bias: Mapping[int, float] = {}  # start value of the bias of each gate, counted from 0; 0 where left out
-    torch_module: type[nn.LSTM] | type[nn.GRU] | type[nn.RNN] | None = None  # PyTorch's, where PyTorch has the cell
-    torch_function: Step | None = None  # what `torch_module` calls; it takes any weights
+    start_bias: Mapping[int, float] = {}  # start value of the bias of each gate, counted from 0; 0 if left out
+    torch_module: type[nn.LSTM] | type[nn.GRU] | type[nn.RNN] | None = None  # PyTorch's, if PyTorch has the cell
+    torch_function: Step | None = None  # called by `torch_module`; takes any weights
     fused_on_cpu: bool = False  # whether PyTorch's float32 kernel for rows of equal length is faster than ours on CPU
 
     def layer(self, input_size: int, hidden_size: int) -> nn.Module:
-        """A module that holds the weights of one layer; it is never called."""
+        """Return a module that holds the weights of one layer; it is never called."""
         if self.torch_module is not None:
             return self.torch_module(input_size, hidden_size)
         return CellWeights(input_size, hidden_size, self.gates)
@@ -54,7 +54,7 @@ class CellWeights(nn.Module):
 
 
 def layer_weights(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The weights of a layer in the order `WEIGHTS`: (G*H, I), (G*H, H), (G*H,), (G*H,)."""
+    """Return the weights of a layer in the order `WEIGHTS`: (G*H, I), (G*H, H), (G*H,), (G*H,)."""
     return layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0  # type: ignore[return-value]
 
 
@@ -64,7 +64,7 @@ def _one_state(function: Callable[..., Tensor]) -> Step:
 
 
 def onnx_products(graph: Any, inputs: str, hidden: str, weights: Sequence[str]) -> tuple[str, str]:
-    """Add inputs @ weight_ih.T + bias_ih and the same for the hidden state; return the names of both."""
+    """Add inputs @ weight_ih.T + bias_ih and hidden @ weight_hh.T + bias_hh; return the names of both results."""
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     from_inputs = graph.add("Gemm", inputs, weight_ih, bias_ih, transB=1)
     return from_inputs, graph.add("Gemm", hidden, weight_hh, bias_hh, transB=1)
@@ -92,7 +92,7 @@ def _rnn_onnx(graph: Any, inputs: str, states: Sequence[str], weights: Sequence[
     graph.add("Tanh", graph.add("Add", *onnx_products(graph, inputs, states[0], weights)), name=f"{states[0]}_out")
 
 
-# steps are PyTorch's own, which prepare nothing; the LSTM's forget gate (1) starts open
+# each step is PyTorch's own function, which takes the weights as they are; the LSTM's forget gate (1) starts open
 CELLS = {
     "lstm": Cell(
         ("h", "c"), 4, LSTMLayer, torch.lstm_cell, _lstm_onnx, {1: 1.0}, nn.LSTM, torch.lstm, fused_on_cpu=True

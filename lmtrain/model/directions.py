@@ -23,12 +23,12 @@ TorchState = tuple[Tensor, ...]
 
 
 class RecurrentLayers(nn.Module):
-    """One stack or two of recurrent layers; the arguments are those of `torch.nn.LSTM` where not listed here.
+    """One stack or two of recurrent layers; the arguments are those of `torch.nn.LSTM` if not listed here.
 
     Args:
         cell, stack_options: as in `RecurrentStack`.
-        hidden_size: H of all layers, or of each from the input up. Different sizes have no state in PyTorch's layout,
-            so `forward` refuses them; their stacks can be called by themselves.
+        hidden_size: H of all layers, or of each from the input up. Layers of different sizes have no state in PyTorch's
+            layout, so `forward` refuses them; call each of the `stacks` instead.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RecurrentLayers(nn.Module):
             ValueError: an input or state has another shape, or the layers differ in size.
         """
         if len(set(self.hidden_sizes)) > 1:
-            raise ValueError(f"layers of the sizes {self.hidden_sizes} have no state of one shape; call their stacks")
+            raise ValueError(f"layers of the sizes {self.hidden_sizes} have no state of one shape; call the `stacks`")
         if isinstance(inputs, PackedSequence):
             packed, sizes = inputs.data, inputs.batch_sizes  # sizes (L,): number of rows that run at each step
             lengths = (sizes.unsqueeze(1) > torch.arange(int(sizes[0]))).sum(0)  # (B,), longest first

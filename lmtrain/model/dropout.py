@@ -3,7 +3,7 @@
 Each kind scales up what it keeps, so that the mean stays the same. Nothing is drawn when the fraction is 0 or the model
 is not in training.
 
-Shapes: B rows, F features, N packed rows, V vocabulary.
+Shapes: B rows, F features, N packed rows.
 """
 
 import torch

@@ -14,7 +14,7 @@ class Lookups:
     """The lookups of one batch in a weight (V, E), and the output layer's use of the same weight where both are tied.
 
     The output layer's gradient covers every row of the weight, and the backward pass computes it first. So the
-    gradients of the tokens are added to N of its rows, and not to V zeros that are then added to it.
+    lookups add their gradients to N of its rows; autograd would add them to V rows of zeros, and these to it.
 
     Args:
         sparse: give the gradient as N rows, for an optimizer that leaves all other rows unchanged.
@@ -23,10 +23,10 @@ class Lookups:
     def __init__(self, weight: Tensor, sparse: bool = False) -> None:
         self.weight, self.sparse = weight, sparse
         self.pending = 0  # lookups whose gradient is not yet computed
-        self.gradient: Tensor | None = None  # (V, E) of the output layer
+        self.gradient: Tensor | None = None  # (V, E) from the output layer
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """The embeddings (N, E) of tokens (N,)."""
+        """Return the embeddings (N, E) of tokens (N,)."""
         if self.sparse:
             return F.embedding(tokens, self.weight, sparse=True)
         self.pending += 1
@@ -34,7 +34,7 @@ class Lookups:
         return rows
 
     def tied(self) -> Tensor:
-        """The weight (V, E) for the output layer."""
+        """Return the weight (V, E) for the output layer."""
         weight: Tensor = _Tied.apply(self.weight, self)  # type: ignore[no-untyped-call]
         return weight
 
@@ -69,5 +69,5 @@ class _Rows(torch.autograd.Function):
             return to_rows.new_zeros(ctx.shape).index_add_(0, tokens, to_rows), None, None
         lookups.gradient.index_add_(0, tokens, to_rows)
         if not lookups.pending:
-            lookups.gradient = None  # only autograd still refers to it, and need not copy it
+            lookups.gradient = None  # now only autograd refers to the gradient, so it need not copy it
         return None, None, None

@@ -5,7 +5,8 @@ all N packed rows is one matrix product, and so is each weight gradient; only th
 The forward pass keeps what the backward pass needs (activated gates, states) in buffers that are allocated once a call.
 The backward pass computes what does not depend on later steps for as many steps at once as fit into the cache.
 
-Shapes: B rows, G gates, H hidden size, I input size of a layer, L longest row, N packed rows (the sum of the lengths).
+Shapes: B rows, G gates, H hidden size, I input size of a layer, L longest row, N packed rows (the sum of the lengths),
+R packed rows of a span of steps.
 The gates' order (LSTM: i, f, g, o; GRU: r, z, n) and the weights' layouts are PyTorch's. Values and gradients agree
 with `torch.nn` up to rounding.
 """
@@ -28,7 +29,7 @@ tanh_backward = torch.ops.aten.tanh_backward
 
 
 def spans_of(rows: PackedRows, hidden_size: int) -> list[tuple[int, int]]:
-    """Spans of steps, (first, end), whose packed rows of H values stay in the cache while they are worked on."""
+    """Return spans of steps, (first, end), whose packed rows of H values stay in the cache while they are worked on."""
     spans, first, count = [], 0, 0
     for step, size in enumerate(rows.batch_sizes):
         count += size
@@ -39,7 +40,7 @@ def spans_of(rows: PackedRows, hidden_size: int) -> list[tuple[int, int]]:
 
 
 def state_buffer(initial: Tensor, rows: PackedRows) -> tuple[Tensor, Sequence[Tensor]]:
-    """A buffer (B + N, H) whose first B rows are the initial state (B, H), and the part of it for each step."""
+    """Return a buffer (B + N, H) whose first B rows are the initial state (B, H), and the part of it for each step."""
     count = len(initial)
     buffer = initial.new_empty(count + len(rows.time), initial.shape[1])
     buffer[:count] = initial
@@ -68,7 +69,7 @@ def operand_of(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def project(inputs: Tensor, w_ih: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The operand of the inputs (N, I), and inputs @ w_ih.T (N, G*H) in the inputs' dtype."""
+    """Return the operand of the inputs (N, I), and inputs @ w_ih.T (N, G*H) in the inputs' dtype; w_ih is (G*H, I)."""
     operand = operand_of(inputs, dtype)
     if operand is not inputs:
         operand[: len(inputs)] = inputs
@@ -77,19 +78,19 @@ def project(inputs: Tensor, w_ih: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def fewer_rows(sizes: list[int]) -> list[int]:
-    """At each step the number of rows that still run, or 0 where as many run as at the step before, (L,)."""
+    """Return for each step (L,) the number of rows that still run, or 0 if it is the same as at the step before."""
     return [0, *(size if size < before else 0 for before, size in itertools.pairwise(sizes))]
 
 
 def state_gradients(to_output: Tensor, to_h: Tensor, rows: PackedRows) -> tuple[Tensor, list[Tensor]]:
-    """Buffers for the gradients of the initial state (B, H) and of each step's state. They begin with what comes from
-    outside the layer: zeros, and the gradients of the kernel's outputs, (N, H) and (B, H)."""
+    """Buffers for the gradients of the initial state (B, H) and of each step's state. The first begins as zeros,
+    the others as the gradients of the kernel's outputs: `to_output` (N, H), and `to_h` (B, H) at each row's end."""
     to_states = to_output.contiguous().index_add(0, rows.last.to(to_h.device), to_h)  # (N, H)
     return torch.zeros_like(to_h), list(to_states.split(rows.batch_sizes))
 
 
 def input_gradients(ctx: Any, inputs: Tensor, w_ih: Tensor, d_gates: Tensor, operand: Tensor) -> list[Tensor | None]:
-    """Gradients of (inputs, w_ih, b_ih) from those of the gates, (N, G*H), and from the operand of these."""
+    """Return the gradients of (inputs, w_ih, b_ih) from those of the gates, `d_gates` (N, G*H), and their operand."""
     to_inputs = None
     if ctx.needs_input_grad[0]:
         buffer = d_gates.new_empty(len(operand), w_ih.shape[1])
@@ -98,15 +99,15 @@ def input_gradients(ctx: Any, inputs: Tensor, w_ih: Tensor, d_gates: Tensor, ope
 
 
 def recurrence_gradient(w_hh: Tensor, operand: Tensor, hidden: Tensor, before: Tensor) -> Tensor:
-    """Gradient of w_hh (G*H, H) from the operands of gates' gradients and hidden states, and from `states_before`."""
+    """Gradient of w_hh (G*H, H) from the operands of the gates' gradients and hidden states; see `states_before`."""
     rows = torch.nn.functional.pad(before, (0, len(operand) - len(before)))  # padding: these rows of `operand` are 0
     return write_product(torch.empty_like(w_hh), operand.t(), hidden.index_select(0, rows))
 
 
 class LSTMLayer(torch.autograd.Function):
-    """`apply(inputs, h_0, c_0, w_ih, w_hh, b_ih, b_hh, rows) -> output (N, H), h_n (B, H), c_n (B, H)`.
+    """`apply(inputs (N, I), h_0, c_0, w_ih, w_hh, b_ih, b_hh, rows) -> output (N, H), h_n, c_n`; states are (B, H).
 
-    i = s(W_ii x + b_ii + W_hi h + b_hi), f and o alike, g = tanh(...), c' = f c + i g, h' = o tanh(c')
+    i = s(W_ii x + b_ii + W_hi h + b_hi), f and o in the same way, g = tanh(...), c' = f c + i g, h' = o tanh(c')
     (https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html).
     """
 
@@ -166,7 +167,7 @@ class LSTMLayer(torch.autograd.Function):
             span = slice(rows.offsets[first], rows.offsets[end - 1] + sizes[end - 1])
             i, f, half_g, o = gates[span].split(hidden_size, 1)  # (R, H) each, of the R packed rows in the span
             g = half_g.mul(2).sub_(1)
-            # gradient of a gate = slope * (that of c for i, f, g; that of h for o); c's grows by cell_slope * h's
+            # gradient of a gate = slope * gradient of c (i, f, g) or of h (o); c's gradient grows by cell_slope * h's
             slope_i, slope_f, slope_g, slope_o = d_gates[span].split(hidden_size, 1)
             sigmoid_backward(g, i, grad_input=slope_i)
             sigmoid_backward(cell.index_select(0, before[span]), f, grad_input=slope_f)
@@ -192,9 +193,9 @@ class LSTMLayer(torch.autograd.Function):
 
 
 class GRULayer(torch.autograd.Function):
-    """`apply(inputs, h_0, w_ih, w_hh, b_ih, b_hh, rows) -> output (N, H), h_n (B, H)`.
+    """`apply(inputs (N, I), h_0 (B, H), w_ih, w_hh, b_ih, b_hh, rows) -> output (N, H), h_n (B, H)`.
 
-    r = s(W_ir x + b_ir + W_hr h + b_hr), z alike, n = tanh(W_in x + b_in + r (W_hn h + b_hn)),
+    r = s(W_ir x + b_ir + W_hr h + b_hr), z in the same way, n = tanh(W_in x + b_in + r (W_hn h + b_hn)),
     h' = (1 - z) n + z h (https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html).
 
     This is PyTorch's and cuDNN's form. Course notes often write h' = (1 - z) h + z n, with z meaning the opposite,
@@ -239,9 +240,9 @@ class GRULayer(torch.autograd.Function):
         recurrent = StepWeight(w_hh, ctx.dtype, len(to_h))
         before = states_before(rows, to_h.device)
         to_h_0, to_states = state_gradients(to_output, to_h, rows)
-        d_gates = torch.empty_like(gates)  # of W_h h + b_h: for n it differs from that of W_i x + b_i
+        d_gates = torch.empty_like(gates)  # gradient of W_h h + b_h, which differs from that of W_i x + b_i for n
         operand = operand_of(d_gates, ctx.dtype)
-        to_n_input = torch.empty_like(to_output, memory_format=torch.contiguous_format)  # (N, H) of n's W_i x + b_i
+        to_n_input = torch.empty_like(to_output, memory_format=torch.contiguous_format)  # (N, H) of W_i x + b_i for n
         buffers = (*d_gates.split(hidden_size, 1), to_n_input, d_gates, operand[: len(d_gates)])
         d_parts = [buffer.split(sizes) for buffer in buffers]
         for first, end in reversed(spans_of(rows, hidden_size)):
@@ -276,7 +277,7 @@ class GRULayer(torch.autograd.Function):
 
 
 class RNNLayer(torch.autograd.Function):
-    """`apply(inputs, h_0, w_ih, w_hh, b_ih, b_hh, rows) -> output (N, H), h_n (B, H)`.
+    """`apply(inputs (N, I), h_0 (B, H), w_ih, w_hh, b_ih, b_hh, rows) -> output (N, H), h_n (B, H)`.
 
     h' = tanh(W_i x + b_i + W_h h + b_h) (https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html).
     """

@@ -1,7 +1,7 @@
 """The language model: embedding, one or two recurrent stacks, output layer, and three objectives.
 
-Shapes: B rows, L longest row, E embedding size, H hidden size, K tokens of n-gram history, M inner tokens, N packed
-rows or events, P output size, V vocabulary.
+Shapes: B rows, L longest row, D directions, E embedding size, H hidden size, K tokens of n-gram history, M inner
+tokens, N packed rows or events, P output size, V vocabulary.
 
 A row is `<bos> t1 .. tn <eos>`. The forward stack reads it from the left and predicts the next token; the backward
 stack reads it from the right and predicts the previous one. Each gives a true probability of the whole row. The
@@ -38,7 +38,7 @@ class LanguageModel(nn.Module):
         cell: a name in `CELLS`.
         bidirectional: add the backward stack, which shares the embedding and the output layer.
         dropout: fraction of the values that is zeroed after the embedding, between layers and before the output.
-        ngram_embeddings, ngram_embedding_buckets, ngram_embedding_dropout: of each direction's `NgramEmbedding`.
+        ngram_embeddings, ngram_embedding_buckets, ngram_embedding_dropout: for each `NgramEmbedding`.
         ngram_counts: order of the counted n-grams (see `CountedNgrams`); `load_counts` takes the counts.
         tie_weights: the output layer uses the embedding's weight; states are projected to its size.
         output: `full`, or `adaptive` for a large vocabulary (then not tied).
@@ -47,8 +47,8 @@ class LanguageModel(nn.Module):
         embedding_dropout: fraction of the vocabulary whose embeddings are zeroed in a batch.
         activation_penalty, temporal_penalty: as in `state_penalty`.
         label_smoothing: as in `FullOutput.loss`; only with `output="full"`.
-        sampled_tokens, frequent_tokens: of `sample_vocabulary`, in training; None: the loss is over all tokens.
-        stack_options: residual, layer_norm, backend, layer_dropout, weight_dropout of `RecurrentStack`.
+        sampled_tokens, frequent_tokens: for `sample_vocabulary` in training; None: the loss is over all tokens.
+        stack_options: residual, layer_norm, backend, layer_dropout, weight_dropout, for `RecurrentStack`.
     """
 
     history_size: int  # K; 0: the state keeps no tokens
@@ -113,7 +113,7 @@ class LanguageModel(nn.Module):
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        """What the model predicts: the next token, and with two directions the previous one and the one between."""
+        """The predictions that the model learns: next token; with two directions also previous token and blank."""
         return ("forward", "backward", "fill") if self.bidirectional else ("forward",)
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class LanguageModel(nn.Module):
             self._counted(direction).load_counts(of_direction)
 
     def stack(self, direction: Direction) -> RecurrentStack:
-        """The layers that read in a direction."""
+        """Return the layers that read in a direction."""
         stack = self.recurrence.stacks[0 if direction == "forward" else 1]
         assert isinstance(stack, RecurrentStack)
         return stack
@@ -144,12 +144,12 @@ class LanguageModel(nn.Module):
     def forward(
         self, tokens: Tensor, state: ModelState | None = None, direction: Direction = "forward"
     ) -> tuple[Tensor, ModelState]:
-        """Continue to read rows of equal length: logits (L, B, V) of the token after each one, and the new state.
+        """Read on in rows of equal length; return logits (L, B, V) of the token after each one, and the new state.
 
         Args:
             tokens: (L, B), in the order in which the direction reads them: the backward stack takes the last token of a
                 text first, and what comes "after" a token is then the one before it in the text.
-            state: after the tokens read before; None: nothing was read.
+            state: the state after the tokens read before; None: nothing was read.
         """
         (length, count), stack = tokens.shape, self.stack(direction)
         layers = None if state is None else state.layers
@@ -169,7 +169,7 @@ class LanguageModel(nn.Module):
     def read_prompts(
         self, tokens: Tensor, lengths: Tensor, direction: Direction = "forward"
     ) -> tuple[Tensor, ModelState]:
-        """Read prompts of different lengths, each from its start: logits (B, V) of the token after each, and the state.
+        """Read whole prompts of different lengths; return logits (B, V) of the token after each, and the state.
 
         Args:
             tokens, lengths: (L, B), ordered as in `forward`; (B,) int64 on CPU, non-increasing.
@@ -184,7 +184,7 @@ class LanguageModel(nn.Module):
     def _ngram_inputs(
         self, direction: Direction, tokens: Tensor, lengths: Tensor, time: Tensor, row: Tensor, state: ModelState | None
     ) -> NgramInputs:
-        """What n-grams give to N events; nothing in a model without n-grams.
+        """Return what n-grams add to the inputs of N events; an empty `NgramInputs` for a model without n-grams.
 
         Args:
             tokens, lengths: (L, B) in the order in which the direction reads them, and (B,) the number it reads.
@@ -205,7 +205,7 @@ class LanguageModel(nn.Module):
         return NgramInputs(vectors, history, history_at(context, self.history_size, ends, rows))
 
     def _project(self, objective: Objective, states: Tensor, ngram_vectors: Tensor | None) -> Tensor:
-        """What the output layer reads, (N, P), from states (N, D*H)."""
+        """Project states (N, D*H), or (N, H) of one direction, to the input (N, P) of the output layer."""
         projected: Tensor = self.projections[f"of_{objective}"](states)
         return projected if ngram_vectors is None else projected + ngram_vectors
 
@@ -216,18 +216,18 @@ class LanguageModel(nn.Module):
         return self.log_probabilities(direction, projected, history)  # these are logits, too
 
     def nats(self, objective: Objective, events: Events) -> Tensor:
-        """Negative log-likelihood of each target (N,) in nats, at least float32, outside the graph."""
+        """Return the negative log-likelihood of each target (N,) in nats, at least float32, outside the graph."""
         with torch.no_grad():
             weights = torch.ones_like(events.targets, dtype=events.states.dtype)
             return self._mix_counts(objective, events, self.output.loss(events.states, events.targets, weights).nats)
 
     def log_probabilities(self, objective: Objective, states: Tensor, history: Tensor | None) -> Tensor:
-        """Natural log-probabilities (N, V) of every token, float32, for the states and history of `Events`."""
+        """Natural log-probabilities (N, V), float32, of every token for states (N, P) and history (N, K) of events."""
         network = self.output.log_probabilities(states)
         return network if history is None else self._counted(objective).log_probabilities(states, history, network)
 
     def _mix_counts(self, objective: Objective, events: Events, nats: Tensor) -> Tensor:
-        """Nats (N,) of the mixture with counted n-grams, from which its gate alone learns; else `nats` itself."""
+        """Nats (N,) of the mixture with counted n-grams, whose gradient only the gate gets; else `nats` itself."""
         if events.history is None:
             return nats
         counted, states = self._counted(objective), events.states.detach()
@@ -244,7 +244,7 @@ class LanguageModel(nn.Module):
                 begins with the token before its first event.
             lengths: (B,) int64 on CPU, non-increasing, >= 2.
             state: of the forward stack before the batch; None: nothing was read.
-            lookups: of this batch, if the output layer shares them.
+            lookups: the lookups of this batch, if the output layer shares them.
         """
         lookups = Lookups(self.embedding.weight, self.embedding.sparse) if lookups is None else lookups
         alignment = align(lengths)
@@ -277,7 +277,7 @@ class LanguageModel(nn.Module):
     def _run(
         self, direction: Direction, tokens: Tensor, rows: PackedRows, lookups: Lookups, state: StackState | None = None
     ) -> tuple[Tensor, StackState, dict[Objective, Tensor]]:
-        """Packed tokens (N,) -> states (N, H) after dropout, the stack's state at the rows' ends, and the penalty."""
+        """Run a stack on packed tokens (N,): states (N, H) after dropout, the state at the rows' ends, the penalty."""
         embedded = drop_tokens(
             lookups(tokens), tokens, self.vocab_size, self.embedding_dropout, self.training
         )  # (N, E)
@@ -296,7 +296,7 @@ class LanguageModel(nn.Module):
         weights: Mapping[Objective, float] | None = None,
         state: ModelState | None = None,
     ) -> Losses:
-        """The nats of each objective and their weighted sum; padding is never scored.
+        """Compute the nats of each objective and their weighted sum; padding is never scored.
 
         With counted n-grams the nats are those of the mixture. The weighted sum then also holds the network's own nats,
         from which alone the network learns.

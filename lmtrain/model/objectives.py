@@ -1,4 +1,4 @@
-"""What a model predicts in a batch, what that costs, and where both directions read a batch's rows.
+"""The predictions of a batch and their loss, and how the two directions' states and targets are aligned.
 
 Shapes: B rows, L longest row, H hidden size, K tokens of n-gram history, M inner tokens (neither first nor last), N
 packed rows or events, P output size.
@@ -18,7 +18,7 @@ Objective = Literal[Direction, "fill"]
 class Events(NamedTuple):
     """The predictions of one objective in a batch: a state and a target for each of N events."""
 
-    states: Tensor  # (N, P) what the output layer reads
+    states: Tensor  # (N, P) inputs of the output layer
     targets: Tensor  # (N,) int64
     history: Tensor | None = None  # (N, K) for counted n-grams: ids + 1 of the last tokens read, 0 for none
 
@@ -26,17 +26,17 @@ class Events(NamedTuple):
 class Losses(NamedTuple):
     """The loss of a batch."""
 
-    total: Tensor  # () to differentiate: weighted nats of the network, those of the mixture for its gate, penalties
+    total: Tensor  # () to differentiate: weighted nats of the network and (for the gate) of the mixture, and penalties
     nats: dict[Objective, Tensor]  # () float32 each: the sum over the objective's events, outside the graph
-    state: ModelState  # of the forward stack at each row's end
+    state: ModelState  # state of the forward stack at each row's end
 
 
 class EncodedBatch(NamedTuple):
     """A batch after the recurrent stacks and before the output layer."""
 
     events: dict[Objective, Events]
-    state: ModelState  # of the forward stack at each row's end
-    penalties: dict[Objective, Tensor]  # () `state_penalty` of each direction; empty where there are no penalties
+    state: ModelState  # state of the forward stack at each row's end
+    penalties: dict[Objective, Tensor]  # () `state_penalty` of each direction; empty if there are no penalties
 
 
 class Alignment(NamedTuple):
@@ -64,7 +64,7 @@ def align(lengths: Tensor) -> Alignment:
 
 
 def count_events(rows: int, tokens: int) -> dict[Objective, int]:
-    """The number of tokens that each objective predicts in `rows` rows of `tokens` tokens with `<bos>` and `<eos>`."""
+    """Return how many tokens each objective predicts in `rows` rows of `tokens` tokens with `<bos>` and `<eos>`."""
     return {"forward": tokens - rows, "backward": tokens - rows, "fill": tokens - 2 * rows}
 
 

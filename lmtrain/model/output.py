@@ -22,8 +22,8 @@ SAFE = 1e30  # sums of exponentials between 1 / SAFE and SAFE need no shift
 
 
 def projection(directions: int, hidden_size: int, output_size: int) -> nn.Module:
-    """A module from states (N, D*H) to what the output layer reads (N, P): for two directions a hidden layer that joins
-    them, for one a projection if the sizes differ."""
+    """Build the module that maps states (N, D*H) to inputs (N, P) of the output layer: a hidden layer that
+    joins two directions, or for one direction a projection if the sizes differ."""
     if directions == 2:
         join = nn.Linear(2 * hidden_size, hidden_size)
         return nn.Sequential(join, nn.Tanh(), nn.Linear(hidden_size, output_size, bias=False))
@@ -66,7 +66,7 @@ class FullOutput(nn.Linear):
         return _softmax_loss(states, weight, bias, targets, weights, label_smoothing)
 
     def log_probabilities(self, states: Tensor) -> Tensor:
-        """Natural log-probabilities (N, V) of every token, float32."""
+        """Return natural log-probabilities (N, V) of every token for states (N, P), float32."""
         return F.log_softmax(self(states).float(), -1)
 
 
@@ -112,7 +112,7 @@ class AdaptiveOutput(nn.Module):
         self.clusters = nn.AdaptiveLogSoftmaxWithLoss(output_size, vocab_size, cutoffs, div_value, head_bias=True)
 
     def loss(self, states: Tensor, targets: Tensor, weights: Tensor) -> OutputLoss:
-        """As `FullOutput.loss`; a rare target costs the nats of its cluster plus its own within the cluster."""
+        """As `FullOutput.loss`; a rare target costs the nats of its cluster plus its nats within the cluster."""
         clusters = self.clusters
         cutoffs, short = clusters.cutoffs[:-1], clusters.shortlist_size
         cluster = torch.bucketize(targets, torch.tensor(cutoffs, device=targets.device), right=True)  # (N,) 0: short
@@ -128,15 +128,15 @@ class AdaptiveOutput(nn.Module):
         return OutputLoss(total, nats)
 
     def log_probabilities(self, states: Tensor) -> Tensor:
-        """Natural log-probabilities (N, V) of every token, float32."""
+        """Return natural log-probabilities (N, V) of every token for states (N, P), float32."""
         with torch.autocast(states.device.type, enabled=False):
             result: Tensor = self.clusters.log_prob(states.to(self.clusters.head.weight.dtype))
         return result
 
 
 def argmax(values: Tensor) -> Tensor:
-    """The index of the first greatest value in each row, (N, V) -> (N,) int64, outside autograd; on CPU by NumPy, whose
-    search is vectorised and PyTorch's is not."""
+    """Return the index of the first greatest value of each row, (N, V) -> (N,) int64, outside autograd. On CPU NumPy
+    searches for it, since NumPy's search is vectorised and PyTorch's is not."""
     return values.argmax(-1) if values.device.type != "cpu" else torch.from_numpy(values.numpy().argmax(-1))
 
 
@@ -151,15 +151,16 @@ def _softmax_loss(
 class _SoftmaxLoss(torch.autograd.Function):
     """`apply(states, weight, bias, targets, weights, smoothing, differentiate) -> total (), nats (N,)`.
 
-    It never keeps a copy of all logits, least of all in float32. It takes a block of rows and one chunk of the
-    vocabulary after the other, computes their logits, and overwrites them with their exponentials e, in the dtype of
+    It never keeps a copy of all logits, least of all in float32. It takes one block of rows and one chunk of
+    the vocabulary at a time, computes their logits, and overwrites them with their exponentials e, in the dtype of
     products. Once a row's sum s of exponentials is known, the gradient
 
         d total / d logit = weight * (e - s [target]) / s
 
-    needs no further pass over the vocabulary than the two products for the gradients of states and weights: at the
-    target it holds e - s, which is minus the sum of all other exponentials, and the factor weight / s is applied to the
-    small operand of each product. Label smoothing adds a gradient that is the same for every token; see `_smooth`.
+    ([target] is 1 at the target, else 0) needs only two more passes over the vocabulary, the products for the gradients
+    of states and weights. At the target, e - s is minus the sum of all other exponentials. The factor weight / s is
+    applied to the small operand of each product. Label smoothing adds a gradient that is the same for every token; see
+    `_smooth`.
     """
 
     @staticmethod
@@ -178,7 +179,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             states = states.to(torch.promote_types(states.dtype, torch.float32))  # not rounded to bf16
             events = len(states)
             if dtype != states.dtype:
-                padding = padded_rows(events) - events  # of weight 0
+                padding = padded_rows(events) - events  # padding has weight 0
                 states, targets = F.pad(states, (0, 0, 0, padding)), F.pad(targets, (0, padding))
                 weights = F.pad(weights, (0, padding))
             nats = torch.empty_like(states[:, 0])
@@ -256,7 +257,7 @@ class _Chunks:
         """The exponentials (R, W) of each chunk, 0 at the targets (an empty list unless `keep`); their sum over the
         vocabulary (R,); the targets' logits (R,); the sum with the targets' exponentials (R,).
 
-        All logits are shifted by their row's greatest where a sum would leave the range of floats.
+        All logits are shifted by their row's greatest if a sum would leave the range of floats.
         """
         rounded = inputs.to(self.dtype)
         kept, others, of_target = self._exponentials(rounded, inputs.dtype, targets, None, keep)
@@ -305,7 +306,7 @@ class _Chunks:
             part.scatter_(1, column, written)
 
     def times_weight(self, exponentials: Sequence[Tensor], like: Tensor) -> Tensor:
-        """The sum over chunks of exponentials @ weight, (R, P) in the dtype of `like`."""
+        """Return the sum over chunks of exponentials @ weight, (R, P) in the dtype of `like`."""
         total = torch.zeros_like(like)
         for part, weight in zip(exponentials, self.weights, strict=True):
             add_product(total, part, weight)

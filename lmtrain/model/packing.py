@@ -1,4 +1,4 @@
-"""Where the tokens of a batch of rows of different lengths lie when they are packed step by step.
+"""The layout of a batch whose rows differ in length: their tokens are packed step by step.
 
 Shapes: B rows, L longest row, N packed rows (the sum of the lengths).
 """
@@ -29,16 +29,16 @@ class PackedRows(NamedTuple):
         return self.batch_sizes[-1] == self.batch_sizes[0]
 
     def reversed(self) -> Tensor:
-        """For each packed row the one that it becomes when its row is read from the end, (N,)."""
+        """Return the packed row (N,) that takes the place of each packed row when its row is read from the end."""
         return self.at(self.lengths[self.row] - 1 - self.time, self.row)
 
     def previous(self) -> Tensor:
-        """The packed row one step earlier for each packed row after the first step, (N - B,)."""
+        """Return the packed row one step earlier for each packed row after the first step, (N - B,)."""
         later = slice(self.batch_sizes[0], None)
         return self.at(self.time[later] - 1, self.row[later])
 
     def at(self, time: Tensor, row: Tensor) -> Tensor:
-        """The packed rows of the given steps of the given rows, all of one shape and on CPU."""
+        """Return the packed row of each given step and row; arguments and result have one shape and are on CPU."""
         return torch.tensor(self.offsets)[time] + row
 
 
@@ -56,7 +56,7 @@ def pack_rows(lengths: Tensor) -> PackedRows:
 
 
 def states_before(rows: PackedRows, device: torch.device) -> Tensor:
-    """The index (N,) of the state before each packed row in a buffer of the B initial states and the N packed ones."""
+    """Return the index (N,) of the state before each packed row, in a buffer of B initial and N packed states."""
     count = rows.batch_sizes[0]
     starts = torch.tensor([0, *(count + offset for offset in rows.offsets[:-1])])
     return (starts[rows.time] + rows.row).to(device)

@@ -1,4 +1,4 @@
-"""Matrix products and their precision: the only file that asks autocast.
+"""Matrix products and their precision: the only file that asks whether autocast is on.
 
 Under autocast the operands and the result of each product are rounded to bf16. What is kept stays in float32: weights,
 their gradients, states and sums.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def product_dtype(inputs: Tensor) -> torch.dtype:
-    """The dtype of products: bf16 under autocast, else that of the inputs."""
+    """Return the dtype of products: bf16 under autocast, else that of the inputs."""
     device = inputs.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
 
@@ -27,8 +27,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def padded_rows(rows: int) -> int:
-    """This number of rows rounded up to a multiple of 64, to which zeros fill up a bf16 operand: oneDNN prepares a bf16
-    product anew for each number of rows, which takes longer than the product, so there should be few."""
+    """Round a number of rows up to a multiple of 64; zeros fill up a bf16 operand to it. oneDNN prepares a bf16 product
+    anew for each new number of rows, which takes longer than the product, so few different numbers should occur."""
     return -(-rows // 64) * 64
 
 

@@ -1,4 +1,4 @@
-"""A stack of recurrent layers in one direction over packed rows, and what may stand between its layers.
+"""A stack of recurrent layers in one direction over packed rows, with dropout, layer norm and residuals.
 
 Shapes: B rows, I input size of a layer, H hidden size of a layer, N packed rows (the sum of the lengths).
 """
@@ -30,7 +30,7 @@ class RecurrentStack(nn.Module):
         dropout: fraction of each layer's output that is zeroed before the next layer in training.
         layer_dropout: the same for whole features, which stay zero at all steps of a row.
         weight_dropout: fraction of each recurrent weight that is zeroed for a batch in training: DropConnect (Merity et
-            al. 2018, https://arxiv.org/abs/1708.02182). The kernel gets one weight as always, the optimizer the whole.
+            al. 2018, https://arxiv.org/abs/1708.02182). The kernel gets the masked weight, the optimizer the whole.
         layer_norm: normalise each layer's output (Ba et al. 2016, https://arxiv.org/abs/1607.06450), outside of the
             recurrence, which keeps its fast kernels.
         residual: add a layer's input to its output when both have one size: He et al. 2016,
@@ -75,11 +75,11 @@ class RecurrentStack(nn.Module):
                 bias_ih[gate * size : (gate + 1) * size] = value
 
     def zero_state(self, batch_size: int, like: Tensor) -> StackState:
-        """Zeros (B, H) for each layer's states, with the dtype and device of `like`."""
+        """Return zeros (B, H) for each layer's states, with the dtype and device of `like`."""
         return tuple(tuple(like.new_zeros(batch_size, size) for _ in self.cell.states) for size in self.hidden_sizes)
 
     def forward(self, inputs: Tensor, rows: PackedRows, state: StackState | None = None) -> tuple[Tensor, StackState]:
-        """Packed inputs (N, I), laid out by `rows`, and the state before them (None: zeros) -> the last layer's output
+        """Read packed inputs (N, I), laid out by `rows`, from a state (None: zeros); return the last layer's output
         (N, H) and the state after each row's last step."""
         if state is None:
             state = self.zero_state(rows.batch_sizes[0], inputs)
@@ -98,7 +98,7 @@ class RecurrentStack(nn.Module):
         return inputs, tuple(new_state)
 
     def step(self, inputs: Tensor, state: StackState | None = None) -> tuple[Tensor, StackState]:
-        """One token of each row, inputs (B, I) -> output (B, H) and the state after it.
+        """Read one token of each row, inputs (B, I); return the output (B, H) and the state after it.
 
         This runs the cell's `step`, whatever the backend, and without dropout: it is not for training.
         """
@@ -136,7 +136,7 @@ class RecurrentStack(nn.Module):
         assert self.cell.torch_function is not None
         first = [part.unsqueeze(0) for part in state]
         initial = tuple(first) if len(first) > 1 else first[0]
-        # with biases, one layer, no dropout of its own, one direction
+        # biases, number of layers, dropout between layers, training, bidirectional
         settings = (list(weights), True, 1, 0.0, self.training, False)
         if rows.equal:
             columns = inputs.unflatten(0, (-1, rows.batch_sizes[0]))

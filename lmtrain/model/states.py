@@ -1,6 +1,6 @@
-"""What a model keeps of the tokens it has read, and how it is carried from batch to batch.
+"""The state of a model after the tokens it has read, and how it is carried from batch to batch.
 
-Shapes: B rows, H hidden size of a layer, K tokens of n-gram history, R chosen rows.
+Shapes: B rows, H hidden size of a layer, K tokens of n-gram history, R selected rows.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ StackState = tuple[tuple[Tensor, ...], ...]
 
 
 class ModelState(NamedTuple):
-    """What a model keeps of what it has read."""
+    """The state of a model after the tokens it has read."""
 
     layers: StackState
     history: Tensor | None = None  # (B, K) int64: ids + 1 of the last K tokens, 0 for none; None without n-grams
 
 
 def select(state: ModelState, rows: Tensor) -> ModelState:
-    """The state of the given rows, (R,) int64: each tensor (B, ...) -> (R, ...)."""
+    """Return the state of the given rows, (R,) int64: each tensor (B, ...) -> (R, ...)."""
     layers = tuple(tuple(part.index_select(0, rows) for part in layer) for layer in state.layers)
     return ModelState(layers, None if state.history is None else state.history.index_select(0, rows))
 
@@ -29,9 +29,9 @@ def select(state: ModelState, rows: Tensor) -> ModelState:
 class CarriedState:
     """Carries the state of each column of a text from one batch to the next, outside the graph.
 
-    A batch may hold the columns in any order, and fewer of them where the text ends. For example, after a batch whose
+    A batch may hold the columns in any order, and fewer of them at the text's end. For example, after a batch whose
     `order` is [2, 0], `store` keeps its first row's state for column 2 and its second row's for column 0; `of` a later
-    batch's order [0, 1, 2] returns that state of column 0, zeros for column 1, and that state of column 2.
+    batch's order [0, 1, 2] returns the kept state of column 0, zeros for column 1, the kept state of column 2.
     """
 
     def __init__(self, columns: int) -> None:
@@ -39,7 +39,7 @@ class CarriedState:
         self._tensors: dict[str, Tensor] = {}  # by the names that `tensors` gives
 
     def of(self, order: Tensor) -> ModelState | None:
-        """The state of the columns `order` (B,), in that order; None at the beginning of the text."""
+        """Return the state of the columns `order` (B,), in that order; None at the beginning of the text."""
         if not self._tensors:
             return None
         return select(_from_named(self._tensors), order.to(self._tensors["0/0"].device))
@@ -58,11 +58,11 @@ class CarriedState:
         self._tensors = {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: `LAYER/PART` -> (columns, H), and `history` -> (columns, K)."""
+        """Return what a checkpoint keeps: `LAYER/PART` -> (columns, H), and `history` -> (columns, K)."""
         return dict(self._tensors)
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Take back what `tensors` returned; raises ValueError for a name that `tensors` does not give."""
+        """Restore what `tensors` returned; raises ValueError for a name that `tensors` does not give."""
         self._tensors = _named(_from_named({name: tensor.to(device) for name, tensor in tensors.items()}))
 
 

@@ -55,7 +55,7 @@ class NewerFormatError(ArtefactError):
 
 
 class TensorSpec(NamedTuple):
-    """What the header of a file says about a tensor."""
+    """The type and shape of a tensor, from the header of a file."""
 
     dtype: str  # as safetensors writes it: F32
     shape: tuple[int, ...]

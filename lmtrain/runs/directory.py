@@ -119,7 +119,7 @@ class RunDirectory:
 
 
 def refuse_old_version(run: Path) -> None:
-    """Raise ArtefactError where environment.json names lmtrain 0.1 or, if it names none, config.yaml has old keys."""
+    """Raise ArtefactError if environment.json names lmtrain 0.1 or, if it names none, config.yaml has old keys."""
     made_by: Any = None
     with suppress(ArtefactError):
         made_by = read_json(run / "environment.json").get("lmtrain")

@@ -1,4 +1,4 @@
-"""What the result of a run depends on beside its configuration; a run keeps it in `environment.json`."""
+"""The environment on which a run's result depends beside its configuration; kept in `environment.json`."""
 
 import platform
 import shlex

@@ -1,6 +1,6 @@
 """The counted n-grams of a run: counts the training text, and writes, checks and reads the file of counts.
 
-Shapes: T tokens of the training text; C contexts and P pairs (context, next token) of one order.
+Shapes: T tokens of the training text; C contexts and J pairs (context, next token) of one order.
 """
 
 import os
@@ -39,7 +39,7 @@ def count_text(config: Config, store: TokenStore, tokenizer: Tokenizer) -> dict[
 
     Returns:
         What `LanguageModel.load_counts` takes: for example `of_forward.2.contexts` (C,) int64, `of_forward.2.pairs`
-        (P,) int64 and `of_forward.2.counts` (P,) int32. None if the configuration asks for no counts.
+        (J,) int64 and `of_forward.2.counts` (J,) int32. None if the configuration asks for no counts.
     """
     order = config.model.ngram_counts
     if order is None:
@@ -118,8 +118,8 @@ def _wrong_counts(path: Path, name: str, vocab_size: int) -> ArtefactError:
 
 
 def _is_searchable(contexts: Tensor, pairs: Tensor, counts: Tensor, vocab_size: int) -> bool:
-    """Tell whether counts can be looked up: contexts (C,) and pairs (P,) ascend, each pair belongs to one of the
-    contexts, and counts (P,) are positive."""
+    """Tell whether counts can be looked up: contexts (C,) and pairs (J,) ascend, each pair belongs to one of the
+    contexts, and counts (J,) are positive."""
     # neighbours are compared, not subtracted: the difference of two keys may exceed 64 bits
     ascending = all(bool((part[1:] > part[:-1]).all()) for part in (contexts, pairs))
     return ascending and int(pairs[0]) >= 0 and int(pairs[-1]) < len(contexts) * vocab_size and int(counts.min()) > 0

@@ -79,8 +79,8 @@ def _product_seconds(device: torch.device, left: Tensor, right: Tensor) -> float
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that tensors free, for the tensors of the next step. Otherwise tens of
-    megabytes a step go back to the system and come again, zeroed page by page. Only glibc has this setting."""
+    """Let the C library keep the memory that tensors free, for the tensors of the next step. Otherwise
+    each step returns tens of megabytes, which the system zeroes before it lends them again. Only glibc can do so."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -95,7 +95,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of PyTorch's random generators as uint8 tensors, under the names `cpu` and `cuda`."""
+    """Return the state of PyTorch's random generators as uint8 tensors (bytes,), by the names `cpu` and `cuda`."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

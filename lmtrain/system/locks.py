@@ -1,7 +1,7 @@
-"""Locks on files: one process at a time holds each, until it lets go or ends, however it ends.
+"""Locks on files. One process at a time holds a lock, until it releases the lock or ends, however it ends.
 
-The `filelock` library keeps them. From version 4 on it leaves alone what stands in a file that another process has
-locked, opens no symbolic link, and tries again where the file that it has locked was removed meanwhile.
+The `filelock` library keeps them. From version 4 on it does not change a file that another process has locked,
+opens no symbolic link, and tries again if the file that it has locked was removed meanwhile.
 """
 
 import os
@@ -17,7 +17,7 @@ def hold_lock(path: Path, on_held: Callable[[str], None]) -> Iterator[None]:
     """Hold a lock, with this process's id in its file.
 
     Args:
-        on_held: called once where another process holds the lock, with the id of that process, or "unknown". If it
+        on_held: called once if another process holds the lock, with the id of that process, or "unknown". If it
             returns, this process waits for the lock.
 
     Raises:

@@ -40,8 +40,8 @@ class SingleProcess:
 
     rank = 0
     world_size = 1
-    under_torchrun = False  # torchrun started this process, perhaps as the only one
-    restarted = False  # torchrun started these processes again after a fault
+    under_torchrun = False  # whether torchrun started this process, perhaps as the only one
+    restarted = False  # whether torchrun started these processes again after a fault
     launch: str | None = None  # a name for all processes that one torchrun starts
 
     def run_in_all(self, action: Callable[[], T], *, rank_0_first: bool = False) -> T:
@@ -65,7 +65,7 @@ class SingleProcess:
         return value
 
     def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that rank 0 gives; in the other processes they lie on the CPU."""
+        """Return the tensors (of any shape) that rank 0 gives; in the other processes they lie on the CPU."""
         return tensors
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
@@ -109,7 +109,7 @@ class ProcessGroup(SingleProcess):
             names = (*TORCHRUN_VARIABLES, TIMEOUT_VARIABLE)
             variables = ", ".join(f"{name}={environment.get(name, '')[:40]}" for name in names)
             raise ConfigError(f"{variables}: not as torchrun sets them; unset them, or start with torchrun") from None
-        self.name = f"rank {self.rank} on {socket.gethostname()}"  # in messages
+        self.name = f"rank {self.rank} on {socket.gethostname()}"  # the name of this process in messages
         self.restarted = attempt > 0
         run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
         self.launch = run_id if run_id != "none" else f"agent {os.getppid()}"
@@ -165,7 +165,7 @@ class ProcessGroup(SingleProcess):
         If a process ends meanwhile, torchrun notices and ends the others.
         """
         with self.communicating():
-            while not self.store.check(keys):  # polled, not waited for, so that a signal gets through
+            while not self.store.check(keys):  # polled, since a blocking wait would not let a signal through
                 if self.store.check([REPORTS]):
                     raise PeerError(LostError.exit_code)
                 time.sleep(POLL_S)
@@ -227,7 +227,7 @@ class ProcessGroup(SingleProcess):
         return max(1, core_count() // self.local_world_size)
 
     def must_report(self, error: BaseException) -> bool:
-        """Tell whether this is the one process that reports the fault that ends all of them."""
+        """Tell whether this process is the one that reports the fault that ends all processes."""
         if isinstance(error, PeerError) or error is self._known_fault:
             return error is self._known_fault
         with suppress(RuntimeError):  # the store ended with the process that kept it

@@ -25,7 +25,7 @@ class Progress:
         """Show how many bytes of some files were read, hashed or learnt from; `what` says which of these."""
 
     def update(self, step: int, progress: float, figures: Mapping[str, float]) -> None:
-        """Show that a step was done; `progress` is the fraction of the training done, `figures` the latest tags."""
+        """Show that a step was done; `progress` is the fraction of the training done, `figures` are by tag."""
 
     def close(self) -> None:
         """End the display, when training is over."""

@@ -8,7 +8,7 @@ from types import FrameType
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Within this context, SIGINT, SIGTERM and SIGHUP end nothing: their numbers are appended to the list it yields.
+    """Within this context, SIGINT, SIGTERM and SIGHUP do not end the process; the yielded list gets their numbers.
 
     The training loop looks at the list after each step. A second signal changes nothing.
     """

@@ -1,3 +1,3 @@
-"""The version of lmtrain. An editable installation keeps the metadata of an older one, so it is not read from there."""
+"""The version of lmtrain. It is not read from package metadata, which an editable installation does not update."""
 
 __version__ = "0.2.0"

@@ -1,6 +1,6 @@
 """Worker processes: each does one kind of work on the items that it is sent, and the results come back in order.
 
-Where there is little work, or only one processor core, the same interface does the work in this process.
+If there is little work, or only one processor core, the same interface does the work in this process.
 
 A worker is a plain Python process at the other end of a connection. It is no `ProcessPoolExecutor`, for two reasons.
 An executor waits forever for a worker that is killed while it sends a result (seen in Python 3.11.2 and 3.13.0), since
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 Item_contra = TypeVar("Item_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
 
-FEW_BYTES = 16 << 20  # this process does so little work before a worker has even started
+FEW_BYTES = 16 << 20  # this process is done with fewer bytes before a worker has even started
 MOST_WORKERS = 8  # each takes a hundred megabytes
 ITEMS_AHEAD = 3  # items per worker that are read before their results are wanted
 OUT_OF_MEMORY = (
@@ -41,7 +41,7 @@ MEMORY_SIGNS = ("memory", "MemoryError", "Resource temporarily unavailable", "fa
 
 
 class WorkerTask(Protocol[Item_contra, Result_co]):
-    """The work of one worker, item by item. `finish` returns what a task that collects something has left at its end.
+    """The work of one worker, item by item. `finish` returns what the task has collected but not yet returned.
 
     An LmtrainError that a task raises is raised again in the parent.
     """
@@ -119,7 +119,7 @@ class WorkerPool(Generic[Item, Result]):
             self._idle.put(worker)
 
     def finish(self) -> Iterator[Result]:
-        """Yield what each worker has left after the last item; raises as `work`."""
+        """Yield the result of each task's `finish`, after the last item; raises as `work`."""
         return self._threads.map(lambda worker: worker.ask("finish"), self.workers)
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class _Worker:
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
         descriptor = other_end.fileno()
-        with other_end:  # the worker's copy alone stays open, so that its end ends the connection
+        with other_end:  # only the worker's copy stays open, so the connection ends with the worker
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", f"from {__name__} import _serve; _serve({descriptor})"],
                 stdin=subprocess.DEVNULL,
@@ -202,7 +202,7 @@ class _Worker:
 def _serve(descriptor: int) -> None:
     """Work in a worker process until the parent closes the connection or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent, which ends its workers
-    gc.disable()  # tasks make no cycles, and a collection would look through millions of words
+    gc.disable()  # tasks make no reference cycles, and each collection would visit millions of words
     with Connection(descriptor) as parent, suppress(EOFError, ConnectionError):
         task = parent.recv()()
         while True:

@@ -15,7 +15,7 @@ from lmtrain.runs.weights import named_weights
 
 
 def averaged_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights that are averaged, by name."""
+    """Return the weights that are averaged, by name."""
     return {name: weight for name, weight in named_weights(model).items() if not name.startswith("ngram_embeddings.")}
 
 
@@ -31,7 +31,7 @@ class Averaging:
 
     def __init__(self, model: LanguageModel, *, name: Literal["ema", "triggered"] | None, decay: float) -> None:
         self.model, self.name, self.decay = model, name, decay
-        self.steps = 0  # in the average
+        self.steps = 0  # optimizer steps in the average
         self.averages: dict[str, Tensor] = {}
         if name == "ema":
             self.begin()
@@ -78,7 +78,7 @@ class Averaging:
             weight.copy_(tensors[name])
 
     def load(self, averages: Mapping[str, Tensor], steps: int) -> None:
-        """Restore an average that was saved."""
+        """Restore an average of `steps` optimizer steps that was saved."""
         self.averages = {
             name: averages[name].to(weight.device, copy=True) for name, weight in averaged_weights(self.model).items()
         }

@@ -35,7 +35,7 @@ class Checkpointer:
     """The checkpoints of one run: what is saved in them, which are kept, and how the run is restored.
 
     Args:
-        counts: the counted n-grams of the model, where it has any.
+        counts: the counted n-grams of the model, if it has any.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Checkpointer:
         self.counts_digest = None if self._counts is None else hash_of(self._counts)
 
     def write_counts(self) -> None:
-        """Write the file of counted n-grams where it is missing or damaged, once nothing prevents the run from
+        """Write the file of counted n-grams if it is missing or damaged, once nothing prevents the run from
         starting."""
         path = self.run.path / COUNTS_FILE
         if self._counts is not None and not (path.is_file() and hash_of(path.read_bytes()) == self.counts_digest):
@@ -64,7 +64,7 @@ class Checkpointer:
         """Save the run as it stands, then remove checkpoints that are neither among the newest `keep` nor the best.
 
         Rank 0 saves. The other processes give it what only they have: carried hidden state and random state. The model
-        that is saved is the average of the weights, where there is one; the weights that are trained stand beside it.
+        that is saved is the average of the weights, if there is one; the weights that are trained stand beside it.
 
         Args:
             lengths: bytes of each metric file.
@@ -113,7 +113,7 @@ class Checkpointer:
         self.run.write_pointer("last", {"step": state.step})
 
     def restore(self, notify: Callable[[str], None]) -> LoadedCheckpoint | None:
-        """Restore the run from its newest whole checkpoint; returns it, or None where there is no checkpoint.
+        """Restore the run from its newest whole checkpoint; returns it, or None if there is no checkpoint.
 
         Raises:
             DataError: the training text has changed.
@@ -152,7 +152,7 @@ class Checkpointer:
             if self.corpora.hashes.get(path) != saved.data.get(path):
                 raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
         if saved.counts != self.counts_digest:
-            raise ArtefactError(f"{saved.name}: was trained with other counts of its text than this lmtrain's")
+            raise ArtefactError(f"{saved.name}: was trained with other n-gram counts than this lmtrain makes")
         return saved
 
     def _read_and_share(self, read: Callable[[], LoadedCheckpoint | None]) -> LoadedCheckpoint | None:
@@ -229,7 +229,7 @@ def check_unchanged(saved: Config, config: Config) -> None:
 
 
 def flatten_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration by dotted keys: {"model.cell": "lstm", ...}."""
+    """Return a nested configuration by dotted keys: {"model.cell": "lstm", ...}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

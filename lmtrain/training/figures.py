@@ -12,7 +12,7 @@ LossWeights = Mapping[Objective, float]
 
 
 def weighted_loss(tallies: Mapping[Objective, Tally], weights: LossWeights) -> float:
-    """The loss that is reported: the sum over objectives of nats per token times the objective's weight."""
+    """Return the loss that is reported: the sum over objectives of nats per token times the objective's weight."""
     return math.fsum(
         weight * tallies[objective].nats_per_token
         for objective, weight in weights.items()
@@ -25,7 +25,7 @@ class Window:
     """Sums over the training steps since the last row of metrics. They are plain values, which a checkpoint keeps."""
 
     tallies: dict[Objective, list[float]] = field(default_factory=dict)  # [nats, tokens]
-    padded_tokens: int = 0  # of the batches, start and end tokens and padding included
+    padded_tokens: int = 0  # tokens of the batches, start and end tokens and padding included
     padding: int = 0
 
     def add(
@@ -42,7 +42,7 @@ class Window:
     def figures(
         self, weights: LossWeights, rate: float, norm: float, elapsed_s: float, waited_s: float
     ) -> dict[str, float]:
-        """A row of training metrics by tag.
+        """Return a row of training metrics by tag.
 
         Args:
             rate, norm: learning rate and gradient norm of the last step.
@@ -61,7 +61,7 @@ class Window:
 
 
 def validation_figures(result: Evaluation, weights: LossWeights) -> dict[str, float]:
-    """A row of validation metrics by tag; the last two exist with two directions only."""
+    """Return a row of validation metrics by tag; the last two exist with two directions only."""
     figures = {"valid/loss": weighted_loss(result.tallies, weights), "valid/perplexity": result.perplexity}
     if "backward" in result.tallies:
         figures["valid/backward_perplexity"] = result.tallies["backward"].perplexity

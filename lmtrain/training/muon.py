@@ -3,8 +3,8 @@
 Shapes: a matrix (m, n).
 
 PyTorch has this optimizer (`torch.optim.Muon`). It computes in bf16 on every machine, which is three times as slow
-where the processor has no bf16, and it iterates on the matrix itself. This one iterates on the smaller of the two
-squares of products between rows or columns: a quarter of the size where an LSTM's four gates stand above each other.
+if the processor has no bf16, and it iterates on the matrix itself. This one iterates on the smaller of the two
+Gram matrices X'X and XX': a quarter of the size where an LSTM's four gates stand above each other.
 """
 
 import math
@@ -22,7 +22,7 @@ LINEAR, CUBIC, QUINTIC = 3.4445, -4.7750, 2.0315  # steep at zero, and near 1 el
 class Muon(Optimizer):
     """Nesterov momentum whose step is replaced by the nearest matrix with equal singular values.
 
-    So a step moves a matrix by the same amount in every direction, also in those of which the gradient says little.
+    So a step moves a matrix by the same amount in every direction, even in those in which the gradient is small.
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
     Args:
@@ -55,7 +55,7 @@ class Muon(Optimizer):
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """A matrix (m, n) with singular value decomposition U S V -> about U V, (m, n).
+    """Return about U V, (m, n), for a matrix (m, n) with the singular value decomposition U S V.
 
     Its singular values are between 0.6 and 1.2, except for the smallest, which grow some 40 times. An odd polynomial of
     X, applied repeatedly, drives singular values to 1: X <- a X + b X X'X + c X (X'X)^2. Every factor is a polynomial

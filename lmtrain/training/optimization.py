@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.training.muon import Muon
 
-# When the first optimizer is made, PyTorch imports its compiler, which takes two seconds, only to switch it off. Where
-# this attribute, its own cache for the purpose, is filled, it does not; `optimizer_step` avoids the second place.
+# When the first optimizer is made, PyTorch imports its compiler, which takes two seconds, only to switch it off. It
+# skips the import if this attribute, PyTorch's own cache, is set. `optimizer_step` avoids a second such import.
 _add_group = inspect.unwrap(Optimizer.add_param_group)
 _add_group.__dynamo_disable = _add_group
 
@@ -22,9 +22,9 @@ WEIGHT_SHAPED = (torch.optim.AdamW, torch.optim.SGD, torch.optim.SparseAdam, Muo
 
 
 def has_sparse_embedding(model: LanguageModel, name: str, weight_decay: float) -> bool:
-    """Whether a step leaves the embeddings of all tokens that are not in the batch as they are.
+    """Tell whether a step leaves the embeddings of all tokens that are not in the batch as they are.
 
-    That is so for SGD without weight decay, where the embedding is not tied to the output layer. The embedding then
+    That is so for SGD without weight decay, if the embedding is not tied to the output layer. The embedding then
     gives a sparse gradient, with a row for each token of the batch.
     """
     tied = any(weight is model.embedding.weight for weight in model.output.parameters())
@@ -41,7 +41,7 @@ def build_optimizers(
     muon_lr_scale: float = 1.0,
     ngram_lr_scale: float = 1.0,
 ) -> list[Optimizer]:
-    """AdamW, Muon or SGD over the model's weights. Matrices decay; biases and the vectors of n-grams do not.
+    """Build AdamW, Muon or SGD over the model's weights. Matrices decay; biases and the vectors of n-grams do not.
 
     AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101. Muon moves the matrices of the recurrence and
     of the projections; AdamW moves embeddings, the output layer and everything that is no matrix, as in Jordan et al.
@@ -90,17 +90,17 @@ def learning_rate(
     rise_fraction: float = 0.3,
     cut: float = 1.0,
 ) -> float:
-    """The learning rate of a step: a linear rise over the warm-up, times what the schedule makes of the peak rate.
+    """Return the learning rate of a step: a linear rise over the warm-up, times the schedule's part of the peak rate.
 
     Args:
         step: optimizer steps done before this one.
         progress: fraction of the training that is done, 0..1.
         name: cosine (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983), linear, constant, plateau (the rate
-            is cut where validation stalls), or one_cycle (Smith and Topin 2018, https://arxiv.org/abs/1708.07120: a
+            is cut if validation stalls), or one_cycle (Smith and Topin 2018, https://arxiv.org/abs/1708.07120: a
             rise from 1/25 over `rise_fraction` of the training, then a fall, both along half a cosine).
         hold_fraction: cosine and linear keep the peak rate over this fraction of the training before they fall
             (warmup-stable-decay: Hagele et al. 2024, https://arxiv.org/abs/2405.18392).
-        cut: the factor that plateau's cuts have left of the rate.
+        cut: product of the factors of all cuts by plateau so far.
     """
     rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     progress = min(1.0, progress)
@@ -136,8 +136,8 @@ def set_learning_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
 def optimizer_step(optimizers: Sequence[Optimizer]) -> None:
     """Update the weights once by their gradients, and remove the gradients.
 
-    The method is called without PyTorch's wrappers, which import its compiler, take notes for its profiler, call
-    registered hooks, of which there are none here, and turn gradients off.
+    PyTorch wraps `step` in functions that import its compiler, record for its profiler, call registered hooks and turn
+    gradients off. The method is called without them; lmtrain registers no hooks.
     """
     for optimizer in optimizers:
         with torch.no_grad():
@@ -169,16 +169,16 @@ def clip_gradient(parameters: Iterable[Tensor], largest: float | None) -> float:
 
 
 def _aligned(gradient: Tensor) -> Tensor:
-    """The gradient, or its copy where it does not lie at a multiple of 64 bytes, where PyTorch puts each new tensor.
+    """Return the gradient, or a copy if its address is no multiple of 64 bytes, as that of each new tensor is.
 
     MKL sums a dot product in an order that depends on where the operand lies. Under torchrun a gradient lies anywhere
-    in a bucket of DistributedDataParallel, so without this one process there would not train as one alone does.
+    in a bucket of DistributedDataParallel, so without the copy one process there would not train as one alone.
     """
     return gradient if gradient.data_ptr() % 64 == 0 else gradient.clone()
 
 
 def optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel) -> dict[str, Tensor]:
-    """The state of the optimizers as tensors, named by key and weight: `exp_avg/embedding.weight`."""
+    """Return the state of the optimizers as tensors, named by key and weight: `exp_avg/embedding.weight`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         f"{key}/{names[id(parameter)]}": torch.as_tensor(value)  # SparseAdam counts its steps in an integer

@@ -110,8 +110,8 @@ class Gradients:
 
     def warm_up(self, batch: Batch, precision: AbstractContextManager[Any]) -> None:
         """Pass once over a batch without using the result. After its first pass DistributedDataParallel groups the
-        gradients anew, by the order in which they come; sums over three processes and more depend on the groups in
-        their last digits, and a resumed run must have the same sums as one that was never stopped."""
+        gradients anew, by the order in which they come. With three processes or more the last digits of a sum depend on
+        the groups, and a resumed run must have the same sums as one that was never stopped."""
         if self._parallel is None:
             return
         device = self.model.embedding.weight.device

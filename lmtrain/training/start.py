@@ -37,8 +37,8 @@ def train(
 
     Args:
         config: a configuration, the path of its file, or a function that loads it.
-        run_dir: the run directory, new or empty; default `runs_dir/name`, with -2, -3 ... where that is taken.
-        resume: continue from the last good checkpoint, where there is one.
+        run_dir: the run directory, new or empty; default `runs_dir/name`, with -2, -3 ... if that is taken.
+        resume: continue from the last good checkpoint, if there is one.
         stop_at_step: save and stop after this step, as if a signal had come.
         progress: shows what rank 0 does; the other processes show nothing.
 
@@ -61,14 +61,14 @@ def train(
 
 
 def _settings(config: Config | str | Path | Callable[[], Config], processes: SingleProcess) -> Config:
-    """The configuration; raises ConfigError where its batches can't be divided among these processes."""
+    """The configuration; raises ConfigError if its batches can't be divided among these processes."""
     if isinstance(config, str | Path):
         config = load_config(config)
     settings = config() if callable(config) else config
     rows, count = settings.batching.batch_size, processes.world_size
     if settings.batching.carries_state and rows % count:
         more = -(-rows // count) * count
-        raise ConfigError(f"batching.batch_size: {rows} columns can't be shared out to {count} processes; use {more}")
+        raise ConfigError(f"batching.batch_size: {rows} columns can't be divided among {count} processes; use {more}")
     if rows < count and settings.batching.max_tokens is None:
         raise ConfigError(f"batching.batch_size: {rows} rows a step are too few for {count} processes")
     return settings
@@ -107,7 +107,7 @@ def _train(
         try:
             trainer = Trainer(config, run, corpora, batches, device, progress, start_s, processes)
             if first and not new:
-                run.write_config(config)  # with what may change in a resume
+                run.write_config(config)  # some of its keys may change in a resume
             with noted_signals() as stopped_by:
                 return trainer.run_to_end(stopped_by, stop_at_step)
         except (RuntimeError, MemoryError) as error:
@@ -146,8 +146,8 @@ def _find_begun(
 
 
 def _prepare(config: Config, progress: Progress, tokenizer: Tokenizer | None, processes: SingleProcess) -> Corpora:
-    """Prepare what the training reads. Rank 0 does it first; the others find it there, or prepare their own copy on
-    another machine."""
+    """Prepare what the training reads. Rank 0 does it first; the others find the result in the cache, or prepare
+    their own copy on another machine."""
     if not processes.under_torchrun:
         return prepare(config, progress.note, tokenizer, progress.reading)
     first = processes.rank == 0

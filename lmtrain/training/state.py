@@ -37,8 +37,8 @@ class TrainingState:
     best_figures: dict[str, float] = field(default_factory=dict)
     bad_validations: int = 0
     validation_losses: list[float] = field(default_factory=list)  # while averaging waits for its trigger
-    stale_validations: int = 0  # since the best one, or since plateau last cut the learning rate
-    cut: float = 1.0  # the factor that plateau's cuts have left of the learning rate
+    stale_validations: int = 0  # validations since the best one, or since plateau last cut the learning rate
+    cut: float = 1.0  # product of the factors of all cuts by plateau so far
     averaged_steps: int | None = None  # None: there is no average
     validated_step: int = 0
     elapsed_s: float = 0.0
@@ -48,7 +48,7 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, state: Any) -> TrainingState:
-        """Read the state out of a checkpoint's state.json; raises ValueError where it is not one."""
+        """Read the state out of a checkpoint's state.json; raises ValueError if it is not one."""
         found = TypeAdapter(cls).validate_python(state)
         whole = (found.step, found.epoch, found.next_batch, found.best_step or 0)
         if min(whole) < 0 or found.precision not in ("fp32", "bf16"):
@@ -64,7 +64,7 @@ class LoadedCheckpoint(NamedTuple):
     training: dict[str, Tensor]  # `PART/NAME`: optimizer, carried state, weights beside their average; random state
     state: TrainingState
     lengths: dict[str, int]  # bytes of each metric file
-    environment: dict[str, Any]  # in which the run was begun
+    environment: dict[str, Any]  # the environment in which the run was begun
     data: dict[str, str]  # SHA-256 of each file
     counts: Any = None  # SHA-256 of the run's counted n-grams
 
@@ -95,12 +95,12 @@ def read_saved(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: in
 
 
 def _belongs(name: str, spec: TensorSpec, wanted: Mapping[str, TensorSpec], config: Config) -> bool:
-    """Whether a tensor may be part of what this training keeps."""
+    """Tell whether a checkpoint of this training may hold a tensor of this name and shape."""
     part, _, rest = name.partition("/")
     match part:
         case "weights":
             return spec == wanted.get(rest)
-        case "optimizer":  # of any shape: `set_optimizer_tensors` knows what its optimizers make
+        case "optimizer":  # any shape passes here: `set_optimizer_tensors` checks it
             return rest.partition("/")[2] in wanted
         case "carried":
             model, rows = config.model, config.batching.batch_size
@@ -108,11 +108,11 @@ def _belongs(name: str, spec: TensorSpec, wanted: Mapping[str, TensorSpec], conf
             known = rest == "history" or re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
             return known and len(spec.shape) == 2 and spec.shape[0] == rows and spec.shape[1] <= max(sizes)
         case _:
-            random = part in ("cpu", "cuda") and re.fullmatch("[0-9]{0,6}", rest) is not None  # of each process
+            random = part in ("cpu", "cuda") and re.fullmatch("[0-9]{0,6}", rest) is not None  # one per process
             return random and spec.dtype == "U8" and prod(spec.shape) <= LARGEST_RANDOM_STATE
 
 
 def part_of(training: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of one part of a checkpoint's training.safetensors."""
+    """Return the tensors of one part of a checkpoint's training.safetensors."""
     prefix = f"{name}/"
     return {key.removeprefix(prefix): value for key, value in training.items() if key.startswith(prefix)}

@@ -38,21 +38,20 @@ class StepFigures(NamedTuple):
 
     nats: dict[Objective, float]  # summed over the events of each objective
     events: dict[Objective, int]  # tokens that each objective predicted
-    tokens: int  # of the batches, start and end tokens included
-    padded_tokens: int  # the same with padding
+    tokens: int  # tokens of the batches, start and end tokens included
+    padded_tokens: int  # the same tokens and the padding
     learning_rate: float
     gradient_norm: float  # before clipping
     rank_wait_s: float  # seconds that a process waited for the slowest one, on average
 
 
 class TrainingStep:
-    """All that one training step works on, and the step itself.
+    """One training step, with the model, the optimizers and the state that it works on.
 
     Attributes:
         model, optimizers, averaging: what a checkpoint keeps and a resume restores.
-        carried: the hidden state between one batch and the next, for text that continues; None where rows are
-            sequences.
-        precision: of the matrix products, `fp32` or `bf16`; to be set before the first step.
+        carried: the hidden state that is carried from batch to batch; None where each row is a sequence of its own.
+        precision: precision of the matrix products, `fp32` or `bf16`; set it before the first step.
         synchronised_s: when the processes last exchanged numbers, by `time.perf_counter`.
     """
 
@@ -88,7 +87,7 @@ class TrainingStep:
 
         Args:
             batches: this process's part of each; events are counted over the parts of all processes.
-            number: of the step, for the message of an error.
+            number: the number of the step, for error messages.
 
         Raises:
             DivergedError: the loss or the gradient is not finite. The weights have not moved then.
@@ -116,13 +115,13 @@ class TrainingStep:
                 for objective, of_batch in losses.nats.items():
                     nats[objective] += float(of_batch)
 
-        # 3. Exchange: every process learns the sums of all.
+        # 3. Exchange: every process gets the sums over all processes.
         own_busy_s = self.gradients.complete_s - self.synchronised_s
         by_rank = self.exchange(own_busy_s, padded_tokens, *nats.values())
         busy_s, all_padded_tokens, *all_nats = zip(*by_rank, strict=True)
         nats = dict(zip(nats, map(math.fsum, all_nats), strict=True))
 
-        # 4. Clip the gradient, and stop before the update where something is not finite.
+        # 4. Clip the gradient, and stop before the update if something is not finite.
         norm = clip_gradient(self.model.parameters(), self.clip_grad_norm)
         if not math.isfinite(norm) or not all(map(math.isfinite, nats.values())):
             raise DivergedError(

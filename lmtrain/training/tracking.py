@@ -84,7 +84,7 @@ class Tracker:
         self._on_board(lambda board: board.write(0, hparams(plain, dict(figures))))
 
     def _on_board(self, write: Callable[[Board], None]) -> None:
-        """Write to TensorBoard's file. Where it can't be written, training continues without it and says so once."""
+        """Write to TensorBoard's file. If it can't be written, training continues without it and says so once."""
         if self.board is None:
             return
         try:
@@ -97,7 +97,7 @@ class Tracker:
         self.notify(f"warning: TensorBoard's file can't be written ({error.strerror}); training continues without it")
 
     def lengths(self) -> Lengths:
-        """Bytes of each metric file, once all rows are on the disk itself."""
+        """Return the bytes of each metric file, once all rows are on the disk itself."""
         try:
             self.metrics.flush()
             os.fsync(self.metrics.fileno())
@@ -121,7 +121,7 @@ def _summaries(values: Mapping[str, Any]) -> Iterator[Any]:
 
 
 class NullTracker(Tracker):
-    """Writes nothing: the tracker of every process but the first of those that train together."""
+    """Writes nothing; every process but rank 0 has this tracker."""
 
     def __init__(self) -> None: ...
 

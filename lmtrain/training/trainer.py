@@ -38,7 +38,7 @@ class TrainingResult:
 
     run: Path
     step: int
-    figures: dict[str, float]  # by tag: of the best validation; without a validation set of the last training steps
+    figures: dict[str, float]  # by tag, of the best validation or, without a validation set, of the last training steps
     best_step: int | None
 
 
@@ -80,7 +80,7 @@ class Trainer:
         self._note_start(batches)
 
     def _restore_or_begin(self) -> None:
-        """Take up the last good checkpoint, or note the environment in which a new run begins."""
+        """Restore the last good checkpoint, or note the environment in which a new run begins."""
         restored, rank = self.checkpointer.restore(self.progress.note), self.processes.rank
         lengths = {} if restored is None else restored.lengths
         if restored is not None:
@@ -100,7 +100,7 @@ class Trainer:
         self.tracker = NullTracker() if rank else Tracker(self.run.path, lengths, self.progress.note)
 
     def _open_loader(self, batches: TrainingBatches) -> None:
-        """Begin to load batches where the state stands, and have several processes ready to train on them."""
+        """Begin to load batches from the state's position on, and make several processes ready to train."""
         shard = RankShard(self.processes.rank, self.processes.world_size, batches.columns)
         accumulate, pad_id = self.config.training.accumulate, self.corpora.tokenizer.pad_id
         self.loader = BatchLoader(batches, pad_id, accumulate, self.state.epoch, self.state.next_batch, shard)
@@ -237,7 +237,7 @@ class Trainer:
         return self.state.next_batch == 0 if every is None else self.state.step % every == 0
 
     def _validate(self) -> bool:
-        """Validate, let the model write samples, and log both; True where the loss is the best so far."""
+        """Validate, let the model write samples, and log both; True if the loss is the best so far."""
         started_s = time.monotonic()
         state, improved = self.state, False
         state.validated_step = state.step

@@ -24,7 +24,7 @@ class Validation:
         self.processes = processes
 
     def figures(self) -> dict[str, float]:
-        """A row of validation metrics over the whole validation set; empty where there is none.
+        """Return a row of validation metrics over the whole validation set; empty if there is none.
 
         Each process reads its part of the set, and the sums are exchanged.
         """
@@ -40,7 +40,7 @@ class Validation:
         return validation_figures(result, self.weights)
 
     def samples(self) -> list[dict[str, str]]:
-        """The model's greedy continuations of the sample prompts."""
+        """Return the model's greedy continuations of the sample prompts."""
         prompts = self.config.logging.sample_prompts
         if not prompts:
             return []
@@ -50,7 +50,7 @@ class Validation:
 
 
 def stalled(losses: list[float], trigger: int) -> bool:
-    """Whether the last validation loss is worse than the best of those more than `trigger` validations ago.
+    """Tell whether the last validation loss is worse than the best of those more than `trigger` validations ago.
 
     The non-monotonic trigger of Merity et al. 2018, https://arxiv.org/abs/1708.02182.
     """

@@ -134,5 +134,5 @@ def test_subwords_of_a_large_text_are_learnt_from_parts_of_it(tmp_path, monkeypa
     said, watched = [], []
     source = Source((str(tmp_path / "t.txt"),))
     learn_tokenizer("bpe", source, tmp_path, 300, 1, said.append, lambda *how: watched.append(how))
-    assert said[1].startswith("note: of that, 0 MiB are learnt from: evenly spaced parts, one in 8")
+    assert said[1].startswith("note: learning from 0 MiB of it: evenly spaced parts, one in 8")
     assert watched[-1][1:] == (source.size(), source.size())

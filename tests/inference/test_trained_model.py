@@ -25,7 +25,7 @@ def test_a_run_works_without_its_corpus(small, corpus, tmp_path):
     model = load(moved)
     assert model.generate(["a b", ""]) == before
     assert model.evaluate(["kept.txt"]).figures() == figures
-    with pytest.raises(DataError, match="the run's own file"):
+    with pytest.raises(DataError, match="the run's own file, sought from this directory"):
         model.evaluate()
 
 

@@ -145,7 +145,7 @@ def test_a_run_of_three_processes_is_resumed_bit_for_bit_and_by_one_or_two(groun
 
 BAD = {
     "columns": (["batching.mode=stream", "batching.batch_size=8", ONE_DIRECTION], {}, 2,
-                "batching.batch_size: 8 columns can't be shared out to 3 processes; use 9"),
+                "batching.batch_size: 8 columns can't be divided among 3 processes; use 9"),
     "rows": (["batching.batch_size=2"], {}, 2, "batching.batch_size: 2 rows a step are too few for 3 processes"),
     "no such file": (["data.train=absent.txt"], {}, 2, "absent.txt: no such file"),
     "no number": ([], {"RANK": "first"}, 2, "RANK=first"),

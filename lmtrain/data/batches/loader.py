@@ -1,4 +1,4 @@
-"""Makes the batches that training and evaluation read of a token store.
+"""Makes the batches that training and evaluation read from a token store.
 
 Shapes: B rows of a batch, or columns of a text whose state is carried; L longest row.
 """
@@ -25,7 +25,7 @@ EVALUATION_TOKENS = 8192  # padded tokens of a batch
 
 
 class BatchSource(Protocol):
-    """Makes batches of the parts that a sampler gives: `Rows` of row indices, `WindowedRows` of stretches, `Stream` of
+    """Makes batches of the parts that a sampler gives: `Rows` takes row indices, `WindowedRows` stretches, `Stream`
     spans of steps. The rows of a part can be counted and selected without reading their tokens."""
 
     def lengths(self, part: Any) -> Ints: ...
@@ -34,7 +34,7 @@ class BatchSource(Protocol):
 
 
 class TrainingBatches(NamedTuple):
-    """The batches to train on: what makes them, and their order."""
+    """The batches to train on: their source, and a sampler that gives their order."""
 
     source: Rows | WindowedRows | Stream
     sampler: Sampler
@@ -49,7 +49,7 @@ class RankShard(NamedTuple):
     columns: int | None = None  # columns of the whole batch, if they carry their state; None: each row begins anew
 
     def rows(self, count: int) -> Ints:
-        """Return which of the `count` rows of a batch, longest first, this rank reads: their indices.
+        """Return the indices (rows,) of the rows that this rank reads, of a batch's `count` rows, longest first.
 
         Ranks take turns forth and back, so that all have about the same number of tokens: rows 0 .. 8 go to the ranks
         0 1 2 2 1 0 0 1 2, so rank 0 of three reads rows 0, 5 and 6. Columns stay with one rank, which keeps their
@@ -65,7 +65,7 @@ class RankShard(NamedTuple):
 
 
 def training_batches(config: Config, store: TokenStore, eos_id: int) -> TrainingBatches:
-    """Return the batches to train on; raises ConfigError where a text has fewer tokens or rows than columns."""
+    """Return the batches to train on; raises ConfigError if a text has fewer tokens or rows than columns."""
     batching, columns = config.batching, config.batching.batch_size
     if batching.mode == "stream":
         _check_columns(columns, len(store.tokens), "tokens")
@@ -118,7 +118,7 @@ def evaluation_batches(
     """Return batches, (L, B) each, with every row of a text once, and how many columns carry their state (or None).
 
     Args:
-        columns: the most columns in which a text whose state is carried is read.
+        columns: if the state is carried, the largest number of columns in which the text is read.
         batch_size: rows of a batch, if each row begins anew; None: as many as have `EVALUATION_TOKENS`.
         steps: tokens of each column in a batch of a stream; figures do not depend on it.
         shard: what this process reads: of n processes, each reads every n-th batch of rows, or an n-th of the columns.
@@ -147,7 +147,7 @@ def _row_batches(source: BatchSource, parts: Iterator[Any], pad_id: int, shard: 
 def _column_batches(
     source: BatchSource, parts: Sequence[Any], columns: int, pad_id: int, shard: RankShard
 ) -> tuple[Iterator[Batch], int]:
-    """The batches of a rank's columns, and how many columns it has: none, if there are fewer columns than processes."""
+    """The batches of a rank's columns, and how many columns it has, perhaps 0."""
     first, end = (columns * rank // shard.world_size for rank in (shard.rank, shard.rank + 1))
     rank_parts = ((part, np.arange(first, min(end, len(source.lengths(part))))) for part in parts)
     batches = (source.batch(source.take(part, chosen), pad_id) for part, chosen in rank_parts if len(chosen))
@@ -169,7 +169,7 @@ class StepBatches(NamedTuple):
 
     batches: list[RankBatch]
     epoch: int
-    end: int  # number of batches of the epoch so far, these counted
+    end: int  # number of batches of the epoch so far, these included
     epoch_batches: int  # batches in the epoch
 
     @property
@@ -179,7 +179,7 @@ class StepBatches(NamedTuple):
 
 
 class BatchLoader:
-    """Loads the batches of one optimizer step after the other, epoch after epoch, each while the step before runs.
+    """Loads the batches of each optimizer step while the step before runs, epoch after epoch.
 
     Args:
         size: batches of a step; the last step of an epoch may have fewer.
@@ -222,7 +222,7 @@ class BatchLoader:
         return RankBatch(batch, len(lengths), int(lengths.sum()), int(lengths.max()), idle=not len(rows))
 
     def peek(self) -> StepBatches:
-        """Wait for the next step's batches and return them; they stay the next."""
+        """Wait for the next step's batches and return them; `take` returns the same ones."""
         start_s = time.perf_counter()
         step = self._next_step.result()
         self.waited_s += time.perf_counter() - start_s

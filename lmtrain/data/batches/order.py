@@ -1,7 +1,7 @@
 """Decides in which order training reads the rows of a corpus: a function of (seed, epoch), so a resume replays nothing.
 
 A sampler gives the parts of an epoch. A part is the rows of one batch, in the form that their source takes: indices for
-`Rows`, `Stretches` for `WindowedRows`, a `Span` for a `Stream`. Shapes: R rows of a corpus or of a window.
+`Rows`, `Stretches` for `WindowedRows`, a `Span` for a `Stream`. Shapes: B rows of a batch, R of a corpus or window.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ class Sampler(Protocol):
 
 
 class Parts(Sequence[Any]):
-    """The `length` parts of an epoch; `make` makes the part of a number when it is asked for."""
+    """The `length` parts of an epoch; `make(n)` makes part n when it is read."""
 
     def __init__(self, length: int, make: Callable[[int], Any]) -> None:
         self.length, self.make = length, make
@@ -41,14 +41,14 @@ class Parts(Sequence[Any]):
 
 
 class _BatchCutter:
-    """Cuts buckets of rows into batches; one of `batch_size` and `max_tokens` is None; rows have `mean` tokens."""
+    """Cuts buckets of rows into batches. `batch_size` or `max_tokens` is None; rows have a mean length of `mean`."""
 
     def __init__(self, batch_size: int | None, max_tokens: int | None, bucket_batches: int, mean: float) -> None:
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.bucket_rows = bucket_batches * (batch_size or max(1, (max_tokens or 1) // max(1, round(mean))))
 
     def batches(self, buckets: Iterable[Ints], lengths: Ints, random: np.random.Generator) -> list[Ints]:
-        """Sort each bucket of row indices by `lengths`, (R,) of all rows, cut it into batches, and shuffle them all."""
+        """Sort each bucket of row indices by `lengths` (R,), cut it into batches (B,), and shuffle all batches."""
         batches = []
         for bucket in buckets:
             bucket = bucket[longest_first(lengths[bucket])]
@@ -134,7 +134,7 @@ class WindowSampler:
         return stretches, self.cut.batches(buckets, stretches.lengths, random)
 
     def random(self, epoch: int, window: int) -> np.random.Generator:
-        """Return the generator of a window. NumPy takes [seed, epoch, 0] for [seed, epoch], hence + 1."""
+        """Return the generator of a window. NumPy treats [seed, epoch, 0] as [seed, epoch], hence + 1."""
         return np.random.Generator(np.random.PCG64([self.seed, epoch, window + 1]))
 
     def _counts(self, epoch: int, windows: list[Ints]) -> list[int]:
@@ -157,7 +157,7 @@ def spread_rows(rows: NDArray[Row], size: int, random: np.random.Generator) -> l
     So each bucket has rows from everywhere, in a tenth of the time that it takes to shuffle a million rows.
 
     Args:
-        rows: (R,) what is spread: the index of each row, or its length.
+        rows: (R,) the index of each row, or its length.
 
     Returns:
         The full buckets, (buckets - 1, size), and the last bucket, (1, its rows).

@@ -1,4 +1,4 @@
-"""Makes padded batches, sorted by length, of the rows of a corpus.
+"""Makes padded batches, sorted by length, from the rows of a corpus.
 
 A row is what the model reads from left to right: a stored sequence `<bos> t1 .. tn <eos>`, or a part of a long one.
 Shapes: B rows of a batch, L longest row, R rows of a corpus, T tokens of a corpus.
@@ -31,7 +31,7 @@ class Sequences(Protocol):
 
 
 def make_batch(rows: Sequence[Sequence[int] | Ints], pad_id: int) -> Batch:
-    """Return the batch of some rows of ids, each of length >= 1: longest first, equal lengths in their order."""
+    """Return the batch of some rows of ids, each of length >= 1: longest first; equally long rows keep their order."""
     lengths = np.array([len(row) for row in rows], np.int64)
     flat = np.concatenate([np.asarray(row, np.int64) for row in rows])
     return gather_batch(flat, lengths.cumsum() - lengths, lengths, pad_id)
@@ -104,17 +104,17 @@ class Rows:
         return self.row_lengths[indices]
 
     def take(self, indices: Ints, chosen: Ints) -> Ints:
-        """Return `indices[chosen]`: some of these rows."""
+        """Return `indices[chosen]`, (chosen,): some of these rows (B,)."""
         return indices[chosen]
 
 
 def narrow(numbers: Ints) -> NDArray[np.integer]:
-    """Return numbers >= 0 in 16 bits where they fit: NumPy sorts these by counting, ten times as fast."""
+    """Return numbers >= 0 (any shape) in 16 bits where they fit: NumPy sorts these by counting, ten times as fast."""
     return numbers.astype(np.uint16) if numbers.max(initial=0) < 1 << 16 else numbers
 
 
 def longest_first(lengths: Ints) -> Ints:
-    """Return the indices that sort rows longest first, equal lengths in their order, (R,)."""
+    """Return the indices (R,) that sort rows longest first; equally long rows keep their order."""
     return np.argsort(narrow(lengths.max(initial=0) - lengths), kind="stable")
 
 
@@ -134,7 +134,7 @@ def cut_batches(
 
 
 def sorted_parts(lengths: Ints, max_tokens: int, batch_size: int | None = None) -> Iterator[Ints]:
-    """Yield the row indices of each batch, longest rows first: the cheapest order where the order does not matter."""
+    """Yield each batch's row indices (B,), longest of `lengths` (R,) first: the cheapest order if any order will do."""
     order = longest_first(lengths)
     for start, end in cut_batches(lengths[order], batch_size, max_tokens):
         yield order[start:end]

@@ -3,7 +3,7 @@
 Each batch has a row of each column, and the next batch continues each column where its row ended. The `order` of a
 batch says which column each row belongs to. For example, a stream of the tokens 0 .. 9 in two columns, 2 steps a batch:
 column 0 predicts 0 1, then 2 3, then 4, while column 1 predicts 5 6, then 7 8, then 9.
-Shapes: B columns, L longest row, T tokens of the stream, R rows of a corpus.
+Shapes: B columns, T tokens of the stream.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class Span(NamedTuple):
 def _columns(count: int, columns: int) -> tuple[Ints, Ints]:
     """Cut `count` tokens or rows into columns: where each begins and how many it has, both (B,).
 
-    The first columns have one more than the others where `count` is no multiple of B.
+    The first columns have one more than the others if `count` is no multiple of B.
     """
     steps, longer = divmod(count, columns)
     column = np.arange(columns)
@@ -62,7 +62,7 @@ class Stream:
         return len(self.column_lengths)
 
     def take(self, span: Span, columns: Ints) -> Span:
-        """Return the same steps of some neighbouring columns, by their numbers."""
+        """Return the same steps of some neighbouring columns, whose numbers are `columns` (B,)."""
         return span._replace(columns=slice(int(columns[0]), int(columns[-1]) + 1))
 
     def batch(self, span: Span, pad_id: int) -> Batch:
@@ -78,7 +78,7 @@ class Stream:
         return batch
 
     def lengths(self, span: Span) -> Ints:
-        """Return the tokens of each column's row in a span, (B,), the token before the span counted."""
+        """Return the tokens of each column's row in a span, (B,), including the token before the span."""
         return np.minimum(self.column_lengths[span.columns], span.end) - span.first + 1
 
     def spans(self, cuts: Ints) -> Parts:
@@ -120,5 +120,5 @@ class LinesSampler:
         self.starts, self.counts = _columns(len(rows), columns)
 
     def epoch(self, epoch: int) -> Parts:
-        """Return the row indices of every batch, (B,) each, fewer where columns have ended; the same in each epoch."""
+        """Return the row indices of every batch, (B,) each, fewer if columns have ended; the same in each epoch."""
         return Parts(int(self.counts[0]), lambda step: self.starts[self.counts > step] + step)

@@ -1,8 +1,8 @@
 """Reads the rows of a corpus that is larger than memory, a window at a time.
 
 The corpus is cut into blocks of consecutive sequences, some 256 KiB of ids each, which a disk reads in about the time
-of a single row. A window is some hundred blocks from all over the corpus. Of the whole corpus, only the borders of the
-blocks are in memory. Shapes: B rows of a batch, R rows of some blocks, T tokens of the corpus.
+of a single row. A window is some hundred blocks from all over the corpus. Only the borders of the
+blocks are in memory for the whole corpus. Shapes: R rows of some blocks or of a batch.
 """
 
 from collections.abc import Iterator
@@ -88,7 +88,7 @@ class WindowedRows:
         return int(self._rows_before[-1])
 
     def batch(self, part: Stretches, pad_id: int) -> Batch:
-        """Return these rows, B of them, as a batch."""
+        """Return these rows as a batch."""
         return gather_batch(self.flat, part.starts, part.lengths, pad_id)
 
     def lengths(self, part: Stretches) -> Ints:
@@ -96,15 +96,15 @@ class WindowedRows:
         return part.lengths
 
     def take(self, part: Stretches, chosen: Ints) -> Stretches:
-        """Return some of these rows, by their indices in `part`."""
+        """Return some of these rows, by their indices (chosen,) in `part`."""
         return Stretches(part.starts[chosen], part.lengths[chosen])
 
     def windows(self, blocks: Ints) -> list[Ints]:
-        """Cut block numbers, in any order, into windows."""
+        """Cut block numbers, (blocks,) in any order, into windows of at most `WINDOW_BLOCKS`."""
         return np.array_split(blocks, -(-len(blocks) // WINDOW_BLOCKS))
 
     def rows_of(self, blocks: Ints) -> int:
-        """Return how many rows these blocks have."""
+        """Return how many rows these blocks, (blocks,), have in all."""
         return int((self._rows_before[blocks + 1] - self._rows_before[blocks]).sum())
 
     def stretches(self, blocks: Ints) -> Stretches:
@@ -117,7 +117,7 @@ class WindowedRows:
         return np.concatenate([narrow(lengths) for _, lengths in self._cut(blocks)])
 
     def prefetch(self, blocks: Ints) -> None:
-        """Have the system read these blocks ahead."""
+        """Ask the system to read these blocks ahead."""
         prefetch_pages(self.flat, zip(self._starts[blocks].tolist(), self._starts[blocks + 1].tolist(), strict=True))
 
     def release(self) -> None:

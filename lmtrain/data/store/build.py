@@ -1,8 +1,8 @@
 """A token store under construction. One process builds it; if that process is killed, the next one continues.
 
-`.building-KEY` holds the arrays so far and, from the first save on, `progress.json`: how many bytes of each array are
-safe on the disk, their checksums, the sums so far, and the place in the text where reading continues. Bytes of an
-array after those are cut off. The builder holds the lock `.building-KEY.lock`.
+`.building-KEY` holds the arrays so far and, from the first save on, `progress.json`. That file says how many bytes of
+each array are safe on the disk, with their checksums, the sums so far, and the place in the text where reading
+continues. Bytes of an array after the safe ones are cut off. The builder holds the lock `.building-KEY.lock`.
 """
 
 import os
@@ -47,7 +47,7 @@ class Build:
         stack: closes the files.
 
     Raises:
-        OSError: here or later, where the arrays can't be written.
+        OSError: here or later, if the arrays can't be written.
     """
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
@@ -70,7 +70,7 @@ class Build:
         return self.directory / f"{name}.bin"
 
     def _load_progress(self) -> bool:
-        """Take over what an earlier build has saved; False where it has saved nothing, or its arrays are damaged."""
+        """Take over what an earlier build has saved; False if it has saved nothing, or its arrays are damaged."""
         with suppress(ArtefactError, OSError, ValueError, KeyError, TypeError):
             saved = read_sealed(self.directory / PROGRESS)
             found = {name: _checksum(self._path(name), saved["sizes"][name]) for name in ARRAYS}
@@ -84,7 +84,7 @@ class Build:
     def _append(self, name: str, data: bytes) -> None:
         self._files[name].write(data)
         self.sizes[name] += len(data)
-        self.checksums[name] = zlib.crc32(data, self.checksums[name])  # of the bytes to be written, not read back
+        self.checksums[name] = zlib.crc32(data, self.checksums[name])  # computed from `data`, not read back
 
     def add(self, raw: RawBlock, result: BlockResult) -> None:
         """Append the next block, which has been encoded."""
@@ -119,7 +119,7 @@ class Build:
 
 
 def _checksum(path: Path, size: int) -> int:
-    """CRC-32 of the first bytes of a file; raises ValueError where it has fewer."""
+    """CRC-32 of the first bytes of a file; raises ValueError if it has fewer."""
     checksum = 0
     with open(path, "rb") as handle:
         for start in range(0, size, 1 << 20):
@@ -133,7 +133,7 @@ def _checksum(path: Path, size: int) -> int:
 def locked(cache: Path, key: str, notify: Notify) -> Iterator[Path]:
     """Hold the lock on building `key`; a second process says that it waits, and waits.
 
-    Yields the directory to build in, which need not exist. What is left of it afterwards is kept only where another
+    Yields the directory to build in, which need not exist. What is left of it afterwards is kept only if another
     build can continue from it.
 
     Raises:
@@ -141,7 +141,7 @@ def locked(cache: Path, key: str, notify: Notify) -> Iterator[Path]:
     """
     lock = cache / f".building-{key}.lock"
     directory = lock.with_suffix("")
-    with hold_lock(lock, lambda holder: notify(f"waiting for another process that prepares the same ({lock})")):
+    with hold_lock(lock, lambda holder: notify(f"waiting for another process that prepares the same data ({lock})")):
         try:
             yield directory
         except DataError:  # the text has a fault, so no store can be made of it
@@ -154,7 +154,7 @@ def locked(cache: Path, key: str, notify: Notify) -> Iterator[Path]:
 
 
 def remove_abandoned(cache: Path, but: str) -> None:
-    """Remove what killed builders of other keys have left and nobody can or will continue."""
+    """Remove unfinished builds of other keys that no process holds and that are damaged or older than `KEPT_S`."""
     for lock in cache.glob(".building-*.lock"):
         if lock.name == f".building-{but}.lock":
             continue

@@ -18,7 +18,7 @@ HASHED_TOKENS = 1 << 15  # hashed at once: they fit into a processor's cache
 
 
 class BlockResult(NamedTuple):
-    """The part of a store that a block becomes; the arrays as the bytes that are written."""
+    """A block's part of a store; its arrays are given as the bytes to be written."""
 
     figures: dict[str, int]  # what `StoreCounts` adds up over all blocks
     tokens: bytes = b""  # (T,) of the store's type
@@ -27,7 +27,7 @@ class BlockResult(NamedTuple):
 
 
 def token_type(vocab_size: int) -> str:
-    """The narrowest type that holds the ids of a store."""
+    """Return the narrowest type that holds the ids of a store."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 

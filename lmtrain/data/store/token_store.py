@@ -1,10 +1,10 @@
 """The token store: a corpus as flat ids on disk, read through memory maps.
 
-A store is a directory. `tokens.bin` (T,), uint16 or uint32, little-endian, has every sequence from its `<bos>` to its
-`<eos>`, or every line of a stream up to its `<eos>`; `offsets.bin` (S + 1,), uint64, where each sequence begins and
-the last one ends; `hashes.bin` (S,), uint64, a hash of each; `store.json` the counts. A store is written in one pass
-and bounded memory, by several processes where the text is long, and renamed into place when it is whole. Its name is
-made from the content of the files and the tokenizer, so a changed file gets a new store.
+A store is a directory. `tokens.bin` (T,), uint16 or uint32, little-endian, holds every sequence from its `<bos>` to
+its `<eos>`, or every line of a stream up to its `<eos>`. `offsets.bin` (S + 1,), uint64, says where each sequence
+begins and the last one ends. `hashes.bin` (S,), uint64, holds a hash of each. `store.json` holds the counts. A store is
+written in one pass and bounded memory, by several processes if the text is long, and renamed into place when it is
+whole. Its name is made from the content of the files and the tokenizer, so a changed file gets a new store.
 
 Shapes: T tokens and S sequences of the store.
 """
@@ -45,7 +45,7 @@ class StoreCounts:
     tokens: int = 0  # `<bos>` and `<eos>` are counted; a stream has no `<bos>`
     unknown_tokens: int = 0
     characters: int = 0  # each `<eos>` counts as one
-    bytes: int = 0  # of UTF-8; each `<eos>` counts as one
+    bytes: int = 0  # bytes of UTF-8; each `<eos>` counts as one
     blank: int = 0  # lines without a text
     longest: int = 0  # tokens of the longest sequence; `<bos>` and `<eos>` are not counted
     stream: bool = False
@@ -58,7 +58,7 @@ class StoreCounts:
         return self.tokens if self.stream else self.tokens - self.sequences
 
     def summary(self, show: Callable[[int], str] = "{:,}".format) -> str:
-        """A line for people, in which `show` writes the counts."""
+        """Describe the store in a line for people; `show` writes the counts."""
         line = f"{show(self.sequences)} {'lines' if self.stream else 'sequences'}"
         line += f", {show(self.events)} tokens with end tokens"
         line += f", longest {self.longest:,}, {self.unknown_tokens / self.events:.2%} unknown"
@@ -99,17 +99,17 @@ class TokenStore:
         return int(self.tokens.nbytes + self.offsets.nbytes + self.hashes.nbytes)
 
     def longer_than(self, max_length: int) -> int:
-        """The number of sequences with more tokens than that; `<bos>` and `<eos>` are not counted."""
+        """Return the number of sequences of more than `max_length` tokens, `<bos>` and `<eos>` not counted."""
         if self.counts.longest <= max_length:
             return 0
         parts = (self.offsets[k : k + COMPARED + 1] for k in range(0, self.counts.sequences, COMPARED))
         return sum(int((np.diff(part) > max_length + 2).sum()) for part in parts)
 
     def overlap(self, other: TokenStore) -> int:
-        """The number of this store's sequences that also stand, token for token, in the other, which may be large."""
+        """Return how many of this store's sequences the other store, which may be large, holds token for token."""
         own_hashes, counts = np.unique(self.hashes, return_counts=True)
         shift, shared = np.uint64(40), np.zeros(len(own_hashes), bool)
-        begins = np.zeros(1 << 24, bool)  # the first 24 bits of own hashes: few of the others have them, too
+        begins = np.zeros(1 << 24, bool)  # by the first 24 bits of own hashes, with which few other hashes begin
         begins[own_hashes >> shift] = True
         for first in range(0, len(other.hashes), COMPARED):
             hashes = other.hashes[first : first + COMPARED]
@@ -126,7 +126,7 @@ def open_store(
     watch: Watch = unwatched,
     digests: Digests | None = None,
 ) -> TokenStore:
-    """Return the store of a source under `cache_dir`, and build it first where it does not exist yet.
+    """Return the store of a source under `cache_dir`, and build it first if it does not exist yet.
 
     Raises:
         DataError: the text has a fault, which is named with its place, or there is no text at all.
@@ -161,7 +161,7 @@ def open_store(
             time.sleep(max(0.0, min(2 * AT_REST_NS, rest_ns) / 1e9 + 0.1))
         store = TokenStore(home, digests)
     except UNREADABLE:
-        raise StorageError(f"{home}: holds other bytes than were written; is there room, is the disk sound?") from None
+        raise StorageError(f"{home}: not the bytes that were written; check the disk and its free space") from None
     store.is_new, store.was_continued = True, was_continued
     return store
 
@@ -169,7 +169,7 @@ def open_store(
 def _write(source: Source, tokenizer: Tokenizer, directory: Path, notify: Notify, watch: Watch) -> bool:
     """Build a store, or continue an unfinished build of it, and return whether there was one.
 
-    Raises DataError for a fault of the text, and OSError where the store can't be written.
+    Raises DataError for a fault of the text, and OSError if the store can't be written.
     """
     what = f"reading {source.name}"
     notify(what)

@@ -1,4 +1,4 @@
-"""Takes excerpts from files that are too large to be read as a whole by `lmtrain check`: pieces from all over them."""
+"""Takes excerpts for `lmtrain check` from files that are too large to be read whole: pieces from all over them."""
 
 import json
 import os
@@ -22,7 +22,7 @@ BEGUN_FILES = 16  # about this number of files are read, if files can be read fr
 
 
 class Excerpt(NamedTuple):
-    """What was taken from a corpus: the whole of it, if it is small."""
+    """An excerpt of a corpus; a small corpus is taken as a whole."""
 
     files: list[str]
     places: dict[str, str]  # for each file of the excerpt, where in the corpus it was taken from, for messages
@@ -39,7 +39,7 @@ class Excerpts(NamedTuple):
     """A configuration that reads excerpts in place of its corpora, with a cache of its own."""
 
     config: Config
-    of: dict[str, Excerpt]  # by train, valid, test
+    of: dict[str, Excerpt]  # the excerpts by train, valid, test
 
     def named(self, fault: str) -> str:
         """Return a fault with the name of the user's own file in place of an excerpt's."""
@@ -98,7 +98,7 @@ def _take(formats: dict[str, Format], folder: Path) -> Excerpt:
 
 
 def _take_pieces(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
-    """Take pieces of whole lines, evenly spaced over the files; raises DataError where a line is too long."""
+    """Take pieces of whole lines, evenly spaced over the files; raises DataError if a line is too long."""
     whole = sum(sizes.values())
     count = max(1, budget // PIECE_BYTES)
     begins = [whole * number // count for number in range(count)]

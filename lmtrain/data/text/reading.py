@@ -87,7 +87,7 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def read_chunks(handle: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
-    """Read what is left of a stream, `BLOCK_BYTES` at a time."""
+    """Read what is left of an open file, `BLOCK_BYTES` at a time."""
     return iter(lambda: handle.read(BLOCK_BYTES), b"")
 
 

@@ -1,4 +1,4 @@
-"""Which texts a token store holds: files, their format, and which of their texts."""
+"""The texts that a token store holds: the files, their format, and the part of their texts that is read."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Source:
         return format_of(raw.path, self.format, self.field).unsplit_texts(raw)
 
     def kept(self, block: Block) -> Block:
-        """Return the block with the texts of the other part as empty texts."""
+        """Return the block with an empty text in place of each text of the other part."""
         if self.part == "all":
             return block
         return block._replace(texts=[text if self._is_in_part(text) else "" for text in block.texts])
@@ -90,7 +90,7 @@ class Source:
         return held_out == (self.part == "valid")
 
     def blocks(self) -> Iterator[Block]:
-        """Read the texts a block at a time, those of the other part as empty texts; raises DataError with the place."""
+        """Read the texts a block at a time, as `kept` returns them; raises DataError with the place."""
         return (self.kept(self.parse(raw)) for raw in self.raws())
 
     def texts(self) -> Iterator[str]:
@@ -99,7 +99,7 @@ class Source:
             yield from filter(str.strip, block.texts)
 
     def key(self, digests: Digests, *more: str) -> str:
-        """Return a name for what is made of the texts: it changes with their content, the settings and `more`."""
+        """Return a name for what is made from the texts: it changes with their content, the settings and `more`."""
         formats = [resolve_format(path, self.format) for path in self.files]
         facts = [STORE_FORMAT, formats, self.field, self.part, self.valid_fraction, self.stream, *more]
         hashes = digests.sha256_of(self.files)

@@ -1,4 +1,4 @@
-"""What every tokenizer does: text to ids and back.
+"""The base class of tokenizers, which turn text into ids and back.
 
 Special tokens are `<pad>` 0, `<bos>` 1, `<eos>` 2, `<unk>` 3; a vocabulary's own tokens follow from 4 on. Kind `ids`
 leaves the user's ids as they are and appends `<bos>` and `<eos>`. Text that looks like a special token is ordinary
@@ -37,21 +37,21 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. `<pad>`, `<bos>` and `<eos>` give no text, `<unk>` gives `<unk>`."""
+        """Return the text of ids. `<pad>`, `<bos>` and `<eos>` give no text, `<unk>` gives `<unk>`."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """What a run's tokenizer.json holds beside the kind and the format."""
+        """Return the content of a run's tokenizer.json beside the kind and the format."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text, without `<bos>` and `<eos>`."""
+        """Return the ids of one text, without `<bos>` and `<eos>`."""
         return [int(i) for i in self.encode_texts([text])[0]]
 
     def dumps(self) -> str:
-        """The whole tokenizer as JSON, which `parse_tokenizer` reads."""
+        """Return the whole tokenizer as JSON, which `parse_tokenizer` reads."""
         content = {"format": TOKENIZER_FORMAT, "kind": self.kind, **self.state()}
         return json.dumps(content, ensure_ascii=False, sort_keys=True) + "\n"
 
     def fingerprint(self) -> str:
-        """SHA-256 of the content. Tokenizers that encode alike have the same."""
+        """SHA-256 of the content. Tokenizers with equal content have equal fingerprints."""
         return hashlib.sha256(self.dumps().encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Counts how often each token of a text occurs, exactly and in bounded memory.
 
-A count that grows too large is handed out as runs. A run has a line for each token, its UTF-8 and its count with a
+A count that grows too large is written out as runs. A run has a line for each token, its UTF-8 and its count with a
 space between them, sorted by bytes, which is the order of code points. Runs are merged a part at a time.
 """
 
@@ -16,12 +16,12 @@ from lmtrain.data.text.reading import RawBlock
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.word_index import Keys, WordIndex, cut_words
 
-LEARNT_WORDS = 1 << 18  # after this many words the most frequent ones are known
+LEARNT_WORDS = 1 << 18  # after this many words it is decided which are frequent
 FREQUENT = 1 << 16
 HELD_SHORT = 1 << 20  # words of 8 bytes at most: 16 bytes of memory each
 HELD_LONG = 1 << 18  # longer words: some 200 bytes of memory each
 WRITTEN = 1 << 16  # short words that are written as lines at once
-MERGED_BYTES = 4 << 20  # of all runs together, in memory at once
+MERGED_BYTES = 4 << 20  # bytes of all runs together that are in memory at once
 
 
 class CharacterCounts:
@@ -91,7 +91,7 @@ class WordCounts:
         self._frequent_counts = np.zeros(1 + len(self._frequent), np.int64)
 
     def _runs(self) -> list[bytes]:
-        """Hand out all counts but those of frequent words."""
+        """Return all counts except those of frequent words as runs, and count anew."""
         self._count_new()
         slices = [slice(start, start + WRITTEN) for start in range(0, len(self._keys), WRITTEN)]
         short = b"".join(_lines(_short_words(self._keys[part], self._counts[part])) for part in slices)
@@ -162,7 +162,7 @@ def _read_part(run: IO[bytes], size: int) -> tuple[list[bytes], list[int]]:
 
 
 def most_frequent(parts: Iterable[Mapping[AnyStr, int]], size: int, least: int, left_out: AnyStr) -> list[AnyStr]:
-    """The `size` most frequent tokens, best first, equal counts in the order of their code points.
+    """Return the `size` most frequent tokens, best first, equal counts in the order of their code points.
 
     `parts` are counts that together have each token once. A token must occur `least` times and not be `left_out`.
     """

@@ -34,7 +34,7 @@ def frame_texts(
 ) -> tuple[NDArray[Any], Ints]:
     """Put a start token before each text, unless it is None, and an end token after it.
 
-    From flat ids (T,) and lengths (S,) to the framed ids, (T + S,) or (T + 2 S,), and where each text ends (S,).
+    `flat` are ids (T,), with `lengths` (S,). Returns the framed ids, (T + S,) or (T + 2 S,), and each text's end (S,).
     """
     added = 1 if start is None else 2
     ends = (lengths + added).cumsum()

@@ -48,7 +48,7 @@ def learn_tokenizer(
         sample, step = _sample(source, SAMPLE_BYTES[kind], lambda done: watch(what, done, size_bytes))
         if step > 1:
             taken = sum(len(raw.data) for raw in sample)
-            notify(f"note: of that, {taken / 2**20:,.0f} MiB are learnt from: evenly spaced parts, one in {step}")
+            notify(f"note: learning from {taken / 2**20:,.0f} MiB of it: evenly spaced parts, one in {step}")
         texts = (text for raw in sample for text in source.kept(source.parse(raw)).texts if text.strip())
         return train_tokenizer(kind, texts, vocab_size=vocab_size)
     runs: list[IO[bytes]] = []
@@ -76,7 +76,7 @@ def learn_tokenizer(
 
 
 def _sample(source: Source, most_bytes: int, watch: Callable[[int], None]) -> tuple[list[RawBlock], int]:
-    """Every n-th block of a source, and n: the smallest power of two with which they have at most `most_bytes`."""
+    """Return every n-th block, and n: the smallest power of two for which these blocks have at most `most_bytes`."""
     kept: list[RawBlock] = []
     held, step = 0, 1
     for number, raw in enumerate(source.raws()):

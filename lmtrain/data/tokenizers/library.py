@@ -1,4 +1,4 @@
-"""The `tokenizers` library: its errors as ours, and its trainers."""
+"""Calls the trainers of the `tokenizers` library, and turns the library's errors into ours."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -15,8 +15,8 @@ _REDIRECTING = Lock()  # all threads of the process have the same standard error
 def as_artefact_errors(what: str) -> Iterator[None]:
     """Raise an ArtefactError for anything that the tokenizers library raises.
 
-    Its panics are no `Exception`, and it writes them to standard error itself. That is switched off meanwhile, since a
-    user should see our one line alone, which begins with `what`.
+    The library's panics are no `Exception`, and it writes them to standard error itself. Standard error is discarded
+    meanwhile, so that the user sees only our one line, which begins with `what`.
     """
     with _REDIRECTING, open(os.devnull, "w") as nowhere:
         try:
@@ -53,5 +53,5 @@ def train_library(kind: str, texts: Iterable[str], size: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut after 200 characters."""
+    """Return the first line of an error's message, cut after 200 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

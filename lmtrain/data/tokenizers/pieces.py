@@ -6,7 +6,7 @@ The library's byte-level tokenizers cut text by GPT-2's pattern before they look
 
 None of its alternatives matches across a space that follows a character that is no space, and none looks back. So a
 text whose white space is single spaces may be cut before each space, and its pieces have the same ids as the whole
-(tests/data/test_fast_tokenizers.py compares the two). Any other text is encoded whole.
+(tests/data/test_fast_tokenizers.py compares the two). Any other text is encoded whole. Shapes: S texts, T ids of all.
 """
 
 import re
@@ -18,7 +18,7 @@ import numpy as np
 
 from lmtrain.data.arrays import Ints
 
-MOST_PIECES = 1 << 18  # pieces to remember; beyond, the later half is forgotten: frequent pieces come early
+MOST_PIECES = 1 << 18  # pieces to remember; beyond, the later half is forgotten, since frequent pieces come early
 TOGETHER = 64  # new pieces that the library encodes as one text
 _OTHER_WHITE = re.compile("[\t\n\x0b\x0c\r\x1c-\x1f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 _WORD = re.compile(r" \S+")
@@ -26,7 +26,7 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True
 
 
 def cuts_at_spaces(content: dict[str, Any]) -> bool:
-    """Whether the library's tokenizer with this JSON gives pieces the same ids as it gives them in the whole text."""
+    """Tell whether the library's tokenizer with this JSON gives a piece the same ids as in the whole text."""
     pre_tokenizer = {key: value for key, value in (content.get("pre_tokenizer") or {}).items() if key in _BYTE_LEVEL}
     others = ("normalizer", "post_processor", "truncation", "padding", "added_tokens")
     is_random = content["model"].get("dropout")
@@ -53,7 +53,7 @@ class Pieces:
         self._ends = np.zeros(1, np.int64)  # piece n has the ids from _ends[n] to _ends[n + 1]
 
     def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
-        """Encode texts: flat ids (T,), and the number of ids of each text, as `Tokenizer.encode_texts` does."""
+        """Encode texts: flat ids (T,), and the number of ids of each (S,), as `Tokenizer.encode_texts` does."""
         if _has_single_spaces("".join(texts)):
             pieces = "\n".join(texts).replace(" ", "\n ").split("\n")
             counts = np.fromiter(map(str.count, texts, repeat(" ")), np.int64, len(texts)) + 1
@@ -95,7 +95,7 @@ class Pieces:
     def _encode_together(self, words: list[str]) -> tuple[Ints, Ints] | None:
         """Encode many pieces as one text, in a third of the time: flat ids, and where those of each piece end.
 
-        Returns None where an id spans two pieces.
+        Returns None if an id spans two pieces.
         """
         lines = ["".join(words[start : start + TOGETHER]) for start in range(0, len(words), TOGETHER)]
         ids = np.array(list(chain.from_iterable(self._encode(lines))), np.int64)

@@ -18,7 +18,7 @@ class _Vocabulary(Tokenizer):
     def __init__(self, tokens: Sequence[str]) -> None:
         self.tokens = list(tokens)
         self.vocab_size = FIRST + len(self.tokens)
-        "".join(self.tokens).encode()  # raises where a token is half a surrogate pair
+        "".join(self.tokens).encode()  # raises if a token is half a surrogate pair
         self.ids = {token: FIRST + position for position, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             raise ArtefactError("the vocabulary names a token twice")

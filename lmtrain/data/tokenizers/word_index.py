@@ -22,7 +22,7 @@ _WHITE = np.zeros(256, bool)
 _WHITE[[9, 10, 11, 12, 13, 28, 29, 30, 31, 32]] = True
 _OTHER_WHITE = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 _OTHER_WHITE_STARTS = (b"\xc2\x85", b"\xc2\xa0", b"\xe1\x9a\x80", b"\xe2\x80", b"\xe2\x81\x9f", b"\xe3\x80\x80")
-_MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # of the first 0 to 8 bytes of a register
+_MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)  # keep the first 0 to 8 bytes of a register
 _FACTORS = tuple(map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)))  # odd, with mixed bits
 _SHIFT = np.uint64(29)
 
@@ -35,18 +35,18 @@ class Words(NamedTuple):
     sizes: Ints  # (W,) bytes
 
     def bytes_of(self, chosen: Ints) -> list[bytes]:
-        """The words at these positions."""
+        """Return the words at these positions (chosen,)."""
         data, starts = self.flat.tobytes(), self.starts[chosen]
         ends = starts + self.sizes[chosen]
         return [data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
     def registers(self, chosen: Ints) -> Keys:
-        """The words at these positions, each of 8 bytes at most, as numbers that sort as the bytes do."""
+        """Return the words at these positions, of 8 bytes at most, as numbers (chosen,) that sort as the bytes do."""
         registers: Keys = np.ndarray((len(self.flat) - 7,), "<u8", self.flat, 0, (1,))
         return (registers[self.starts[chosen]] & _MASKS[self.sizes[chosen]]).byteswap()
 
     def lengths(self) -> Ints:
-        """The number of words of each line, (lines,)."""
+        """Return the number of words of each line, (lines,)."""
         before = np.searchsorted(self.starts, np.flatnonzero(self.flat[: -len(PADDING) - 1] == 10))
         return np.diff(before, prepend=0, append=len(self.starts))
 
@@ -96,14 +96,14 @@ class WordIndex:
         long = np.flatnonzero(sizes > 8)
         for number in (1, 2) if len(long) else ():
             size = np.clip(sizes[long] - 8 * number, 0, 8)
-            first = np.minimum(starts[long] + 8 * number, len(registers) - 1)  # any byte where the size is 0
+            first = np.minimum(starts[long] + 8 * number, len(registers) - 1)  # any byte if the size is 0
             keys[number][long] = registers[first] & _MASKS[size]
             mixed[long] ^= keys[number][long] * _FACTORS[number]
         mixed = (mixed ^ (mixed >> _SHIFT)) * _FACTORS[1]
         return keys, (mixed >> self._bits).view(np.int64)
 
     def look_up(self, words: Words) -> NDArray[np.int32]:
-        """The position of each word plus 1, or 0 for a word that is not in the list; (W,)."""
+        """Return the position of each word plus 1, or 0 for a word that is not in the list; (W,)."""
         keys, slots = self._keys(words.flat, words.starts, words.sizes)
         positions = self._table[slots]
         same = (self._registers[0][positions] == keys[0]) & (self._sizes[positions] == words.sizes)

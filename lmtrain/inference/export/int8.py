@@ -36,7 +36,7 @@ class OnnxSteps:
 
 
 def quantised(content: bytes, scratch: Path) -> bytes:
-    """Return the ONNX model with weights in 8 bits and integer products; activations are scaled when computed."""
+    """Return the ONNX model with weights in 8 bits and integer products; activations are quantised in each step."""
     import logging
 
     from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -59,7 +59,7 @@ def onnx_model(model: LanguageModel, tokenizer: Tokenizer, tied: bool = True) ->
     step under its name with `_out` appended. A text begins with `<bos>` (a stream with `<eos>`) and states of zeros.
 
     Args:
-        tied: share one constant between the embedding and the output layer where they share their weight.
+        tied: share one constant between the embedding and the output layer if they share their weight.
 
     Raises:
         ConfigError: onnx is not installed, or the model has an adaptive output layer or counted n-grams.
@@ -120,7 +120,7 @@ def onnx_model(model: LanguageModel, tokenizer: Tokenizer, tied: bool = True) ->
 
 
 def _add_ngrams(graph: _Graph, ngrams: NgramEmbedding) -> str:
-    """Add `NgramEmbedding` for one token of each row: the name of the n-grams' summed vectors, (B, P)."""
+    """Add `NgramEmbedding` for one token of each row; return the name of the n-grams' summed vectors (B, P)."""
     one = graph.constant("axis_1", np.array([1], np.int64))
     newest = graph.add("Unsqueeze", graph.add("Add", "token", graph.integer(1)), one)
     context = graph.add("Concat", "history", newest, axis=1)  # (B, K + 1)

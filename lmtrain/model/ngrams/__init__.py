@@ -1,1 +1,1 @@
-"""What a model knows of the last few tokens beside its recurrence: vectors of n-grams, and counted ones."""
+"""N-grams, with which a model sees the last few tokens directly: embedded n-grams and counted n-grams."""

@@ -3,7 +3,7 @@
 Shapes: C contexts of one order, J pairs (a context and a token that follows it) of one order, K tokens of n-gram
 history, N events, O orders, P output size, T tokens of a text, V vocabulary.
 
-Counting learns from one look what a network learns of a small text in minutes. For each order n, the estimate is
+Counting learns in one pass over a small text what a network learns in minutes. For each order n, the estimate is
 
     p_n(token | context) = max(count - d, 0) / total + (d * types / total) * p_(n-1)(token | shorter context)
 
@@ -24,9 +24,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-LARGEST_TOKENS = 1 << 24  # longest text; counting takes some 200 bytes a token, half of them until it is done
+LARGEST_TOKENS = 1 << 24  # tokens of the longest text; counting takes some 200 bytes each, and frees half in the end
 PARTS = ("contexts", "pairs", "counts")  # the tensors of one order, which `count_ngrams` returns
-GATE_SIZE = 64  # of its hidden layer
+GATE_SIZE = 64  # size of the gate's hidden layer
 LEAST_DISCOUNT, MOST_DISCOUNT = 0.05, 0.95
 FACTOR, SHIFT = -7046029254386353131, 29  # 2**64 / golden ratio; int64 products wrap around
 
@@ -34,8 +34,8 @@ FACTOR, SHIFT = -7046029254386353131, 29  # 2**64 / golden ratio; int64 products
 class Mixture(NamedTuple):
     """Logarithms of a mixture's parts for N events."""
 
-    log_weights: Tensor  # (N, O) of the network, then of each order from 2 up
-    log_estimates: Tensor  # (N, O - 1) of the target's probability by each order from 2 up
+    log_weights: Tensor  # (N, O) weights of the network, then of each order from 2 up
+    log_estimates: Tensor  # (N, O - 1) the target's probability by each order from 2 up
 
 
 class _Order(nn.Module):
@@ -72,18 +72,18 @@ class _Order(nn.Module):
         self.discount = min(MOST_DISCOUNT, max(LEAST_DISCOUNT, discount))
 
     def find_contexts(self, keys: Tensor) -> tuple[Tensor, Tensor, _Statistics]:
-        """The index of each context (N,), arbitrary for an unseen one; whether it was seen (N,); what followed it."""
+        """Return each context's index (N,), arbitrary if it was not seen; whether it was seen (N,); its statistics."""
         context, seen = _find(self.contexts, keys)
         counted = (torch.where(seen, part[context], 0) for part in (self.totals, self.types, self.singles))
         return context, seen, _Statistics(*counted)
 
     def target_counts(self, context: Tensor, seen: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        """How often targets (N,) followed these contexts, (N,)."""
+        """Return how often targets (N,) followed the contexts that `find_contexts` found, (N,)."""
         pair, counted = _find(self.pairs, context * vocab_size + targets)
         return torch.where(seen & counted, self.counts[pair].long(), 0)
 
     def followers(self, context: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs of seen contexts (N,): for each pair the context's row in 0 .. N - 1, the token and its count."""
+        """Return the pairs of seen contexts (N,): each one's row in 0 .. N - 1, its token, its count, (pairs,) each."""
         first = torch.searchsorted(self.pairs, context * vocab_size)
         sizes = torch.searchsorted(self.pairs, (context + 1) * vocab_size) - first
         row = torch.repeat_interleave(torch.arange(len(context), device=context.device), sizes)
@@ -92,7 +92,7 @@ class _Order(nn.Module):
 
 
 class _Statistics(NamedTuple):
-    """What an order counted after N contexts, (N,) int64 each, with the meanings that `_Order` gives."""
+    """The statistics of N contexts in one order, (N,) int64 each; `_Order` explains the fields."""
 
     total: Tensor
     types: Tensor
@@ -136,7 +136,7 @@ class CountedNgrams(nn.Module):
         return cast(list[_Order], list(self.orders))
 
     def mix(self, states: Tensor, history: Tensor, targets: Tensor, exclude_event: bool = False) -> Mixture:
-        """The estimates for each target, and the weights of the mixture.
+        """Return the estimates for each target, and the weights of the mixture.
 
         Args:
             states: (N, P), outside the graph: the gate learns from them, but they do not learn from the gate.
@@ -160,7 +160,7 @@ class CountedNgrams(nn.Module):
         return Mixture(self._gate(states, features), torch.stack(estimates, 1).log())
 
     def log_probabilities(self, states: Tensor, history: Tensor, network: Tensor) -> Tensor:
-        """The mixture's log-probabilities (N, V) of every token.
+        """Return the mixture's log-probabilities (N, V) of every token.
 
         Args:
             states, history: as in `mix`.
@@ -189,13 +189,13 @@ class CountedNgrams(nn.Module):
 
 
 def _backoff(order: _Order, statistics: _Statistics) -> Tensor:
-    """The weight (N,) of the shorter context's estimate: what the discount took away, or 1 for an unseen context."""
+    """The weight (N,) of the shorter context's estimate: the discounted part, or 1 for an unseen context."""
     weight = order.discount * statistics.types / statistics.total.clamp(min=1)
     return torch.where(statistics.total > 0, weight, 1.0)
 
 
 def _features(statistics: _Statistics, backoff: Tensor) -> list[Tensor]:
-    """What the gate reads of one order, (N,) each; none of it depends on the target."""
+    """The inputs of the gate from one order, (N,) each; they do not depend on the target."""
     total, types, singles = (part.float().log1p() for part in statistics)
     return [total, backoff, types, singles]
 
@@ -207,7 +207,7 @@ def _find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def context_keys(history: Tensor) -> Iterator[Tensor]:
-    """A key (N,) int64 for the last 0, 1 .. K tokens of each history (N, K).
+    """Yield keys (N,) int64 of the last 0 tokens of each history (N, K), of its last token, .. of its last K tokens.
 
     Keys have 64 bits: the chance that two of ten million contexts share one is some 3 in a million, and even then their
     probabilities would sum to one.
@@ -233,7 +233,7 @@ def count_ngrams(tokens: Tensor, position: Tensor, order: int, vocab_size: int) 
     """
     events = position > 0
     targets = tokens[events]
-    history = torch.stack(  # from the farthest token to the last
+    history = torch.stack(  # columns: from the farthest token to the last
         [torch.where(position >= back, tokens.roll(back) + 1, 0)[events] for back in range(order - 1, 0, -1)], 1
     )
     counted: dict[str, Tensor] = {}

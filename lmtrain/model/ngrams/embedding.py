@@ -2,11 +2,11 @@
 
 Shapes: B rows, L longest row, K tokens of n-gram history, N events, O orders, P output size.
 
-A recurrent layer takes long to learn what an n-gram model knows after one look: which token follows these three. A
+A recurrent layer learns slowly what an n-gram model learns in one pass: which token follows three given tokens. A
 vector for each n-gram, added to the projected state, leaves the rest to the recurrence. Mikolov et al. 2011 ("RNNME",
 https://doi.org/10.1109/ASRU.2011.6163930) connect hashed n-grams with every token of the vocabulary; here the output
-layer multiplies the vectors, so that a large vocabulary needs no more of them. N-grams that are hashed to one vector
-share it.
+layer multiplies the vectors, so that a large vocabulary needs no more vectors. N-grams that are hashed to one
+vector share it.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class NgramEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.zeros(len(self.orders) * buckets, size))
 
     def forward(self, context: Tensor, time: Tensor, row: Tensor) -> Tensor:
-        """The summed vectors (N, P) of the n-grams that end at the given steps of the given rows.
+        """Return the summed vectors (N, P) of the n-grams that end at the given steps of the given rows.
 
         Args:
             context: (K + L, B) from `context_of` with this K.

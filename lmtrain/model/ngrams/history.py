@@ -1,4 +1,4 @@
-"""The last few tokens read before each token: what n-grams are made of.
+"""The history of each token: the last few tokens read before it, from which n-grams are made.
 
 Shapes: B rows, L longest row, K tokens of n-gram history, N events, P output size.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class NgramInputs(NamedTuple):
-    """What the last tokens give to the output layer beside the recurrent states; None where the model lacks it."""
+    """Inputs of the output layer from n-grams, beside the recurrent states; None for what the model does not have."""
 
     vectors: Tensor | None = None  # (N, P) of embedded n-grams, added to the projected states
     history: Tensor | None = None  # (N, K) for counted n-grams
@@ -18,7 +18,7 @@ class NgramInputs(NamedTuple):
 
 
 def context_of(tokens: Tensor, size: int, history: Tensor | None = None) -> Tensor:
-    """Put the history before the tokens, (K + L, B): ids + 1, and 0 where nothing was read.
+    """Put the history before the tokens, (K + L, B): ids + 1, and 0 if nothing was read.
 
     Args:
         tokens: (L, B) ids, in the order in which they are read.
@@ -31,7 +31,7 @@ def context_of(tokens: Tensor, size: int, history: Tensor | None = None) -> Tens
 
 
 def history_at(context: Tensor, size: int, time: Tensor, row: Tensor) -> Tensor:
-    """The last `size` tokens up to the given steps of the given rows, that of the step included and last, (N, size).
+    """Return the `size` tokens (N, size) up to each given step of the given rows; the step's own token is the last.
 
     Args:
         context: (K + L, B) from `context_of`, K >= size - 1.

@@ -1,4 +1,4 @@
-"""What every file format has to say: how a file is cut into blocks of whole records, and which texts a block holds."""
+"""The base class of file formats: it says how a file is cut into blocks of whole records, and which texts they hold."""
 
 import codecs
 from abc import ABC, abstractmethod
@@ -56,7 +56,7 @@ class Format(ABC):
                 yield raw._replace(read_bytes=handle.tell())
 
     def cut(self, path: str, chunks: Iterable[bytes], offset: int = 0, line: int = 1) -> Iterator[RawBlock]:
-        """Cut chunks of bytes into blocks of whole records; raises DataError where a record has more than 16 MiB.
+        """Cut chunks of bytes into blocks of whole records; raises DataError if a record has more than 16 MiB.
 
         Args:
             path: name for messages.

@@ -24,6 +24,6 @@ class TextFormat(Format):
 
 
 def read_lines_of(handle: IO[bytes], name: str) -> Iterator[Block]:
-    """Read the lines of an open stream, such as standard input; raises DataError with this name and the line."""
+    """Read the lines of an open binary file, such as standard input; raises DataError with this name and the line."""
     lines = TextFormat(field="")
     return map(lines.parse, lines.cut(name, read_chunks(handle)))
