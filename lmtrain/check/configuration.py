@@ -23,7 +23,7 @@ from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.data.tokenizers.framing import encode_block
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
-from lmtrain.errors import ArtefactError, DataError, out_of_memory
+from lmtrain.errors import ArtefactError, DataError, DivergedError, out_of_memory
 from lmtrain.runs.weights import count_weights
 from lmtrain.system.device import choose_device
 from lmtrain.system.processes import core_count
@@ -131,6 +131,9 @@ def _training(
         return
     try:
         measured = measure_cost(config, tokenizer, batches)
+    except DivergedError:
+        yield "time: not measured: the loss of the first steps is not finite; try a lower optimizer.lr"
+        return
     except (RuntimeError, MemoryError) as error:
         if (memory := out_of_memory(error, "lower batching.batch_size or model.hidden_size")) is not None:
             raise memory from None

@@ -98,7 +98,11 @@ def save_vectors(path: str | Path, blocks: Iterable[Vectors]) -> int:
     """
     target = Path(path)
     check_new(target, "file")
-    handle = open(target, "xb")  # noqa: SIM115  # before the work begins, not after
+    try:
+        handle = open(target, "xb")  # noqa: SIM115  # before the work begins, not after
+    except FileExistsError:  # another process was quicker
+        check_new(target, "file")
+        raise
     try:
         with handle, tempfile.TemporaryDirectory(prefix="lmtrain-", dir=target.parent) as scratch:
             return _write(handle, Path(scratch), blocks)

@@ -7,6 +7,7 @@ Shapes: B rows, I input size of a layer, H hidden size, G gates.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,9 +59,11 @@ def layer_weights(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0  # type: ignore[return-value]
 
 
-def _one_state(function: Callable[..., Tensor]) -> Step:
-    """The step of a cell with one state, from a function that returns the new state."""
-    return lambda inputs, states, *weights: (function(inputs, *states, *weights),)
+def _one_state_step(
+    function: Callable[..., Tensor], inputs: Tensor, states: Sequence[Tensor], *weights: Tensor
+) -> tuple[Tensor]:
+    """The step of a cell with one state, by a function that returns the new state."""
+    return (function(inputs, *states, *weights),)
 
 
 def onnx_products(graph: Any, inputs: str, hidden: str, weights: Sequence[str]) -> tuple[str, str]:
@@ -97,6 +100,8 @@ CELLS = {
     "lstm": Cell(
         ("h", "c"), 4, LSTMLayer, torch.lstm_cell, _lstm_onnx, {1: 1.0}, nn.LSTM, torch.lstm, fused_on_cpu=True
     ),
-    "gru": Cell(("h",), 3, GRULayer, _one_state(torch.gru_cell), _gru_onnx, {}, nn.GRU, torch.gru),
-    "rnn": Cell(("h",), 1, RNNLayer, _one_state(torch.rnn_tanh_cell), _rnn_onnx, {}, nn.RNN, torch.rnn_tanh),
+    "gru": Cell(("h",), 3, GRULayer, partial(_one_state_step, torch.gru_cell), _gru_onnx, {}, nn.GRU, torch.gru),
+    "rnn": Cell(
+        ("h",), 1, RNNLayer, partial(_one_state_step, torch.rnn_tanh_cell), _rnn_onnx, {}, nn.RNN, torch.rnn_tanh
+    ),
 }

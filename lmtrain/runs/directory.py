@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, StorageError
 from lmtrain.runs import checkpoint
 from lmtrain.runs.checkpoint import INFERENCE_FILES
-from lmtrain.system.files import read_json, read_text, write_atomically
+from lmtrain.system.files import read_json, read_text, reason_of, write_atomically
 from lmtrain.system.locks import hold_lock
 from lmtrain.system.version import __version__
 
@@ -46,7 +46,11 @@ class RunDirectory:
         def refuse(holder: str) -> None:
             raise StorageError(f"{self.path}: process {holder} trains here; wait for it, or name another")
 
-        with hold_lock(self.path / ".lock", refuse):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(hold_lock(self.path / ".lock", refuse))
+            except OSError as error:
+                raise StorageError(f"{self.path / '.lock'}: can't be locked: {reason_of(error)}") from None
             yield
 
     def write_start(self, config: Config, tokenizer: Tokenizer, environment: dict[str, Any]) -> None:

@@ -9,21 +9,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 
 @contextmanager
-def hold_lock(path: Path, on_held: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock, with this process's id in its file.
+def hold_lock(path: Path, on_held: Callable[[str], None], *, write_id: bool = True) -> Iterator[None]:
+    """Hold a lock.
 
     Args:
         on_held: called once if another process holds the lock, with the id of that process, or "unknown". If it
             returns, this process waits for the lock.
+        write_id: write this process's id into the file, for the `on_held` of others.
 
     Raises:
         OSError: the lock file can't be made, or is a symbolic link.
     """
-    lock = FileLock(path, on_acquired=_write_process_id)
+    from filelock import FileLock, Timeout  # only where a lock is held: it takes 25 ms and registers a fork hook
+
+    lock = FileLock(path, on_acquired=_write_process_id if write_id else None)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -203,10 +203,12 @@ def _serve(descriptor: int) -> None:
     """Work in a worker process until the parent closes the connection or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent, which ends its workers
     gc.disable()  # tasks make no reference cycles, and each collection would visit millions of words
-    with Connection(descriptor) as parent, suppress(EOFError, ConnectionError):
-        task = parent.recv()()
-        while True:
-            method, arguments = parent.recv()
+    with Connection(descriptor) as parent:
+        if (make_task := _receive(parent)) is None:
+            return
+        task = make_task()
+        while (message := _receive(parent)) is not None:
+            method, arguments = message
             answer: tuple[type[LmtrainError] | None, Any]  # a fault's type and its lines, or None and a result
             try:
                 answer = None, getattr(task, method)(*arguments)
@@ -214,4 +216,12 @@ def _serve(descriptor: int) -> None:
                 answer = type(error), error.faults
             except MemoryError:
                 answer = OutOfMemoryError, (OUT_OF_MEMORY,)
-            parent.send(answer)
+            with suppress(ConnectionError):  # the parent has ended
+                parent.send(answer)
+
+
+def _receive(parent: Connection) -> Any:
+    """Return the next message; None if the parent has closed the connection or ended."""
+    with suppress(EOFError, ConnectionError):
+        return parent.recv()
+    return None

@@ -174,7 +174,7 @@ def _aligned(gradient: Tensor) -> Tensor:
     MKL sums a dot product in an order that depends on where the operand lies. Under torchrun a gradient lies anywhere
     in a bucket of DistributedDataParallel, so without the copy one process there would not train as one alone.
     """
-    return gradient if gradient.data_ptr() % 64 == 0 else gradient.clone()
+    return gradient if gradient.data_ptr() % 64 == 0 or gradient.device.type != "cpu" else gradient.clone()
 
 
 def optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel) -> dict[str, Tensor]:

@@ -61,18 +61,15 @@ class TrainingStep:
         model: LanguageModel,
         columns: int | None = None,
         processes: SingleProcess | None = None,
-        exchange: Exchange | None = None,
     ) -> None:
         """Build the optimizers, the average and the gradients of a model that lies on its device already.
 
         Args:
             columns: rows whose hidden state is carried from batch to batch, over all processes; None for none.
-            exchange: how the processes exchange numbers once a step; None: they do nothing else meanwhile.
         """
-        processes = processes or SingleProcess()
+        self.processes = processes = processes or SingleProcess()
         self.model, self.device = model, model.embedding.weight.device
         self.precision, self.synchronised_s = "fp32", 0.0
-        self.exchange: Exchange = exchange or (lambda *values: processes.gather(values))
         self.clip_grad_norm = config.optimizer.clip_grad_norm
         model.embedding.sparse = has_sparse_embedding(model, config.optimizer.name, config.optimizer.weight_decay)
         self.optimizers = build_optimizers(model, **config.optimizer.model_dump(exclude={"clip_grad_norm"}))
@@ -82,12 +79,15 @@ class TrainingStep:
         weights = config.training.loss_weights.model_dump()
         self.loss_weights: LossWeights = {objective: weights[objective] for objective in model.objectives}
 
-    def __call__(self, batches: Sequence[RankBatch], learning_rate: float, number: int = 1) -> StepFigures:
+    def __call__(
+        self, batches: Sequence[RankBatch], learning_rate: float, number: int = 1, exchange: Exchange | None = None
+    ) -> StepFigures:
         """Train on the batches of one step.
 
         Args:
             batches: this process's part of each; events are counted over the parts of all processes.
             number: the number of the step, for error messages.
+            exchange: how the processes exchange numbers; None: they exchange nothing else at the same time.
 
         Raises:
             DivergedError: the loss or the gradient is not finite. The weights have not moved then.
@@ -117,7 +117,8 @@ class TrainingStep:
 
         # 3. Exchange: every process gets the sums over all processes.
         own_busy_s = self.gradients.complete_s - self.synchronised_s
-        by_rank = self.exchange(own_busy_s, padded_tokens, *nats.values())
+        own = (own_busy_s, padded_tokens, *nats.values())
+        by_rank = self.processes.gather(own) if exchange is None else exchange(*own)
         busy_s, all_padded_tokens, *all_nats = zip(*by_rank, strict=True)
         nats = dict(zip(nats, map(math.fsum, all_nats), strict=True))
 

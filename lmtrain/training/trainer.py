@@ -68,7 +68,7 @@ class Trainer:
         self.model.to(device)
         if processes.rank:  # the weights are equal, but each process draws a dropout of its own
             torch.manual_seed(seed_of(config.seed, 0, processes.rank))
-        self.step = TrainingStep(config, self.model, batches.columns, processes, self._synchronise)
+        self.step = TrainingStep(config, self.model, batches.columns, processes)
         self.validation = Validation(config, corpora, self.model, self.step.loss_weights, processes)
         self.checkpointer = Checkpointer(run, self.step, corpora, config, processes, counts)
         self._restore_or_begin()
@@ -137,7 +137,8 @@ class Trainer:
         self.state.finished = False
         while not self._ended():
             batches = self.loader.take()
-            figures = self.step(batches.batches, self._learning_rate(batches), self.state.step + 1)
+            rate, number = self._learning_rate(batches), self.state.step + 1
+            figures = self.step(batches.batches, rate, number, self._synchronise)
             self._count(batches, figures)
             if self.state.step % self.config.logging.every_steps == 0:
                 self._log_window()

@@ -254,3 +254,10 @@ def test_durations_in_words():
         "2.0 h",
         "4.6 days",
     ]
+
+
+def test_a_training_that_diverges_at_once_is_reported_without_a_time(small):
+    config = small(
+        "optimizer.name=sgd", "optimizer.lr=1e30", "optimizer.clip_grad_norm=null", "schedule.warmup_steps=1"
+    )
+    assert said(config)["time"].startswith("not measured: the loss of the first steps is not finite")

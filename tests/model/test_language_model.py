@@ -1,11 +1,14 @@
 """The model: no logit depends on what it must not see, and the loss is the sum over single rows."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.data.batches.rows import make_batch
+from lmtrain.model.cells import CELLS
 from lmtrain.model.dropout import drop
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.objectives import align, count_events
@@ -204,3 +207,12 @@ def test_loss_and_gradients_on_cuda_equal_those_on_cpu(more):
         losses.total.backward()
         results.append([losses.total.cpu(), *(parameter.grad.cpu() for parameter in model.parameters())])
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_model_can_be_sent_to_another_process(cell):
+    """The library writes no pickle, but a program that uses it may start processes."""
+    model = model_of(cell)
+    other = pickle.loads(pickle.dumps(model))  # noqa: S301  # its own
+    tokens = torch.tensor([[BOS], [3]])
+    assert torch.equal(other(tokens)[0], model(tokens)[0])

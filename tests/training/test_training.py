@@ -1,10 +1,12 @@
 """A resumed run equals the uninterrupted one, bit for bit; and what ends, stops and refuses a run."""
 
+import gc
 import json
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
 from lmtrain.runs import checkpoint
 from lmtrain.training.start import train
+from lmtrain.training.step import TrainingStep
 from tests.oracle import digest
 
 SETTINGS = {
@@ -209,3 +212,20 @@ def test_the_start_does_not_wait_for_pytorchs_compiler(small):
     code = "import sys, lmtrain; run = lmtrain.train('config.yaml').run; lmtrain.load(run).generate(['a']); "
     code += "sys.exit('torch._dynamo' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_finished_training_frees_its_model(small, tmp_path, monkeypatch):
+    """At once, without Python's collector of reference cycles: a program may train again, or load the run."""
+    steps, build = [], TrainingStep.__init__
+
+    def noted(self, *arguments):
+        build(self, *arguments)
+        steps.append(weakref.ref(self.model))
+
+    monkeypatch.setattr(TrainingStep, "__init__", noted)
+    gc.disable()
+    try:
+        train(small("training.max_steps=2"), tmp_path / "run")
+        assert [step() for step in steps] == [None]
+    finally:
+        gc.enable()

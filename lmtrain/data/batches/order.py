@@ -6,7 +6,6 @@ A sampler gives the parts of an epoch. A part is the rows of one batch, in the f
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -112,11 +111,14 @@ class WindowSampler:
         windows = self.rows.windows(random.permutation(self.rows.blocks))
         ends = np.cumsum(self._counts(epoch, windows))
 
-        load_window = lru_cache(maxsize=1)(partial(self._load_window, epoch, windows))  # one window is in memory
+        held: dict[int, tuple[Stretches, list[Ints]]] = {}  # the one window that is in memory
 
         def load_part(batch: int) -> Stretches:
             window = int(np.searchsorted(ends, batch, side="right"))
-            stretches, batches = load_window(window)
+            if window not in held:
+                held.clear()  # before the next one takes memory
+                held[window] = self._load_window(epoch, windows, window)
+            stretches, batches = held[window]
             assert len(batches) == ends[window] - (ends[window - 1] if window else 0)
             return self.rows.take(stretches, batches[batch - int(ends[window])])
 

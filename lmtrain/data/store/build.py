@@ -158,7 +158,7 @@ def remove_abandoned(cache: Path, but: str) -> None:
     for lock in cache.glob(".building-*.lock"):
         if lock.name == f".building-{but}.lock":
             continue
-        with suppress(OSError), hold_lock(lock, _give_up):
+        with suppress(OSError), hold_lock(lock, _give_up, write_id=False):  # the disk may be full
             directory = lock.with_suffix("")
             with suppress(ArtefactError):
                 read_sealed(directory / PROGRESS)

@@ -17,25 +17,28 @@ class JsonlFormat(Format):
 
     def parse(self, raw: RawBlock) -> Block:
         block = TextFormat(self.field).parse(raw)
-        texts = [
-            self._text(line, f"{block.path}:{number}") if line.strip() else ""
-            for number, line in zip(block.lines, block.texts, strict=True)
-        ]
+        texts = []
+        for number, line in zip(block.lines, block.texts, strict=True):
+            try:
+                texts.append(self._text(line) if line.strip() else "")
+            except DataError as error:
+                raise DataError(f"{block.path}:{number}{error}") from None
         return block._replace(texts=texts, ended=True)
 
-    def _text(self, line: str, place: str) -> str:
+    def _text(self, line: str) -> str:
+        """Return the text of a record; raises DataError with what follows the number of the line."""
         try:
             record = json.loads(line)
             text = record[self.field]
             if not isinstance(text, str):
                 raise TypeError
         except json.JSONDecodeError as error:
-            raise DataError(f"{place}:{error.colno}: not JSON: {error.msg}") from None
+            raise DataError(f":{error.colno}: not JSON: {error.msg}") from None
         except KeyError:
             names = ", ".join(map(repr, list(record)[:5]))
-            raise DataError(f"{place}: no field {self.field!r} (set data.field); it has {names}") from None
+            raise DataError(f": no field {self.field!r} (set data.field); it has {names}") from None
         except (TypeError, RecursionError, ValueError):
-            raise DataError(f"{place}: not an object whose field {self.field!r} is text") from None
+            raise DataError(f": not an object whose field {self.field!r} is text") from None
         if "\0" in text:
-            raise DataError(f"{place}: a NUL character in field {self.field!r}")
+            raise DataError(f": a NUL character in field {self.field!r}")
         return normalise(text.encode("utf-8", "replace").decode())  # \u escapes may hold half a surrogate pair
