@@ -400,9 +400,9 @@ def out_of_memory(field: Field, chance: random.Random, turn: int) -> int:
     resource.prlimit(started.pid, resource.RLIMIT_AS, (used + (chance.randint(20, 200) << 20),) * 2)
     os.kill(started.pid, signal.SIGCONT)
     assert started.wait() == 7, started.said
-    assert re.search(
-        r"^out of memory: lower batching\.batch_size \(now 8\) or model\.hidden_size$", started.said, re.MULTILINE
-    )
+    # on a busy machine 25 MiB may run out before there is a model, while threads are started that hash the text
+    remedy = r"lower batching\.batch_size \(now 8\) or model\.hidden_size|the model or its batches are too large .*"
+    assert re.search(f"^out of memory: ({remedy})$", started.said, re.MULTILINE), started.said
     assert "Traceback" not in started.said
     return 0
 
