@@ -69,7 +69,7 @@ class SingleProcess:
         return tensors
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
-        """Return the tensor of each process, by rank; all lie on the CPU and have the same shape."""
+        """Return the tensor of each process, by rank; all have the shape of this one and lie where it lies."""
         return [tensor]
 
     @contextmanager

@@ -6,6 +6,9 @@ A worker is a plain Python process at the other end of a connection. It is no `P
 An executor waits forever for a worker that is killed while it sends a result (seen in Python 3.11.2 and 3.13.0), since
 it keeps the worker's end of the pipe open. And `multiprocessing` runs the user's script again in each process that it
 starts, so a script would have to guard its call of `lmtrain.train` with `if __name__ == "__main__"`.
+
+Messages are pickled. That is safe here: both ends are processes of this lmtrain, and the connection has no name by
+which another program could open it.
 """
 
 import errno

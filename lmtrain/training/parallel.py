@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmtrain.data.batches.rows import Batch
 from lmtrain.model.language_model import LanguageModel
@@ -97,16 +97,10 @@ class Gradients:
             gradient = weight.grad.coalesce()
             indices, values = gradient.indices(), gradient.values()
             longest = int(max(count for (count,) in self.processes.gather([len(values)])))
-            padding = longest - len(values)
-            all_indices = self._gathered(nn.functional.pad(indices, (0, padding)))  # padding adds 0 to the first row
-            all_values = self._gathered(nn.functional.pad(values, (0, 0, 0, padding)))
+            padding = longest - len(values)  # adds 0 to the first row
+            all_indices = self.processes.gather_tensor(nn.functional.pad(indices, (0, padding)))
+            all_values = self.processes.gather_tensor(nn.functional.pad(values, (0, 0, 0, padding)))
             weight.grad = torch.sparse_coo_tensor(torch.cat(all_indices, 1), torch.cat(all_values), weight.shape)
-
-    def _gathered(self, part: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(part) for _ in range(self.processes.world_size)]
-        with self.processes.communicating():
-            torch.distributed.all_gather(parts, part.contiguous())
-        return parts
 
     def warm_up(self, batch: Batch, precision: AbstractContextManager[Any]) -> None:
         """Pass once over a batch without using the result. After its first pass DistributedDataParallel groups the
