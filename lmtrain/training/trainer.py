@@ -88,6 +88,8 @@ class Trainer:
         else:
             chosen = choose_precision(self.config.training.precision, self.device, self.config.model.hidden_size)
             precision, why = self.processes.broadcast(chosen)
+            if self.device.type != "cpu":
+                why = f"{why}; {self.model.stack('forward').describe_precision(precision, self.device)}"
             self.progress.note(f"precision {precision}: {why}")
             self.state = TrainingState(precision=precision)
             self.begun_in = {
