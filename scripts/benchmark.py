@@ -209,29 +209,31 @@ def make_model(shape: Shape, device: torch.device) -> LanguageModel:
     return model.to(device)
 
 
-def training_step(shape: Shape, model: LanguageModel, precision: str) -> Callable[[Batch], None]:
+def training_step(shape: Shape, model: LanguageModel, precision: str) -> TrainingStep:
     """The step that `lmtrain train` takes, with Adam or plain SGD and the gradient clipped at 1."""
     name = {"adam": "adamw", "sgd": "sgd"}[shape.optimizer]
     settings = {"data": {"train": "none"}, "optimizer": {"name": name, "weight_decay": 0.0}}
     step = TrainingStep(Config.model_validate({"name": "benchmark", **settings}), model)
     step.precision = precision
+    return step
 
-    def train(batch: Batch) -> None:
-        step([RankBatch(batch, len(batch.lengths), int(batch.lengths.sum()), len(batch.tokens))], 1e-3)
 
-    return train
+def step_batch(batch: Batch, step: TrainingStep) -> RankBatch:
+    """What a `BatchLoader` makes of a batch: on CUDA it lies on the device, as the other side's does."""
+    layout = None if step.lay_out is None else step.lay_out(*batch)
+    return RankBatch(batch, len(batch.lengths), int(batch.lengths.sum()), len(batch.tokens), layout=layout)
 
 
 def training(shape: Shape, device: torch.device, precision: str) -> Work:
     precision, _ = choose_precision(precision, device, shape.hidden_size)
     keep_freed_memory()
     model = make_model(shape, device)
-    train = training_step(shape, model, precision)
-    batches = [Batch(batch.tokens.to(device), *batch[1:]) for batch in shape.batches(shape.vocab_size)]
-    tokens, turn = mean_tokens(batches), cycle(batches)
+    step, made = training_step(shape, model, precision), shape.batches(shape.vocab_size)
+    turn = cycle([[step_batch(batch, step)] for batch in made])
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith("embedding")]
     weights = sum(p.numel() for p in matrices) + (shape.tied and model.output.weight.numel())
-    return Work(lambda: train(next(turn)), tokens, 6.0 * weights * tokens, precision, model)
+    tokens = mean_tokens(made)
+    return Work(lambda: step(next(turn), 1e-3), tokens, 6.0 * weights * tokens, precision, model)
 
 
 def output_layer(rows: int, size: int, vocab_size: int, device: torch.device) -> Work:
@@ -278,13 +280,12 @@ def corpus_training(tokens: int, device: torch.device) -> Work:
     rows, sampler = shuffled_rows(sequences, 512, batch_size=32, max_tokens=None, bucket_batches=150, seed=1)
     order = cycle(sampler.epoch(0))
     shape = Shape("lstm", 128, 1, 10_000, sentences)
-    train = training_step(shape, make_model(shape, device), "fp32")
+    step = training_step(shape, make_model(shape, device), "fp32")
 
     def run() -> None:
         assert folder.name  # it lives as long as this
         for _ in range(10):
-            batch = rows.batch(next(order), 0)
-            train(Batch(batch.tokens.to(device), *batch[1:]))
+            step([step_batch(rows.batch(next(order), 0), step)], 1e-3)
 
     return Work(run, round(10 * 32 * (tokens / len(rows) - 1)))
 
