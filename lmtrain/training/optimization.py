@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,26 @@ from torch.optim import Optimizer
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.training.muon import Muon
 
-# When the first optimizer is made, PyTorch imports its compiler, which takes two seconds, only to switch it off. It
-# skips the import if this attribute, PyTorch's own cache, is set. `optimizer_step` avoids a second such import.
-_add_group = inspect.unwrap(Optimizer.add_param_group)
-_add_group.__dynamo_disable = _add_group
-
 WEIGHT_SHAPED = (torch.optim.AdamW, torch.optim.SGD, torch.optim.SparseAdam, Muon)
 """Optimizers whose state for a weight is tensors of the weight's shape, and a count of steps."""
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Within this context, making an optimizer does not import PyTorch's compiler.
+
+    That takes two seconds, and PyTorch does it only to switch the compiler off. It skips the import if this attribute,
+    PyTorch's own cache, is set. `optimizer_step` avoids a second such import.
+    """
+    add_group = inspect.unwrap(Optimizer.add_param_group)
+    cached = hasattr(add_group, "__dynamo_disable")
+    if not cached:
+        add_group.__dynamo_disable = add_group
+    try:
+        yield
+    finally:
+        if not cached:
+            del add_group.__dynamo_disable
 
 
 def has_sparse_embedding(model: LanguageModel, name: str, weight_decay: float) -> bool:
@@ -31,6 +45,7 @@ def has_sparse_embedding(model: LanguageModel, name: str, weight_decay: float) -
     return name == "sgd" and weight_decay == 0 and not tied
 
 
+@without_compiler()
 def build_optimizers(
     model: LanguageModel,
     *,
@@ -161,7 +176,7 @@ def clip_gradient(parameters: Iterable[Tensor], largest: float | None) -> float:
             gradients.append((gradient.values() if gradient.is_sparse else gradient).view(-1))
     # on CPU a dot product takes half the time of linalg.vector_norm
     squares = [torch.dot(each, each) for each in map(_aligned, gradients)]
-    norm = float(torch.stack(squares).sum(dtype=torch.float64).sqrt())
+    norm = float(torch.stack(squares).cpu().sum(dtype=torch.float64).sqrt())  # Apple's GPU has no float64
     if largest is not None and norm > largest:
         for gradient in gradients:
             gradient.mul_(largest / norm)
@@ -174,7 +189,7 @@ def _aligned(gradient: Tensor) -> Tensor:
     MKL sums a dot product in an order that depends on where the operand lies. Under torchrun a gradient lies anywhere
     in a bucket of DistributedDataParallel, so without the copy one process there would not train as one alone.
     """
-    return gradient if gradient.data_ptr() % 64 == 0 or gradient.device.type != "cpu" else gradient.clone()
+    return gradient if gradient.device.type != "cpu" or gradient.data_ptr() % 64 == 0 else gradient.clone()
 
 
 def optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel) -> dict[str, Tensor]:
