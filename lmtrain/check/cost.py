@@ -64,15 +64,16 @@ def why_not_measured(config: Config, weights: int) -> str | None:
 def measure_cost(config: Config, tokenizer: Tokenizer, batches: TrainingBatches) -> Measured:
     """Train a fresh model for a second or two, with the step that `Trainer` takes; nothing of it is kept."""
     device = device_of(config)
-    loader = BatchLoader(batches, tokenizer.pad_id, config.training.accumulate)
-    try:
-        with scoped_settings(device, config.training.num_threads):
-            seed_generators(config.seed, device)
-            _reset_peak(device)
-            model = build_model(config, tokenizer.vocab_size).to(device).train()
-            return _measure_steps(config, TrainingStep(config, model, batches.columns), loader)
-    finally:
-        loader.close()
+    with scoped_settings(device, config.training.num_threads):
+        seed_generators(config.seed, device)
+        _reset_peak(device)
+        model = build_model(config, tokenizer.vocab_size).to(device).train()
+        step = TrainingStep(config, model, batches.columns)
+        loader = BatchLoader(batches, tokenizer.pad_id, config.training.accumulate, lay_out=step.lay_out)
+        try:
+            return _measure_steps(config, step, loader)
+        finally:
+            loader.close()
 
 
 def _measure_steps(config: Config, step: TrainingStep, loader: BatchLoader) -> Measured:

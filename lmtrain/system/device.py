@@ -90,7 +90,7 @@ def faster_device(device: torch.device, layer: Layer, notify: Notify) -> torch.d
 def _seconds_of_passes(device: torch.device, layer: Layer) -> list[float]:
     """Time passes, forward and backward, over rows of equal length: two at least, and more for a tenth of a second."""
     cell, size = CELLS[layer.cell], layer.hidden_size
-    rows = pack_rows(torch.full((layer.rows,), TIMED_STEPS))
+    rows = pack_rows(torch.full((layer.rows,), TIMED_STEPS)).to(device)
     gates = cell.gates * size
     inputs, states = (layer.rows * TIMED_STEPS, size), [(layer.rows, size) for _ in cell.states]
     shapes: list[tuple[int, ...]] = [inputs, *states, (gates, size), (gates, size), (gates,), (gates,)]

@@ -162,11 +162,8 @@ def optimizer_step(optimizers: Sequence[Optimizer]) -> None:
                 parameter.grad = None
 
 
-def clip_gradient(parameters: Iterable[Tensor], largest: float | None) -> float:
-    """Scale the gradient down to the global L2 norm `largest` where it is longer; returns its norm before that.
-
-    Pascanu et al. 2013, https://proceedings.mlr.press/v28/pascanu13.html.
-    """
+def gradient_norm(parameters: Iterable[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Return the gradient of each weight, as a vector, and the global L2 norm of all of them, () on their device."""
     gradients = []
     for parameter in parameters:
         gradient = parameter.grad
@@ -174,13 +171,21 @@ def clip_gradient(parameters: Iterable[Tensor], largest: float | None) -> float:
             gradient = parameter.grad = gradient.coalesce()
         if gradient is not None:
             gradients.append((gradient.values() if gradient.is_sparse else gradient).view(-1))
+    if gradients[0].device.type != "cpu":  # one kernel for many gradients
+        return gradients, torch.nn.utils.get_total_norm(gradients)
     # on CPU a dot product takes half the time of linalg.vector_norm
     squares = [torch.dot(each, each) for each in map(_aligned, gradients)]
-    norm = float(torch.stack(squares).cpu().sum(dtype=torch.float64).sqrt())  # Apple's GPU has no float64
+    return gradients, torch.stack(squares).sum(dtype=torch.float64).sqrt()
+
+
+def clip_gradient(gradients: Iterable[Tensor], norm: float, largest: float | None) -> None:
+    """Scale gradients down to the global L2 norm `largest` if theirs, `norm`, is greater.
+
+    Pascanu et al. 2013, https://proceedings.mlr.press/v28/pascanu13.html.
+    """
     if largest is not None and norm > largest:
         for gradient in gradients:
             gradient.mul_(largest / norm)
-    return norm
 
 
 def _aligned(gradient: Tensor) -> Tensor:
@@ -189,7 +194,7 @@ def _aligned(gradient: Tensor) -> Tensor:
     MKL sums a dot product in an order that depends on where the operand lies. Under torchrun a gradient lies anywhere
     in a bucket of DistributedDataParallel, so without the copy one process there would not train as one alone.
     """
-    return gradient if gradient.device.type != "cpu" or gradient.data_ptr() % 64 == 0 else gradient.clone()
+    return gradient if gradient.data_ptr() % 64 == 0 else gradient.clone()
 
 
 def optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel) -> dict[str, Tensor]:

@@ -7,8 +7,12 @@ tokens predicted: a mean of means would be wrong, since batches differ in size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from lmtrain.config import Config
 from lmtrain.data.batches.loader import RankBatch
@@ -23,14 +27,12 @@ from lmtrain.training.figures import LossWeights
 from lmtrain.training.optimization import (
     build_optimizers,
     clip_gradient,
+    gradient_norm,
     has_sparse_embedding,
     optimizer_step,
     set_learning_rate,
 )
 from lmtrain.training.parallel import Gradients
-
-Exchange = Callable[..., list[list[float]]]
-"""A function that takes the numbers of this process and returns those of every process, by rank."""
 
 
 class StepFigures(NamedTuple):
@@ -43,6 +45,7 @@ class StepFigures(NamedTuple):
     learning_rate: float
     gradient_norm: float  # before clipping
     rank_wait_s: float  # seconds that a process waited for the slowest one, on average
+    shared: list[list[float]]  # what each process told the others in this step, by rank
 
 
 class TrainingStep:
@@ -53,6 +56,7 @@ class TrainingStep:
         carried: the hidden state that is carried from batch to batch; None where each row is a sequence of its own.
         precision: precision of the matrix products, `fp32` or `bf16`; set it before the first step.
         synchronised_s: when the processes last exchanged numbers, by `time.perf_counter`.
+        lay_out: what a `BatchLoader` should do with each batch: nothing on the CPU, else move it to the device.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class TrainingStep:
         self.processes = processes = processes or SingleProcess()
         self.model, self.device = model, model.embedding.weight.device
         self.precision, self.synchronised_s = "fp32", 0.0
+        self.lay_out = None if self.device.type == "cpu" else model.lay_out
         self.clip_grad_norm = config.optimizer.clip_grad_norm
         model.embedding.sparse = has_sparse_embedding(model, config.optimizer.name, config.optimizer.weight_decay)
         self.optimizers = build_optimizers(model, **config.optimizer.model_dump(exclude={"clip_grad_norm"}))
@@ -80,14 +85,14 @@ class TrainingStep:
         self.loss_weights: LossWeights = {objective: weights[objective] for objective in model.objectives}
 
     def __call__(
-        self, batches: Sequence[RankBatch], learning_rate: float, number: int = 1, exchange: Exchange | None = None
+        self, batches: Sequence[RankBatch], learning_rate: float, number: int = 1, shared: Sequence[float] = ()
     ) -> StepFigures:
         """Train on the batches of one step.
 
         Args:
             batches: this process's part of each; events are counted over the parts of all processes.
             number: the number of the step, for error messages.
-            exchange: how the processes exchange numbers; None: they exchange nothing else at the same time.
+            shared: numbers of this process that the others should know, exchanged on the way.
 
         Raises:
             DivergedError: the loss or the gradient is not finite. The weights have not moved then.
@@ -98,38 +103,42 @@ class TrainingStep:
         weights = {name: weight / max(1, events[name]) for name, weight in self.loss_weights.items()}
 
         # 2. Forward and backward pass of each batch. Gradients add up; processes sum theirs during the last pass.
-        nats, padded_tokens = dict.fromkeys(self.loss_weights, 0.0), 0
+        own_nats: list[Tensor] = []  # () of each objective, batch after batch
+        padded_tokens = 0
         for place, each in enumerate(batches, 1):
             batch, carried = each.batch, None if each.idle else self.carried
             losses = self.gradients.add(
                 batch,
                 dict.fromkeys(weights, 0.0) if each.idle else weights,
-                None if carried is None else carried.of(batch.order),
+                None if carried is None else carried.of(each.order),
                 autocast(self.precision, self.device),
                 last=place == len(batches),
+                layout=each.layout,
             )
             if carried is not None:
-                carried.store(batch.order, losses.state)
+                carried.store(each.order, losses.state)
             if not each.idle:
                 padded_tokens += batch.tokens.numel()
-                for objective, of_batch in losses.nats.items():
-                    nats[objective] += float(of_batch)
+            own_nats += [torch.zeros_like(part) if each.idle else part for part in losses.nats.values()]
 
-        # 3. Exchange: every process gets the sums over all processes.
+        # 3. Exchange: every process gets the nats of all processes. Only here does a step wait for the device.
+        gradients, norm_on_device = gradient_norm(self.model.parameters())
         own_busy_s = self.gradients.complete_s - self.synchronised_s
-        own = (own_busy_s, padded_tokens, *nats.values())
-        by_rank = self.processes.gather(own) if exchange is None else exchange(*own)
-        busy_s, all_padded_tokens, *all_nats = zip(*by_rank, strict=True)
-        nats = dict(zip(nats, map(math.fsum, all_nats), strict=True))
+        by_rank, norm = self._exchange((own_busy_s, padded_tokens, *shared), own_nats, norm_on_device)
+        busy_s, all_padded_tokens, *rest = zip(*by_rank, strict=True)
+        self.synchronised_s = time.perf_counter()
+        of_others, rest = rest[: len(shared)], rest[len(shared) :]  # each number of each process, by rank
+        by_objective = {name: rest[place :: len(weights)] for place, name in enumerate(weights)}
+        nats = {name: math.fsum(map(sum, zip(*parts, strict=True))) for name, parts in by_objective.items()}
 
         # 4. Clip the gradient, and stop before the update if something is not finite.
-        norm = clip_gradient(self.model.parameters(), self.clip_grad_norm)
         if not math.isfinite(norm) or not all(map(math.isfinite, nats.values())):
             raise DivergedError(
                 f"step {number}: the loss or its gradient is not finite (learning rate {learning_rate:g}, gradient "
                 f"norm {norm:g}); try a lower optimizer.lr, a longer schedule.warmup_steps or a smaller "
                 "optimizer.clip_grad_norm; the weights saved last are sound"
             )
+        clip_gradient(gradients, norm, self.clip_grad_norm)
 
         # 5. Update the weights, then their average.
         set_learning_rate(self.optimizers, learning_rate)
@@ -145,7 +154,21 @@ class TrainingStep:
             learning_rate,
             norm,
             max(busy_s) - sum(busy_s) / len(busy_s),
+            [list(numbers) for numbers in zip(*of_others, strict=True)],
         )
+
+    def _exchange(self, own: Sequence[float], nats: list[Tensor], norm: Tensor) -> tuple[list[list[float]], float]:
+        """Return `own` and then the nats of every process, by rank, and the norm, which is the same in all of them."""
+        if self.device.type == "cpu":
+            return self.processes.gather([*own, *map(float, nats)]), float(norm)
+        if not self.processes.under_torchrun:
+            *of_nats, of_norm = torch.stack([*nats, norm]).tolist()
+            return [[*own, *of_nats]], of_norm
+        sent = torch.cat(
+            [torch.tensor(own, dtype=torch.float64).pin_memory().to(self.device, non_blocking=True), torch.stack(nats)]
+        )
+        *numbers, of_norm = torch.cat([*self.processes.gather_tensor(sent), norm.view(1)]).tolist()
+        return [numbers[start : start + len(sent)] for start in range(0, len(numbers), len(sent))], of_norm
 
     def end_epoch(self) -> None:
         """Forget the carried hidden state: the next batch is the beginning of the text."""

@@ -1,6 +1,7 @@
 """PyTorch has written for Apple's GPU every operation that lmtrain asks for: read from its own table of operations."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmtrain
+from lmtrain.model.packing import pack_rows
+from lmtrain.model.recurrence import RecurrentStack
 
 COMPOSITE = {"CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional"}
 ONE_WAY = "model.bidirectional=false"
@@ -53,6 +56,12 @@ def table():
         for made in filter(None, row.get("autogen", "").split(", ")):
             keys[f"aten::{made}"] = {"CompositeExplicitAutograd"}
     return keys
+
+
+@pytest.mark.parametrize(("backend", "by_pytorch"), [("auto", False), ("packed", False), ("torch", True)])
+def test_auto_takes_lmtrains_kernels_on_apples_gpu(backend, by_pytorch):
+    stack = RecurrentStack("lstm", 4, [4], backend=backend)
+    assert stack._uses_torch(SimpleNamespace(device=torch.device("mps")), pack_rows(torch.tensor([3, 3]))) == by_pytorch
 
 
 @pytest.fixture(scope="module")
