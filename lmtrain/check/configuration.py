@@ -24,8 +24,8 @@ from lmtrain.data.tokenizers.framing import encode_block
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, DataError, DivergedError, out_of_memory
+from lmtrain.runs.environment import device_of
 from lmtrain.runs.weights import count_weights
-from lmtrain.system.device import choose_device
 from lmtrain.system.processes import core_count
 
 LARGE_BYTES = 64 << 20  # if all files together are larger, only excerpts are read
@@ -39,7 +39,7 @@ def describe_configuration(config: Config, notify: Callable[[str], None]) -> Ite
         DataError: the first fault of each file; of large files those in the excerpts.
         OutOfMemoryError: a training step does not fit into the memory of this machine.
     """
-    choose_device(config.training.device)
+    device_of(config, notify)
     if size_of(config) > LARGE_BYTES:
         with excerpts_of(config) as excerpts:
             yield from _estimates(config, excerpts)
@@ -138,8 +138,8 @@ def _training(
         if (memory := out_of_memory(error, "lower batching.batch_size or model.hidden_size")) is not None:
             raise memory from None
         raise
-    where = "on the device" if measured.device.type == "cuda" else "of the process"
-    window = 0 if scale == 1 or measured.device.type == "cuda" else WINDOW_BYTES + 48 * WINDOW_ROWS
+    where = "of the process" if measured.device.type == "cpu" else "on the device"
+    window = 0 if scale == 1 or measured.device.type != "cpu" else WINDOW_BYTES + 48 * WINDOW_ROWS
     yield f"memory: about {_about((measured.memory_bytes + window) / 1e6)} MB {where} in training"
     count = scale * len(batches.sampler.epoch(0))
     epoch_s, whole_s = measured.duration_s(config, scale * store.counts.events, count)

@@ -10,8 +10,17 @@ import torch
 from lmtrain.config import Config
 from lmtrain.data.batches.loader import BatchLoader, TrainingBatches
 from lmtrain.data.tokenizers.base import Tokenizer
+from lmtrain.runs.environment import device_of
 from lmtrain.runs.weights import build_model
-from lmtrain.system.device import choose_device, choose_precision, keep_freed_memory
+from lmtrain.system.device import (
+    choose_precision,
+    free_memory,
+    peak_memory,
+    reset_peak_memory,
+    scoped_settings,
+    seed_generators,
+    synchronise,
+)
 from lmtrain.training.step import TrainingStep
 
 MEASURED_S, MOST_STEPS = 1.5, 40  # steps are taken for this long, but at most this many
@@ -24,7 +33,7 @@ class Measured(NamedTuple):
 
     tokens_per_second: float
     steps: int
-    memory_bytes: int  # the peak of the process, or on the CUDA device
+    memory_bytes: int  # the peak of the process, or on the device
     device: torch.device
     precision: str
 
@@ -44,7 +53,7 @@ class Measured(NamedTuple):
 def why_not_measured(config: Config, weights: int) -> str | None:
     """Return why it would take too much memory or time to build this model and measure it; None if it would not."""
     model = config.model
-    needed, free = 16 * weights, _available_bytes(choose_device(config.training.device))
+    needed, free = 16 * weights, _available_bytes(device_of(config))
     if needed > free:
         return f"weights, gradients and optimizer need {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
     if max(model.layer_sizes or [model.hidden_size]) > LARGEST_LAYER:
@@ -54,23 +63,17 @@ def why_not_measured(config: Config, weights: int) -> str | None:
 
 def measure_cost(config: Config, tokenizer: Tokenizer, batches: TrainingBatches) -> Measured:
     """Train a fresh model for a second or two, with the step that `Trainer` takes; nothing of it is kept."""
-    device = choose_device(config.training.device)
-    keep_freed_memory()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.training.num_threads or threads)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            _reset_peak(device)
-            model = build_model(config, tokenizer.vocab_size).to(device).train()
-            step = TrainingStep(config, model, batches.columns)
-            loader = BatchLoader(batches, tokenizer.pad_id, config.training.accumulate, lay_out=step.lay_out)
-            try:
-                return _measure_steps(config, step, loader)
-            finally:
-                loader.close()
-    finally:
-        torch.set_num_threads(threads)
+    device = device_of(config)
+    with scoped_settings(device, config.training.num_threads):
+        seed_generators(config.seed, device)
+        _reset_peak(device)
+        model = build_model(config, tokenizer.vocab_size).to(device).train()
+        step = TrainingStep(config, model, batches.columns)
+        loader = BatchLoader(batches, tokenizer.pad_id, config.training.accumulate, lay_out=step.lay_out)
+        try:
+            return _measure_steps(config, step, loader)
+        finally:
+            loader.close()
 
 
 def _measure_steps(config: Config, step: TrainingStep, loader: BatchLoader) -> Measured:
@@ -88,8 +91,7 @@ def _measure_steps(config: Config, step: TrainingStep, loader: BatchLoader) -> M
         tokens.append(step(batches.batches, rate).events["forward"])
         if batches.ends_epoch:
             step.end_epoch()
-        if step.device.type == "cuda":
-            torch.cuda.synchronize(step.device)
+        synchronise(step.device)
         taken_s.append(time.perf_counter() - start_s)
     speed = sum(tokens[1:]) / sum(taken_s[1:])  # the first step allocates memory and chooses kernels
     return Measured(speed, len(taken_s) - 1, _peak_bytes(step.device), step.device, step.precision)
@@ -97,15 +99,14 @@ def _measure_steps(config: Config, step: TrainingStep, loader: BatchLoader) -> M
 
 def _reset_peak(device: torch.device) -> None:
     """Reset the peak of memory."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_memory(device)
     with suppress(OSError), open("/proc/self/clear_refs", "w") as handle:  # Linux; elsewhere the peak is the process's
         handle.write("5")
 
 
 def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return peak_memory(device)
     with suppress(OSError), open("/proc/self/status") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -113,8 +114,8 @@ def _peak_bytes(device: torch.device) -> int:
 
 def _available_bytes(device: torch.device) -> int:
     """Memory that is free or can be freed."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return free_memory(device)
     with suppress(OSError), open("/proc/meminfo") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return 1 << 62

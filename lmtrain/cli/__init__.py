@@ -12,6 +12,7 @@ from lmtrain.cli import generation, inference, training
 from lmtrain.cli.terminal import silence_stdout
 from lmtrain.errors import LmtrainError, escape, out_of_memory
 from lmtrain.system.console import say
+from lmtrain.system.variables import set_variables
 from lmtrain.system.version import __version__
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ for command in (training.prepare, training.train, generation.generate, *MODEL_CO
 
 def main() -> None:
     """Run a command and exit with its code. A user's mistake prints a line for each fault, never a traceback."""
+    set_variables()
     try:
         sys.exit(_run())
     except KeyboardInterrupt:  # a second one, while the first was handled

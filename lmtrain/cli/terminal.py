@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from lmtrain.inference.trained_model import TrainedModel
 
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 RUN_HELP = "A run directory, for instance runs/quickstart; left out, the newest run under runs/."
+DEVICE_HELP = "Where to compute. auto: CUDA if it is there; train: Apple's GPU (mps) where it is faster than the CPU."
 RunArgument = Annotated[str | None, typer.Argument(metavar="RUN", help=RUN_HELP)]
-DeviceOption = Annotated[Device | None, typer.Option(help="Where to compute; auto: on CUDA if PyTorch finds it.")]
+DeviceOption = Annotated[Device | None, typer.Option(help=DEVICE_HELP)]
 RawOption = Annotated[bool, typer.Option("--raw", help="Print control characters to a terminal unescaped.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line on stdout, and nothing else.")]
 
@@ -30,8 +31,11 @@ def load_model(run: str | None, device: Device | None) -> TrainedModel:
     directory = find_run(run)
     directory.config_and_tokenizer()
     import lmtrain
+    from lmtrain.system.device import make_deterministic
 
-    return lmtrain.load(directory, device or "auto", say)
+    model = lmtrain.load(directory, device or "auto", say)
+    make_deterministic(model.model.embedding.weight.device)
+    return model
 
 
 def silence_stdout() -> None:

@@ -196,8 +196,8 @@ class TrainingConfig(Section):
     """Weight of each objective in the loss; the last two need two directions."""
     patience: int | None = Field(None, ge=1, le=MOST)
     """Early stopping: validations without a better loss before training stops; null never stops early."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the training runs; auto takes CUDA if PyTorch finds it, else the CPU."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the training runs; auto takes CUDA if it is there, else Apple's GPU (mps) if it is faster, else the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products; auto measures which is faster here. Weights and sums stay in fp32."""
     num_threads: int | None = Field(None, ge=1, le=1024)

@@ -311,7 +311,7 @@ def load(
 
     Args:
         run: a run directory, as `train` writes it; left out, the newest under `runs/`.
-        device: auto, cpu or cuda.
+        device: cpu, cuda or mps (Apple's GPU); auto takes CUDA if PyTorch finds it, else the CPU.
         notify: is called with a line on anything the user should know, such as a damaged checkpoint that is skipped.
 
     Raises:

@@ -129,8 +129,10 @@ class RecurrentStack(nn.Module):
     def _uses_torch(self, inputs: Tensor, rows: PackedRows) -> bool:
         if self.cell.torch_function is None or self.backend == "packed":
             return False
-        if self.backend == "torch" or inputs.device.type != "cpu":
+        if self.backend == "torch" or inputs.device.type not in ("cpu", "mps"):
             return True
+        if inputs.device.type == "mps":  # where PyTorch's LSTM fails: https://github.com/pytorch/pytorch/issues/102911
+            return False
         return self.cell.fused_on_cpu and rows.equal and product_dtype(inputs) == torch.float32
 
     def _run_packed(

@@ -33,7 +33,8 @@ def load_run(run: RunDirectory, device: torch.device, notify: Notify) -> tuple[C
     )
     if saved is None:
         raise ArtefactError(f"{run.path}: no checkpoint yet; train the run further with --resume")
-    model = build_model(config, tokenizer.vocab_size)
+    with torch.random.fork_rng(devices=[]):  # the start values, which the saved weights replace, are drawn
+        model = build_model(config, tokenizer.vocab_size)
     load_weights(model, saved.model)
     if config.model.ngram_counts is not None:
         model.load_counts(read_counts(run.path / COUNTS_FILE, saved.state.get("counts"), config, tokenizer))

@@ -15,7 +15,7 @@ from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
 from lmtrain.runs.ngram_counts import COUNTS_FILE, dump_counts
 from lmtrain.runs.weights import load_weights, named_weights
-from lmtrain.system.device import random_state, seed_of, set_random_state
+from lmtrain.system.device import random_state, seed_generators, seed_of, set_random_state
 from lmtrain.system.files import hash_of, write_atomically
 from lmtrain.system.processes import SingleProcess
 from lmtrain.training.averaging import averaged_weights
@@ -178,7 +178,7 @@ class Checkpointer:
                 {name: saved.training[f"{name}/{rank}"] for name in random_state(self.device)}, self.device
             )
         else:
-            torch.manual_seed(seed_of(self.config.seed, saved.state.step, rank))
+            seed_generators(seed_of(self.config.seed, saved.state.step, rank), self.device)
 
     def _load(self, saved: LoadedCheckpoint) -> None:
         """Load the weights, their average and the state of the optimizers."""

@@ -6,8 +6,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from lmtrain.config import Config, load_config
 from lmtrain.data.batches.loader import training_batches
 from lmtrain.data.preparation import Corpora, prepare
@@ -15,9 +13,9 @@ from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ConfigError, DataError, out_of_memory
 from lmtrain.runs.directory import RunDirectory, create_run, find_resumable, refuse_nonempty, refuse_read_only
-from lmtrain.runs.environment import environment
+from lmtrain.runs.environment import device_of, environment
 from lmtrain.runs.ngram_counts import check_countable
-from lmtrain.system.device import choose_device, keep_freed_memory
+from lmtrain.system.device import scoped_settings
 from lmtrain.system.processes import SingleProcess, join_processes, require_equal
 from lmtrain.system.progress import NullProgress, Progress
 from lmtrain.system.signals import noted_signals
@@ -34,6 +32,10 @@ def train(
     progress: Progress | None = None,
 ) -> TrainingResult:
     """Train the model that a configuration describes, together with all processes that torchrun started for it.
+
+    What PyTorch keeps for the whole process (random state, threads, determinism) is as before at the end. The command
+    line also changes what can't be set back: see `lmtrain.system.variables`, and `keep_freed_memory` in
+    `lmtrain.system.device`, which makes steps on the CPU faster.
 
     Args:
         config: a configuration, the path of its file, or a function that loads it.
@@ -87,10 +89,7 @@ def _train(
     first = processes.rank == 0
     begun = processes.run_in_all(lambda: _find_begun(config, named, resume, progress, processes) if first else None)
     run, tokenizer = begun or (None, None)
-    device = processes.run_in_all(lambda: choose_device(config.training.device))
-    keep_freed_memory()
-    if (threads := config.training.num_threads or processes.threads()) is not None:
-        torch.set_num_threads(threads)
+    device = processes.run_in_all(lambda: device_of(config, progress.note, run))
     corpora = _prepare(config, progress, tokenizer, processes)  # before the run directory: its faults leave nothing
     processes.run_in_all(lambda: check_countable(config, corpora.train))
     batches = processes.run_in_all(lambda: training_batches(config, corpora.train, corpora.tokenizer.eos_id))
@@ -99,7 +98,8 @@ def _train(
         run = create_run(config, named)
     path = processes.broadcast(None if run is None else str(run.path))
     run = run or RunDirectory(Path(path))
-    with run.locked() if first else nullcontext():
+    threads = config.training.num_threads or processes.threads()
+    with run.locked() if first else nullcontext(), scoped_settings(device, threads):
         if new:
             refuse_nonempty(run.path)  # another process may have been quicker
             run.write_start(config, corpora.tokenizer, environment(device, processes.world_size, processes.launch))

@@ -108,7 +108,7 @@ def _belongs(name: str, spec: TensorSpec, wanted: Mapping[str, TensorSpec], conf
             known = rest == "history" or re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
             return known and len(spec.shape) == 2 and spec.shape[0] == rows and spec.shape[1] <= max(sizes)
         case _:
-            random = part in ("cpu", "cuda") and re.fullmatch("[0-9]{0,6}", rest) is not None  # one per process
+            random = re.fullmatch("[a-z]{2,20}/?[0-9]{0,6}", name) is not None  # a type of device, a rank
             return random and spec.dtype == "U8" and prod(spec.shape) <= LARGEST_RANDOM_STATE
 
 

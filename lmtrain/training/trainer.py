@@ -20,7 +20,7 @@ from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
 from lmtrain.runs.ngram_counts import count_text
 from lmtrain.runs.weights import build_model
-from lmtrain.system.device import autocast, choose_precision, seed_of
+from lmtrain.system.device import autocast, choose_precision, seed_generators, seed_of
 from lmtrain.system.processes import SingleProcess
 from lmtrain.system.progress import Progress
 from lmtrain.training.checkpointer import Checkpointer, flatten_keys
@@ -58,7 +58,7 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.corpora = config, run, corpora
         self.device, self.progress, self.start_s, self.processes = device, progress, start_s, processes
-        torch.manual_seed(config.seed)
+        seed_generators(config.seed, device)
         self.model = build_model(config, corpora.tokenizer.vocab_size)
         if config.model.ngram_counts is not None:
             progress.note(f"counting n-grams of up to {config.model.ngram_counts} tokens")
@@ -67,7 +67,7 @@ class Trainer:
             self.model.load_counts(counts)
         self.model.to(device)
         if processes.rank:  # the weights are equal, but each process draws a dropout of its own
-            torch.manual_seed(seed_of(config.seed, 0, processes.rank))
+            seed_generators(seed_of(config.seed, 0, processes.rank), device)
         self.step = TrainingStep(config, self.model, batches.columns, processes)
         self.validation = Validation(config, corpora, self.model, self.step.loss_weights, processes)
         self.checkpointer = Checkpointer(run, self.step, corpora, config, processes, counts)
