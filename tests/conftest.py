@@ -77,6 +77,12 @@ def bf16_is_emulated() -> bool:
     return bf16_s > 5 * fp32_s
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked `cuda` is skipped where there is no CUDA device."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+
+
 @pytest.fixture
 def without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN multiplies in fp32 to its last digit, not in TF32, which PyTorch allows it by default and which has ten
