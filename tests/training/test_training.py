@@ -195,19 +195,6 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(small, tmp_path):
     assert digest(runs[0]) == digest(runs[1]) != digest(runs[2])
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_on_cuda(small, tmp_path, precision):
-    config = small("training.device=cuda", f"training.precision={precision}")
-    wanted = digest(train(config, tmp_path / "whole").run)
-    train(config, tmp_path / "cut", stop_at_step=5)
-    overrides = ["training.device=cuda", f"training.precision={precision}"]
-    command = [sys.executable, "-m", "lmtrain", "train", "config.yaml", *overrides, "--run-dir", "cut", "--resume"]
-    assert subprocess.run(command, check=False).returncode == 0  # a process of its own: cuDNN keeps state in one
-    assert digest(tmp_path / "cut") == wanted
-
-
 def test_the_start_does_not_wait_for_pytorchs_compiler(small):
     code = "import sys, lmtrain; run = lmtrain.train('config.yaml').run; lmtrain.load(run).generate(['a']); "
     code += "sys.exit('torch._dynamo' in sys.modules)"
