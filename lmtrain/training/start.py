@@ -99,7 +99,7 @@ def _train(
         run = create_run(config, named)
     path = processes.broadcast(None if run is None else str(run.path))
     run = run or RunDirectory(Path(path))
-    with run.locked() if first else nullcontext():
+    with run.locked(progress.note) if first else nullcontext():
         if new:
             refuse_nonempty(run.path)  # another process may have been quicker
             run.write_start(config, corpora.tokenizer, environment(device, processes.world_size, processes.launch))

@@ -34,6 +34,34 @@ def run(small):
     return train(small("training.max_steps=3")).run
 
 
+PROMPT = "é 나는 \U0001f389"
+
+
+@pytest.mark.parametrize("encoding", ["cp949", "ascii", "utf-8"])
+def test_json_is_json_in_every_encoding_of_the_console(run, corpus, encoding):
+    (corpus / "prompts.txt").write_text(PROMPT, encoding="utf-8")
+    said = subprocess.run(
+        [*COMMAND, "generate", "--prompts", "prompts.txt", "--json"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert json.loads(said.stdout.decode(encoding))["prompt"] == PROMPT
+    assert said.stderr.decode(encoding).startswith("note: prompt 'é" if encoding == "utf-8" else "note: prompt ")
+    assert said.returncode == 0
+
+
+def test_piped_text_is_utf8_whatever_the_locale(run, corpus):
+    (corpus / "prompts.txt").write_text(PROMPT, encoding="utf-8")
+    said = subprocess.run(
+        [*COMMAND, "generate", "--prompts", "prompts.txt"],
+        capture_output=True,
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )
+    assert (said.stdout.decode(), said.returncode) == (lmtrain("generate", "--prompts", "prompts.txt").stdout, 0)
+    assert said.stdout.decode().startswith(PROMPT)
+    assert b"Traceback" not in said.stderr
+
+
 def test_train_then_generate_and_evaluate(corpus, shell):
     done = shell("train", "config.yaml", "model.hidden_size=9")
     assert done.returncode == 0, done.stderr
