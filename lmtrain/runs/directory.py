@@ -25,7 +25,7 @@ from lmtrain.runs import checkpoint
 from lmtrain.runs.checkpoint import INFERENCE_FILES
 from lmtrain.system.console import Notify
 from lmtrain.system.files import read_json, read_text, reason_of, write_atomically
-from lmtrain.system.locks import hold_lock
+from lmtrain.system.locks import MARKER, hold_lock
 from lmtrain.system.version import __version__
 
 
@@ -179,7 +179,7 @@ def refuse_nonempty(run_dir: str | Path) -> None:
 
 def _is_unused(path: Path) -> bool:
     """Tell whether a directory is empty, or holds only what a run has written before its config."""
-    early_files = {".lock", "checkpoints", "tokenizer.json", "environment.json"}
+    early_files = {".lock", f".lock{MARKER}", "checkpoints", "tokenizer.json", "environment.json"}
     names = {entry.name for entry in path.iterdir() if not (entry.name.startswith(".") and entry.suffix == ".new")}
     return names <= early_files and not list(path.glob("checkpoints/*")) and (not names or ".lock" in names)
 

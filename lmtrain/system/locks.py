@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP}  # a lock that is held is no such
+MARKER = ".held"  # follows the lock's name in that of the file that takes its place
 TAKEOVER_S = 3.0  # filelock looks at an unfinished file for two seconds before it takes it for that of an ended process
 
 
@@ -51,7 +52,7 @@ def hold_lock(
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        marker = path.with_name(f"{path.name}.held")
+        marker = path.with_name(path.name + MARKER)
         notify(f"note: {path}: no locks on this file system ({reason_of(error)}); {marker.name} is used instead")
         lock = SoftFileLock(marker)
         _acquire(lock, TAKEOVER_S, lambda: on_held(_read_marker(marker)))

@@ -1,14 +1,11 @@
 """The command line as a user sees it: real processes, their output and their exit codes."""
 
-import fcntl
 import json
 import os
-import pty
 import re
 import struct
 import subprocess
 import sys
-import termios
 import time
 import unicodedata
 
@@ -167,6 +164,7 @@ def test_a_lost_terminal_does_not_end_training(corpus, stream):
 
 
 def test_on_a_terminal_there_is_a_bar_and_no_control_character_out_of_the_model(corpus):
+    pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))  # Windows lacks them
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     process = subprocess.Popen([*COMMAND, "train", "config.yaml"], stderr=terminal, stdout=subprocess.DEVNULL)
