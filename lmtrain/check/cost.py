@@ -1,6 +1,6 @@
 """Measures what training would cost on this machine, by a few of its steps."""
 
-import resource
+import sys
 import time
 from contextlib import suppress
 from typing import NamedTuple
@@ -100,22 +100,26 @@ def _measure_steps(config: Config, step: TrainingStep, loader: BatchLoader) -> M
 def _reset_peak(device: torch.device) -> None:
     """Reset the peak of memory."""
     reset_peak_memory(device)
-    with suppress(OSError), open("/proc/self/clear_refs", "w") as handle:  # Linux; elsewhere the peak is the process's
-        handle.write("5")
+    with suppress(OSError), open("/proc/self/clear_refs", "wb") as handle:  # Linux; elsewhere the peak is the process's
+        handle.write(b"5")
 
 
 def _peak_bytes(device: torch.device) -> int:
     if device.type != "cpu":
         return peak_memory(device)
-    with suppress(OSError), open("/proc/self/status") as lines:
+    with suppress(OSError), open("/proc/self/status", encoding="utf-8") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "win32":
+        import resource
+
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
 
 
 def _available_bytes(device: torch.device) -> int:
     """Memory that is free or can be freed."""
     if device.type != "cpu":
         return free_memory(device)
-    with suppress(OSError), open("/proc/meminfo") as lines:
+    with suppress(OSError), open("/proc/meminfo", encoding="utf-8") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return 1 << 62

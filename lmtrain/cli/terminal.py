@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -44,8 +46,8 @@ def silence_stdout() -> None:
 
 
 def print_json(row: dict[str, Any]) -> None:
-    """Print one object on a line of its own."""
-    print(json.dumps(row, ensure_ascii=False))
+    """Print one object on a line of its own. Its letters stay as they are where stdout can hold every letter."""
+    print(json.dumps(row, ensure_ascii=codecs.lookup(sys.stdout.encoding).name != "utf-8"))
 
 
 def check_text(name: str, text: str) -> None:

@@ -27,6 +27,7 @@ from lmtrain.system.files import (
     LARGEST_JSON_BYTES,
     dump_json,
     hash_of,
+    move,
     open_regular,
     parse_json,
     read_bytes,
@@ -112,8 +113,8 @@ def save(checkpoints: Path, checkpoint: Checkpoint) -> None:
         sync_directory(temporary)
         replaced = directory.with_name(f".{directory.name}{REPLACED}")
         if directory.exists():  # the last step of a run is saved twice, and a damaged checkpoint is written again
-            directory.rename(replaced)
-        temporary.rename(directory)
+            move(directory, replaced)
+        move(temporary, directory)
         sync_directory(checkpoints)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
@@ -139,7 +140,7 @@ def remove(checkpoints: Path, step: int) -> None:
     renamed = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(renamed, ignore_errors=True)
     try:
-        directory.rename(renamed)
+        move(directory, renamed)
     except OSError as error:
         raise StorageError(f"{directory}: can't be removed: {reason_of(error)}") from None
     shutil.rmtree(renamed, ignore_errors=True)
@@ -150,7 +151,7 @@ def remove_leftovers(checkpoints: Path) -> None:
     for path in checkpoints.glob(f".step-*{REPLACED}"):
         directory = path.with_name(path.name[1:].removesuffix(REPLACED))
         if not directory.exists():
-            path.rename(directory)
+            move(path, directory)
     for path in checkpoints.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in checkpoints.parent.glob(".*.new"):

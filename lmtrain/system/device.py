@@ -202,7 +202,7 @@ def _product_seconds(device: torch.device, left: Tensor, right: Tensor) -> float
 def keep_freed_memory() -> None:
     """Let the C library keep the memory that tensors free, for the tensors of the next step. Otherwise
     each step returns tens of megabytes, which the system zeroes before it lends them again. Only glibc can do so."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # TypeError: on Windows
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_MAX, 0)

@@ -99,7 +99,7 @@ def _train(
     path = processes.broadcast(None if run is None else str(run.path))
     run = run or RunDirectory(Path(path))
     threads = config.training.num_threads or processes.threads()
-    with run.locked() if first else nullcontext(), scoped_settings(device, threads):
+    with run.locked(progress.note) if first else nullcontext(), scoped_settings(device, threads):
         if new:
             refuse_nonempty(run.path)  # another process may have been quicker
             run.write_start(config, corpora.tokenizer, environment(device, processes.world_size, processes.launch))
