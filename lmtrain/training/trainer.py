@@ -7,6 +7,7 @@ for bit as if it had never been stopped.
 import math
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,11 @@ class TrainingResult:
 
 
 class Trainer:
-    """One training run, from a fresh start or from its last good checkpoint to its end."""
+    """One training run, from a fresh start or from its last good checkpoint to its end.
+
+    Args:
+        opened: closes the metric files and ends the loader's thread when the training ends, or fails to start.
+    """
 
     def __init__(
         self,
@@ -53,11 +58,11 @@ class Trainer:
         batches: TrainingBatches,
         device: torch.device,
         progress: Progress,
-        start_s: float,
         processes: SingleProcess,
+        opened: ExitStack,
     ) -> None:
         self.config, self.run, self.corpora = config, run, corpora
-        self.device, self.progress, self.start_s, self.processes = device, progress, start_s, processes
+        self.device, self.progress, self.processes, self.opened = device, progress, processes, opened
         torch.manual_seed(config.seed)
         self.model = build_model(config, corpora.tokenizer.vocab_size)
         if config.model.ngram_counts is not None:
@@ -86,7 +91,7 @@ class Trainer:
         if restored is not None:
             self.state, self.begun_in = restored.state, restored.environment
         else:
-            chosen = choose_precision(self.config.training.precision, self.device, self.config.model.hidden_size)
+            chosen = choose_precision(self.config.training.precision, self.device, self.config.model.largest_layer)
             precision, why = self.processes.broadcast(chosen)
             self.progress.note(f"precision {precision}: {why}")
             self.state = TrainingState(precision=precision)
@@ -98,12 +103,14 @@ class Trainer:
             if rank == 0:
                 self.run.write_environment(self.begun_in)
         self.tracker = NullTracker() if rank else Tracker(self.run.path, lengths, self.progress.note)
+        self.opened.callback(self.tracker.close)
 
     def _open_loader(self, batches: TrainingBatches) -> None:
         """Begin to load batches from the state's position on, and make several processes ready to train."""
         shard = RankShard(self.processes.rank, self.processes.world_size, batches.columns)
         accumulate, pad_id = self.config.training.accumulate, self.corpora.tokenizer.pad_id
         self.loader = BatchLoader(batches, pad_id, accumulate, self.state.epoch, self.state.next_batch, shard)
+        self.opened.callback(self.loader.close)
         first = self.loader.peek()
         self.epoch_batches = first.epoch_batches
         self.step.warm_up(first.batches[0])
@@ -128,7 +135,7 @@ class Trainer:
     def run_to_end(self, stopped_by: list[int], stop_at_step: int | None) -> TrainingResult:
         """Train until the configured end, a signal, or `stop_at_step`."""
         self.model.train()
-        self.elapsed_before_s, self.stopped_by = self.state.elapsed_s, stopped_by
+        self.elapsed_before_s, self.start_s, self.stopped_by = self.state.elapsed_s, time.monotonic(), stopped_by
         self._synchronise()
         self.saved_s = self.elapsed_s
         if self.state.finished and self._ended():
@@ -162,7 +169,7 @@ class Trainer:
         return (
             state.epoch >= training.max_epochs
             or (training.max_steps is not None and state.step >= training.max_steps)
-            or (training.max_minutes is not None and self.elapsed_s >= 60 * training.max_minutes)
+            or (training.max_minutes is not None and state.step > 0 and self.elapsed_s >= 60 * training.max_minutes)
             or (training.patience is not None and state.bad_validations >= training.patience)
         )
 
@@ -315,8 +322,3 @@ class Trainer:
 
     def _result(self) -> TrainingResult:
         return TrainingResult(self.run.path, self.state.step, self._figures(), self.state.best_step)
-
-    def close(self) -> None:
-        """Close the metric files and end the loader's thread."""
-        self.tracker.close()
-        self.loader.close()
