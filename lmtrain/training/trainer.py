@@ -21,7 +21,7 @@ from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
 from lmtrain.runs.ngram_counts import count_text
 from lmtrain.runs.weights import build_model
-from lmtrain.system.device import autocast, choose_precision, seed_of
+from lmtrain.system.device import choose_precision, seed_of
 from lmtrain.system.processes import SingleProcess
 from lmtrain.system.progress import Progress
 from lmtrain.training.checkpointer import Checkpointer, flatten_keys
@@ -142,6 +142,8 @@ class Trainer:
             self.progress.note(f"the run ended at step {self.state.step} already; nothing to do")
             return self._result()
         self.state.finished = False
+        if self.state.validated_step != self.state.step and self._validation_due():  # a signal broke it off
+            self._end_step()
         while not self._ended():
             batches = self.loader.take()
             rate, number = self._learning_rate(batches), self.state.step + 1
@@ -150,19 +152,27 @@ class Trainer:
             if self.state.step % self.config.logging.every_steps == 0:
                 self._log_window()
             self.progress.update(self.state.step, self._progress(), self.figures)
-            improved = self._validate() if self._validation_due() else False
-            stop = self.signalled is not None or self.state.step == stop_at_step
-            if improved or stop or self._save_due():
-                self._save()
-            if self.signalled is not None:
-                raise StoppedError(
-                    self.signalled,
-                    f"stopped at step {self.state.step} by {signal.Signals(self.signalled).name}; the state is saved: "
-                    f"lmtrain train {self.run.path}/config.yaml --run-dir {self.run.path} --resume continues",
-                )
+            stop = self.state.step == stop_at_step
+            self._end_step(stop)
             if stop:
                 return self._result()
         return self._finish()
+
+    def _end_step(self, stop: bool = False) -> None:
+        """Validate and save if it is time to; raises StoppedError if a signal has come."""
+        improved = self._validate() if self._validation_due() else False
+        if improved or stop or self.signalled is not None or self._save_due():
+            self._save()
+        self._check_signals()
+
+    def _check_signals(self) -> None:
+        """Raise StoppedError if a signal has come; the state is saved then."""
+        if self.signalled is not None:
+            raise StoppedError(
+                self.signalled,
+                f"stopped at step {self.state.step} by {signal.Signals(self.signalled).name}; the state is saved: "
+                f"lmtrain train {self.run.path}/config.yaml --run-dir {self.run.path} --resume continues",
+            )
 
     def _ended(self) -> bool:
         training, state = self.config.training, self.state
@@ -245,35 +255,42 @@ class Trainer:
         return self.state.next_batch == 0 if every is None else self.state.step % every == 0
 
     def _validate(self) -> bool:
-        """Validate, let the model write samples, and log both; True if the loss is the best so far."""
-        started_s = time.monotonic()
-        state, improved = self.state, False
-        state.validated_step = state.step
+        """Validate, let the model write samples, and log both; True if the loss is the best so far.
+
+        A signal breaks it off, and nothing has changed then: the resumed run repeats it.
+        """
+        started_s, state, improved = time.monotonic(), self.state, False
         self.model.eval()
         with self.step.averaging.applied():
-            with autocast(state.precision, self.device):
-                values = self.validation.figures()
-            samples = [] if self.processes.rank else self.validation.samples()
-            self.tracker.log(state.step, self._epoch(), {**values, "samples": samples})
-            if self.config.logging.histograms:
-                self.tracker.histograms(state.step, self.model)
-        if values:
-            loss = values["valid/loss"]
-            if not math.isfinite(loss):
-                raise DivergedError(
-                    f"step {state.step}: the validation loss is not finite (learning rate "
-                    f"{self.last.learning_rate:g}); try a lower optimizer.lr; the weights saved last are sound"
-                )
-            improved = state.best_loss is None or loss < state.best_loss
-            if improved:
-                state.best_loss, state.best_step, state.best_figures = loss, state.step, values
-            state.bad_validations = 0 if improved else state.bad_validations + 1
-            best = " (best)" if improved else ""
-            self.progress.note(f"step {state.step}: validation {describe_figures(values)}{best}")
-            self._react(loss, improved)
+            done = self.validation.run(self.stopped_by, state.precision)
+            if done is not None:
+                values, samples = done
+                self.tracker.log(state.step, self._epoch(), {**values, "samples": samples})
+                if self.config.logging.histograms:
+                    self.tracker.histograms(state.step, self.model)
+        if done is not None:
+            state.validated_step = state.step
+            improved = self._count_validation(values) if values else False
         self.model.train()
         self._synchronise()
         self.window_start_s += time.monotonic() - started_s  # not part of the training's tokens per second
+        return improved
+
+    def _count_validation(self, values: dict[str, float]) -> bool:
+        """Take a validation's metrics into the state of the run; True if the loss is the best so far."""
+        state, loss = self.state, values["valid/loss"]
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"step {state.step}: the validation loss is not finite (peak learning rate "
+                f"{self.config.optimizer.lr:g}); try a lower optimizer.lr; the weights saved last are sound"
+            )
+        improved = state.best_loss is None or loss < state.best_loss
+        if improved:
+            state.best_loss, state.best_step, state.best_figures = loss, state.step, values
+        state.bad_validations = 0 if improved else state.bad_validations + 1
+        best = " (best)" if improved else ""
+        self.progress.note(f"step {state.step}: validation {describe_figures(values)}{best}")
+        self._react(loss, improved)
         return improved
 
     def _react(self, loss: float, improved: bool) -> None:
@@ -308,6 +325,9 @@ class Trainer:
         """Validate and save for the last time, and write the hyperparameters for TensorBoard."""
         if self.state.validated_step != self.state.step:
             self._validate()
+        if self.state.validated_step != self.state.step:  # a signal broke it off
+            self._save()
+            self._check_signals()
         flat = flatten_keys(self.config.model_dump())
         figures = {f"hparam/{tag.replace('/', '_')}": value for tag, value in self._figures().items()}
         self.tracker.hyperparameters(flat, figures)
