@@ -89,7 +89,7 @@ def _train(
     if (threads := config.training.num_threads or processes.threads()) is not None:
         torch.set_num_threads(threads)
     corpora = _prepare(config, progress, tokenizer, processes)  # before the run directory: its faults leave nothing
-    processes.run_in_all(lambda: check_countable(config, corpora.train))
+    processes.run_in_all(lambda: check_countable(config, len(corpora.train.tokens)))
     batches = processes.run_in_all(lambda: training_batches(config, corpora.train, corpora.tokenizer.eos_id))
     new = run is None and first
     if new:

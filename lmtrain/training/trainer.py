@@ -19,7 +19,7 @@ from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
-from lmtrain.runs.ngram_counts import count_text
+from lmtrain.runs.ngram_counts import read_or_count
 from lmtrain.runs.weights import build_model
 from lmtrain.system.device import choose_precision, seed_of
 from lmtrain.system.processes import SingleProcess
@@ -65,19 +65,13 @@ class Trainer:
         self.device, self.progress, self.processes, self.opened = device, progress, processes, opened
         torch.manual_seed(config.seed)
         self.model = build_model(config, corpora.tokenizer.vocab_size)
-        if config.model.ngram_counts is not None:
-            progress.note(f"counting n-grams of up to {config.model.ngram_counts} tokens")
-        counts = processes.run_in_all(lambda: count_text(config, corpora.train, corpora.tokenizer))
-        if counts is not None:
-            self.model.load_counts(counts)
         self.model.to(device)
         if processes.rank:  # the weights are equal, but each process draws a dropout of its own
             torch.manual_seed(seed_of(config.seed, 0, processes.rank))
         self.step = TrainingStep(config, self.model, batches.columns, processes)
         self.validation = Validation(config, corpora, self.model, self.step.loss_weights, processes)
-        self.checkpointer = Checkpointer(run, self.step, corpora, config, processes, counts)
+        self.checkpointer = Checkpointer(run, self.step, corpora, config, processes)
         self._restore_or_begin()
-        self.checkpointer.write_counts()
         self.step.precision = self.state.precision
         self._open_loader(batches)
         self.window_start_s = time.monotonic()
@@ -104,6 +98,21 @@ class Trainer:
                 self.run.write_environment(self.begun_in)
         self.tracker = NullTracker() if rank else Tracker(self.run.path, lengths, self.progress.note)
         self.opened.callback(self.tracker.close)
+        if self.config.model.ngram_counts is not None:
+            self._load_counts(None if restored is None else restored.counts)
+
+    def _load_counts(self, digest: object) -> None:
+        """Give the model its counted n-grams. Rank 0 reads or counts them, and sends them to the other processes, which
+        may be on machines that can't see the run directory."""
+
+        def of_rank_0() -> tuple[dict[str, torch.Tensor], str] | None:
+            tokenizer, text = self.corpora.tokenizer, self.corpora.train
+            if self.processes.rank:
+                return None
+            return read_or_count(self.run.path, digest, self.config, text, tokenizer, self.progress.note)
+
+        counts, self.checkpointer.counts_digest = self.processes.run_in_all(of_rank_0, rank_0_first=True) or ({}, None)
+        self.model.load_counts(dict(self.processes.broadcast_tensors(counts)))
 
     def _open_loader(self, batches: TrainingBatches) -> None:
         """Begin to load batches from the state's position on, and make several processes ready to train."""
