@@ -52,11 +52,10 @@ class Measured(NamedTuple):
 
 def why_not_measured(config: Config, weights: int) -> str | None:
     """Return why it would take too much memory or time to build this model and measure it; None if it would not."""
-    model = config.model
     needed, free = 16 * weights, _available_bytes(device_of(config))
     if needed > free:
         return f"weights, gradients and optimizer need {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
-    if max(model.layer_sizes or [model.hidden_size]) > LARGEST_LAYER:
+    if config.model.largest_layer > LARGEST_LAYER:
         return f"with layers of more than {LARGEST_LAYER:,} the start alone takes minutes"
     return None
 
@@ -77,7 +76,7 @@ def measure_cost(config: Config, tokenizer: Tokenizer, batches: TrainingBatches)
 
 
 def _measure_steps(config: Config, step: TrainingStep, loader: BatchLoader) -> Measured:
-    step.precision, _ = choose_precision(config.training.precision, step.device, config.model.hidden_size)
+    step.precision, _ = choose_precision(config.training.precision, step.device, config.model.largest_layer)
     rate = config.optimizer.lr / max(1, config.schedule.warmup_steps)
     tokens: list[int] = []
     taken_s: list[float] = []

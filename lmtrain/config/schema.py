@@ -103,6 +103,11 @@ class ModelConfig(Section):
     backend: Literal["auto", "packed", "torch"] = "auto"
     """What computes the recurrence: lmtrain's packed kernels or torch.nn (oneDNN, cuDNN); auto: the faster one here."""
 
+    @property
+    def largest_layer(self) -> int:
+        """The hidden size of the largest layer."""
+        return max(self.layer_sizes or [self.hidden_size])
+
 
 class RegularizationConfig(Section):
     input_dropout: float = Field(0.0, ge=0, lt=1)
@@ -185,7 +190,7 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=1, le=MOST)
     """Stop after this many optimizer steps, if the epochs last longer; null sets no limit."""
     max_minutes: float | None = Field(None, gt=0)
-    """A time budget in minutes; the schedule then follows the fraction of it that has passed. null sets no limit."""
+    """Time budget in minutes from the first step on; the schedule follows the fraction used up; null sets no limit."""
     sampled_tokens: int | None = Field(None, ge=1, le=MOST)
     """Sampled softmax: score the frequent tokens, the batch's own and about this many random ones; null scores all."""
     frequent_tokens: int = Field(4096, ge=0, le=MOST)

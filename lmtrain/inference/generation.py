@@ -4,7 +4,7 @@ Shapes: B rows that still run, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count as numbers_from
 
@@ -54,8 +54,13 @@ def generate(
     sampling: Sampling | None = None,
     count: int = 1,
     stop: Sequence[str] = (),
+    broken_off: Callable[[], bool] = lambda: False,
 ) -> list[Generation]:
-    """Continue each prompt until its end token, one of the stop texts, or `max_tokens`; see `TrainedModel.generate`."""
+    """Continue each prompt until its end token, one of the stop texts, or `max_tokens`; see `TrainedModel.generate`.
+
+    Args:
+        broken_off: is called after each token; once it returns True, every text ends where it is.
+    """
     texts = [text for text in prompts for _ in range(count)]
     repetitions = defaultdict[str, Iterator[int]](numbers_from)
     numbers = [next(repetitions[text]) for text in texts]  # how many equal texts precede each: a, b, a -> 0, 0, 1
@@ -65,7 +70,8 @@ def generate(
         part = texts[block]
         writer = _Writer(model, codec, part, numbers[block], sampling, stop)
         for _ in writer.steps(max_tokens):
-            pass
+            if broken_off():
+                break
         results += [to_generation(codec, text, row, stop) for text, row in zip(part, writer.rows, strict=True)]
     return results
 

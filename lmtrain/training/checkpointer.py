@@ -1,11 +1,10 @@
 """Saves the checkpoints of a run, and restores the run from them as if it had never been stopped."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lmtrain.config import Config
 from lmtrain.data.preparation import Corpora
@@ -13,10 +12,8 @@ from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
 from lmtrain.runs import checkpoint
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
-from lmtrain.runs.ngram_counts import COUNTS_FILE, dump_counts
 from lmtrain.runs.weights import load_weights, named_weights
 from lmtrain.system.device import random_state, seed_generators, seed_of, set_random_state
-from lmtrain.system.files import hash_of, write_atomically
 from lmtrain.system.processes import SingleProcess
 from lmtrain.training.averaging import averaged_weights
 from lmtrain.training.optimization import optimizer_tensors, set_optimizer_tensors
@@ -34,9 +31,11 @@ MAY_CHANGE = (
 class Checkpointer:
     """The checkpoints of one run: what is saved in them, which are kept, and how the run is restored.
 
-    Args:
-        counts: the counted n-grams of the model, if it has any.
+    Attributes:
+        counts_digest: SHA-256 of the file of counted n-grams, if the model has any; set it before the first save.
     """
+
+    counts_digest: str | None = None
 
     def __init__(
         self,
@@ -45,20 +44,9 @@ class Checkpointer:
         corpora: Corpora,
         config: Config,
         processes: SingleProcess,
-        counts: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.run, self.step, self.corpora, self.config, self.processes = run, step, corpora, config, processes
         self.model, self.device = step.model, step.device
-        self._counts = None if counts is None or processes.rank else dump_counts(counts)
-        self.counts_digest = None if self._counts is None else hash_of(self._counts)
-
-    def write_counts(self) -> None:
-        """Write the file of counted n-grams if it is missing or damaged, once nothing prevents the run from
-        starting."""
-        path = self.run.path / COUNTS_FILE
-        if self._counts is not None and not (path.is_file() and hash_of(path.read_bytes()) == self.counts_digest):
-            write_atomically(path, self._counts)
-        self._counts = None
 
     def save(self, state: TrainingState, lengths: dict[str, int], begun_in: dict[str, Any]) -> None:
         """Save the run as it stands, then remove checkpoints that are neither among the newest `keep` nor the best.
@@ -151,8 +139,6 @@ class Checkpointer:
         for path in sorted(saved.data.keys() | self.corpora.hashes.keys()):
             if self.corpora.hashes.get(path) != saved.data.get(path):
                 raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
-        if saved.counts != self.counts_digest:
-            raise ArtefactError(f"{saved.name}: was trained with other n-gram counts than this lmtrain makes")
         return saved
 
     def _read_and_share(self, read: Callable[[], LoadedCheckpoint | None]) -> LoadedCheckpoint | None:

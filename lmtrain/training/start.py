@@ -1,8 +1,7 @@
 """From a configuration to a training run: a new one, or one that is resumed."""
 
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -49,7 +48,6 @@ def train(
         StoppedError: a signal ended the training; its state is saved.
         PeerError: another process has a fault and reports it.
     """
-    start_s = time.monotonic()
     named = None if run_dir is None else str(run_dir)
     with join_processes() as processes:
         settings = processes.run_in_all(lambda: _settings(config, processes))
@@ -57,7 +55,7 @@ def train(
         require_equal(processes, flatten_keys(settings.model_dump()), differs, ConfigError)
         shown = progress if progress is not None and processes.rank == 0 else NullProgress()
         try:
-            return _train(settings, named, resume, stop_at_step, shown, start_s, processes)
+            return _train(settings, named, resume, stop_at_step, shown, processes)
         finally:
             shown.close()
 
@@ -82,7 +80,6 @@ def _train(
     resume: bool,
     stop_at_step: int | None,
     progress: Progress,
-    start_s: float,
     processes: SingleProcess,
 ) -> TrainingResult:
     """Find or make the run directory, prepare the data, and train while the run is locked."""
@@ -91,7 +88,7 @@ def _train(
     run, tokenizer = begun or (None, None)
     device = processes.run_in_all(lambda: device_of(config, progress.note, run))
     corpora = _prepare(config, progress, tokenizer, processes)  # before the run directory: its faults leave nothing
-    processes.run_in_all(lambda: check_countable(config, corpora.train))
+    processes.run_in_all(lambda: check_countable(config, len(corpora.train.tokens)))
     batches = processes.run_in_all(lambda: training_batches(config, corpora.train, corpora.tokenizer.eos_id))
     new = run is None and first
     if new:
@@ -99,13 +96,16 @@ def _train(
     path = processes.broadcast(None if run is None else str(run.path))
     run = run or RunDirectory(Path(path))
     threads = config.training.num_threads or processes.threads()
-    with run.locked(progress.note) if first else nullcontext(), scoped_settings(device, threads):
+    with (
+        run.locked(progress.note) if first else nullcontext(),
+        scoped_settings(device, threads),
+        ExitStack() as opened,
+    ):
         if new:
             refuse_nonempty(run.path)  # another process may have been quicker
             run.write_start(config, corpora.tokenizer, environment(device, processes.world_size, processes.launch))
-        trainer = None
         try:
-            trainer = Trainer(config, run, corpora, batches, device, progress, start_s, processes)
+            trainer = Trainer(config, run, corpora, batches, device, progress, processes, opened)
             if first and not new:
                 run.write_config(config)  # some of its keys may change in a resume
             with noted_signals() as stopped_by:
@@ -118,9 +118,6 @@ def _train(
             if (memory := out_of_memory(error, f"lower batching.{size} or model.hidden_size")) is not None:
                 raise memory from None
             raise
-        finally:
-            if trainer is not None:
-                trainer.close()
 
 
 def _find_begun(

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
@@ -73,9 +74,10 @@ class Tracker:
         self._on_board(lambda board: board.write(step, _summaries(values)))
 
     def histograms(self, step: int, model: nn.Module) -> None:
-        """Write the distribution of every weight."""
-        weights = ((name, weight.detach().cpu().numpy()) for name, weight in model.named_parameters())
-        summaries = (histogram(name, values, HISTOGRAM_BINS) for name, values in weights)
+        """Write the distribution of every weight. A weight with values that are not finite has none, and is left out:
+        such a run ends at its next save."""
+        weights = ((name, weight.detach().cpu().double().numpy()) for name, weight in model.named_parameters())
+        summaries = (histogram(name, values, HISTOGRAM_BINS) for name, values in weights if np.isfinite(values).all())
         self._on_board(lambda board: board.write(step, summaries))
 
     def hyperparameters(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
