@@ -39,7 +39,8 @@ from lmtrain.inference.prompts import PromptCodec
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.objectives import align
 from lmtrain.model.output import FullOutput
-from lmtrain.system.device import autocast, choose_device, choose_precision, keep_freed_memory
+from lmtrain.system.device import autocast, choose_device, choose_precision, keep_freed_memory, make_deterministic
+from lmtrain.system.variables import set_variables
 from lmtrain.training.step import TrainingStep
 
 BOS, EOS = 1, 2
@@ -410,8 +411,10 @@ def product_rate(precision: str, device: torch.device) -> float:
 
 def serve(row: Row, side: str, device: torch.device) -> None:
     """One side's process: for each line on standard input, a burst of about that many seconds."""
-    if side == "ours":
-        device = choose_device(device.type)  # as `lmtrain train` sets it
+    if side == "ours":  # as `lmtrain train` sets it
+        set_variables()
+        device = choose_device(device.type)
+        make_deterministic(device)
     elif device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     build = row.ours if side == "ours" else row.other

@@ -36,6 +36,10 @@ if os.access("/dev/shm", os.W_OK):
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
 settings.load_profile("untimed")
 
+# in the processes that tests start, as in `filterwarnings` of pyproject.toml
+DEPRECATED = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+os.environ.setdefault("PYTHONWARNINGS", ",".join(f"error::{kind}" for kind in DEPRECATED))
+
 torch.set_num_threads(1)  # the models here are tiny, and two threads only wait for each other
 
 SMALL = """

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -44,6 +45,7 @@ for command in (training.prepare, training.train, generation.generate, *MODEL_CO
 def main() -> None:
     """Run a command and exit with its code. A user's mistake prints a line for each fault, never a traceback."""
     set_variables()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {str(message).splitlines()[0]}\n"
     try:
         sys.exit(_run())
     except KeyboardInterrupt:  # a second one, while the first was handled

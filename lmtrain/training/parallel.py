@@ -60,9 +60,10 @@ class Gradients:
             *([model.embedding.weight] if model.embedding.sparse else []),
         ]
         names = {name for name, weight in self._loss.named_parameters() if any(weight is own for own in self._sparse)}
+        names |= {name for name, _ in self._loss.named_buffers()}  # every process has made the same ones
         self._loss._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
         with processes.communicating():
-            self._parallel = DistributedDataParallel(self._loss, gradient_as_bucket_view=True, broadcast_buffers=False)
+            self._parallel = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
         self._parallel.register_comm_hook(None, lambda state, bucket: self._sum_bucket(bucket))
 
     _parallel: Any

@@ -130,11 +130,13 @@ def test_the_command_line_sets_variables_before_pytorch_is_imported():
     code = (
         "import os, sys, lmtrain.cli; sys.argv = ['lmtrain', '--version']\n"
         "try: lmtrain.cli.main()\n"
-        "except SystemExit: print('torch' in sys.modules, os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+        "except SystemExit: print('torch' in sys.modules, os.environ['CUBLAS_WORKSPACE_CONFIG'])\n"
+        "import warnings; warnings.warn('aten::new falls back to the CPU\\nTriggered at MPSFallback.mm')"
     )
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[1:] == ["False :16:8"]
+    assert done.stderr == "warning: aten::new falls back to the CPU\n"  # a warning of PyTorch's is one line
 
 
 def test_a_workspace_that_sums_in_another_order_is_noted(monkeypatch):
