@@ -58,15 +58,18 @@ def measure_cost(config: Config, tokenizer: Tokenizer, batches: TrainingBatches)
     keep_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.training.num_threads or threads)
-    loader = BatchLoader(batches, tokenizer.pad_id, config.training.accumulate)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             _reset_peak(device)
             model = build_model(config, tokenizer.vocab_size).to(device).train()
-            return _measure_steps(config, TrainingStep(config, model, batches.columns), loader)
+            step = TrainingStep(config, model, batches.columns)
+            loader = BatchLoader(batches, tokenizer.pad_id, config.training.accumulate, lay_out=step.lay_out)
+            try:
+                return _measure_steps(config, step, loader)
+            finally:
+                loader.close()
     finally:
-        loader.close()
         torch.set_num_threads(threads)
 
 

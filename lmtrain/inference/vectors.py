@@ -83,7 +83,7 @@ def _read(
         rows = pack_rows(batch.lengths)
         lines = lines[batch.order.numpy()]
         tokens = batch.tokens[rows.time, rows.row].to(device)
-        states, state = stack(model.embedding(tokens), rows)
+        states, state = stack(model.embedding(tokens), rows.to(device))
         output[begins[lines][rows.row.numpy()] + rows.time.numpy()] = states.float().cpu().numpy()
         last[lines] = torch.stack([layer[0] for layer in state], 1).float().cpu().numpy()
     inner = np.ones(len(framed), bool)

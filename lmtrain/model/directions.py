@@ -75,7 +75,7 @@ class RecurrentLayers(nn.Module):
             raise ValueError(f"a packed input has 2 dimensions (N, I), not {packed.dim()}")
         if packed.shape[1] != self.input_size:
             raise ValueError(f"the input's last size is {packed.shape[1]}, the layer's input size {self.input_size}")
-        rows = pack_rows(lengths)
+        rows = pack_rows(lengths).to(packed.device)
         output, state = self._run(packed, rows, self._split(state, len(lengths)))
         if isinstance(inputs, PackedSequence):
             return PackedSequence(output, inputs.batch_sizes, inputs.sorted_indices, inputs.unsorted_indices), state
@@ -97,7 +97,7 @@ class RecurrentLayers(nn.Module):
         output, new_state = self.stacks[0](packed, rows, states[0])
         new_states = [new_state]
         if len(self.stacks) > 1:
-            from_end = rows.reversed().to(packed.device)
+            from_end = rows.reversed()
             backward_output, backward_state = self.stacks[1](packed[from_end], rows, states[1])
             output = torch.cat([output, backward_output[from_end]], 1)
             new_states.append(backward_state)

@@ -42,7 +42,7 @@ def drop_locked(values: Tensor, rows: PackedRows, fraction: float, training: boo
     if rows.equal:
         columns: Tensor = values.unflatten(0, (-1, count)) * kept
         return columns.flatten(0, 1)
-    return values * kept.index_select(0, rows.row.to(values.device))
+    return values * kept.index_select(0, rows.row)
 
 
 def drop_tokens(embedded: Tensor, tokens: Tensor, vocab_size: int, fraction: float, training: bool) -> Tensor:

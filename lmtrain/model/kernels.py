@@ -85,7 +85,7 @@ def fewer_rows(sizes: list[int]) -> list[int]:
 def state_gradients(to_output: Tensor, to_h: Tensor, rows: PackedRows) -> tuple[Tensor, list[Tensor]]:
     """Buffers for the gradients of the initial state (B, H) and of each step's state. The first begins as zeros,
     the others as the gradients of the kernel's outputs: `to_output` (N, H), and `to_h` (B, H) at each row's end."""
-    to_states = to_output.contiguous().index_add(0, rows.last.to(to_h.device), to_h)  # (N, H)
+    to_states = to_output.contiguous().index_add(0, rows.last, to_h)  # (N, H)
     return torch.zeros_like(to_h), list(to_states.split(rows.batch_sizes))
 
 
@@ -157,7 +157,7 @@ class LSTMLayer(torch.autograd.Function):
         inputs, w_ih, w_hh, gates, hidden, cell, tanh_c = ctx.saved_tensors
         rows, hidden_size, sizes = ctx.rows, w_hh.shape[1], ctx.rows.batch_sizes
         recurrent = StepWeight(w_hh, ctx.dtype, len(to_h))
-        before = states_before(rows, to_h.device)
+        before = states_before(rows)
         to_h_0, to_states = state_gradients(to_output, to_h, rows)
         to_cell = to_c.clone()  # (B, H) gradient of c, summed from the later steps
         d_gates = torch.empty_like(gates)
@@ -238,7 +238,7 @@ class GRULayer(torch.autograd.Function):
         inputs, w_ih, w_hh, gates, hidden_n, hidden, hidden_operand = ctx.saved_tensors
         rows, hidden_size, sizes = ctx.rows, w_hh.shape[1], ctx.rows.batch_sizes
         recurrent = StepWeight(w_hh, ctx.dtype, len(to_h))
-        before = states_before(rows, to_h.device)
+        before = states_before(rows)
         to_h_0, to_states = state_gradients(to_output, to_h, rows)
         d_gates = torch.empty_like(gates)  # gradient of W_h h + b_h, which differs from that of W_i x + b_i for n
         operand = operand_of(d_gates, ctx.dtype)
@@ -323,5 +323,5 @@ class RNNLayer(torch.autograd.Function):
             earlier = to_states[step - 1] if step else to_h_0
             recurrent.add_to(earlier[: len(d_gate)], d_operand)
         to_inputs, to_ih, to_bias = input_gradients(ctx, inputs, w_ih, d_gates, operand)
-        to_hh = recurrence_gradient(w_hh, operand, hidden_operand, states_before(rows, to_h.device))
+        to_hh = recurrence_gradient(w_hh, operand, hidden_operand, states_before(rows))
         return to_inputs, to_h_0, to_ih, to_hh, to_bias, to_bias, None

@@ -21,7 +21,16 @@ from lmtrain.model.embedding import Lookups
 from lmtrain.model.ngrams.counts import CountedNgrams
 from lmtrain.model.ngrams.embedding import NgramEmbedding
 from lmtrain.model.ngrams.history import NgramInputs, context_of, history_at
-from lmtrain.model.objectives import Direction, EncodedBatch, Events, Losses, Objective, align, state_penalty
+from lmtrain.model.objectives import (
+    Direction,
+    EncodedBatch,
+    Events,
+    Layout,
+    Losses,
+    Objective,
+    lay_out,
+    state_penalty,
+)
 from lmtrain.model.output import AdaptiveOutput, FullOutput, projection, sample_vocabulary
 from lmtrain.model.packing import PackedRows, pack_rows
 from lmtrain.model.recurrence import RecurrentStack
@@ -161,7 +170,7 @@ class LanguageModel(nn.Module):
         ngrams = NgramInputs()
         if self.history_size:
             packed = torch.arange(length * count, device=tokens.device)
-            lengths = torch.full((count,), length)
+            lengths = torch.full_like(tokens[0], length)
             ngrams = self._ngram_inputs(direction, tokens, lengths, packed // count, packed % count, state)
         logits = self._logits(direction, self._project(direction, states, ngrams.vectors), ngrams.history)
         return logits.unflatten(0, tokens.shape), ModelState(end, ngrams.last)
@@ -174,15 +183,21 @@ class LanguageModel(nn.Module):
         Args:
             tokens, lengths: (L, B), ordered as in `forward`; (B,) int64 on CPU, non-increasing.
         """
-        rows = pack_rows(lengths)
+        rows = pack_rows(lengths).to(tokens.device)
         states, end = self.stack(direction)(self.embedding(tokens[rows.time, rows.row]), rows)
-        last, row = (lengths - 1).to(tokens.device), torch.arange(len(lengths), device=tokens.device)
-        ngrams = self._ngram_inputs(direction, tokens, lengths, last, row, None)
+        row = torch.arange(len(lengths), device=tokens.device)
+        ngrams = self._ngram_inputs(direction, tokens, rows.lengths, rows.lengths - 1, row, None)
         projected = self._project(direction, states[rows.last], ngrams.vectors)
         return self._logits(direction, projected, ngrams.history), ModelState(end, ngrams.last)
 
     def _ngram_inputs(
-        self, direction: Direction, tokens: Tensor, lengths: Tensor, time: Tensor, row: Tensor, state: ModelState | None
+        self,
+        direction: Direction,
+        tokens: Tensor | None,
+        lengths: Tensor,
+        time: Tensor | None,
+        row: Tensor,
+        state: ModelState | None,
     ) -> NgramInputs:
         """Return what n-grams add to the inputs of N events; an empty `NgramInputs` for a model without n-grams.
 
@@ -190,7 +205,7 @@ class LanguageModel(nn.Module):
             tokens, lengths: (L, B) in the order in which the direction reads them, and (B,) the number it reads.
             time, row: (N,) step and row of the last token read before each event.
         """
-        if not self.history_size:
+        if not self.history_size or tokens is None or time is None:
             return NgramInputs()
         context = context_of(tokens, self.history_size, None if state is None else state.history)  # (K + L, B)
         vectors = history = None
@@ -200,7 +215,7 @@ class LanguageModel(nn.Module):
             vectors = embedding(context[self.history_size - embedding.history_size :], time, row)
         if self.ngram_counts:
             history = history_at(context, self._counted(direction).history_size, time + self.history_size, row)
-        ends = lengths.to(context.device) + self.history_size - 1
+        ends = lengths + self.history_size - 1
         rows = torch.arange(len(lengths), device=context.device)
         return NgramInputs(vectors, history, history_at(context, self.history_size, ends, rows))
 
@@ -234,43 +249,60 @@ class LanguageModel(nn.Module):
         log_weights, log_estimates = counted.mix(states, events.history, events.targets, exclude_event=self.training)
         return -torch.logsumexp(torch.cat([-nats.unsqueeze(1), log_estimates], 1) + log_weights, 1)
 
-    def read(
-        self, tokens: Tensor, lengths: Tensor, state: ModelState | None = None, lookups: Lookups | None = None
-    ) -> EncodedBatch:
-        """Read a batch and return each objective's states and targets.
+    def lay_out(self, tokens: Tensor, lengths: Tensor, order: Tensor | None = None) -> Layout:
+        """Work out on the CPU what `read` and `loss` need of a batch, and move it to the model's device in one copy.
+
+        A thread may do this for the next batch while the present one is computed.
 
         Args:
             tokens: (L, B) int64, rows longest first, each from its `<bos>` to its `<eos>`, or a part of a stream that
                 begins with the token before its first event.
             lengths: (B,) int64 on CPU, non-increasing, >= 2.
+            order: (B,) int64 on CPU, the column whose state each row continues, see `CarriedState`.
+        """
+        device = self.embedding.weight.device
+        layout = lay_out(tokens.cpu(), lengths, order, self.bidirectional, bool(self.history_size))
+        if device.type != "cpu" and isinstance(self.output, AdaptiveOutput):
+            layout = layout._replace(clusters=self.output.sort_targets(layout.targets))
+        return layout.to(device)
+
+    def read(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        state: ModelState | None = None,
+        layout: Layout | None = None,
+        lookups: Lookups | None = None,
+    ) -> EncodedBatch:
+        """Read a batch and return each objective's states and targets.
+
+        Args:
+            tokens, lengths: as in `lay_out`.
             state: of the forward stack before the batch; None: nothing was read.
+            layout: from `lay_out`, if it is known already; the tokens and lengths are then not looked at.
             lookups: the lookups of this batch, if the output layer shares them.
         """
+        layout = self.lay_out(tokens, lengths) if layout is None else layout
         lookups = Lookups(self.embedding.weight, self.embedding.sparse) if lookups is None else lookups
-        alignment = align(lengths)
-        device, rows = tokens.device, alignment.rows
-        time, row = rows.time.to(device), rows.row.to(device)
+        rows, targets = layout.rows, layout.targets.split(layout.sizes)
         layers = None if state is None else state.layers
-        states, end, penalties = self._run("forward", tokens[time, row], rows, lookups, layers)
-        ngrams = self._ngram_inputs("forward", tokens, rows.lengths, time, row, state)
-        targets = tokens[time + 1, row]
+        states, end, penalties = self._run("forward", layout.inputs, rows, lookups, layers)
+        ngrams = self._ngram_inputs("forward", layout.tokens, rows.lengths, rows.time, rows.row, state)
         projected = self._project("forward", states, ngrams.vectors)
-        events: dict[Objective, Events] = {"forward": Events(projected, targets, ngrams.history)}
-        if self.bidirectional:
-            backward_time = alignment.backward_time.to(device)
-            backward_states, _, penalty = self._run("backward", tokens[backward_time, row], rows, lookups)
-            real = torch.arange(len(tokens), device=device).unsqueeze(1) < lengths.to(device)
-            flipped = torch.where(real, tokens, -1).flip(0)  # -1 + 1 is 0: nothing was read after a row's end
-            steps = len(tokens) - 1 - backward_time
-            backward_ngrams = self._ngram_inputs("backward", flipped, rows.lengths, steps, row, None)
+        events: dict[Objective, Events] = {"forward": Events(projected, targets[0], ngrams.history)}
+        left, right = layout.fill_forward, layout.fill_backward
+        if layout.backward_inputs is not None and left is not None and right is not None:
+            backward_states, _, penalty = self._run("backward", layout.backward_inputs, rows, lookups)
+            backward_ngrams = self._ngram_inputs(
+                "backward", layout.flipped, rows.lengths, layout.backward_steps, rows.row, None
+            )
             projected = self._project("backward", backward_states, backward_ngrams.vectors)
-            events["backward"] = Events(projected, tokens[backward_time - 1, row], backward_ngrams.history)
-            left, right = alignment.fill_forward.to(device), alignment.fill_backward.to(device)
+            events["backward"] = Events(projected, targets[1], backward_ngrams.history)
             sides = torch.cat([states.index_select(0, left), backward_states.index_select(0, right)], 1)  # (M, 2H)
             vectors = None
             if ngrams.vectors is not None and backward_ngrams.vectors is not None:
                 vectors = ngrams.vectors[left] + backward_ngrams.vectors[right]
-            events["fill"] = Events(self._project("fill", sides, vectors), targets[left])
+            events["fill"] = Events(self._project("fill", sides, vectors), targets[2])
             penalties |= penalty
         return EncodedBatch(events, ModelState(end, ngrams.last), penalties)
 
@@ -293,38 +325,46 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,
         lengths: Tensor,
-        weights: Mapping[Objective, float] | None = None,
+        weights: Mapping[Objective, float | Tensor] | None = None,
         state: ModelState | None = None,
+        layout: Layout | None = None,
     ) -> Losses:
         """Compute the nats of each objective and their weighted sum; padding is never scored.
 
         With counted n-grams the nats are those of the mixture. The weighted sum then also holds the network's own nats,
-        from which alone the network learns.
+        from which alone the network learns. With a layout, and an output layer that samples nothing, this queues work
+        for the device without a copy to it and without waiting for it.
 
         Args:
-            tokens, lengths, state: as in `read`.
-            weights: factor of each objective's nats in the sum; None: 1.
+            tokens, lengths, state, layout: as in `read`.
+            weights: factor of each objective's nats in the sum, a number or a tensor () on the device; None: 1.
         """
+        layout = self.lay_out(tokens, lengths) if layout is None else layout
         lookups = Lookups(self.embedding.weight, self.embedding.sparse)
-        events, end, penalties = self.read(tokens, lengths, state, lookups)
+        events, end, penalties = self.read(tokens, lengths, state, layout, lookups)
         states = torch.cat([part.states for part in events.values()])
-        targets = torch.cat([part.targets for part in events.values()])
-        sizes = [len(part.targets) for part in events.values()]
         factors = {name: 1.0 if weights is None else weights[name] for name in events}
-        of_events = torch.tensor(list(factors.values())).repeat_interleave(torch.tensor(sizes)).to(states.device)
+        of_events = torch.cat(
+            [
+                factor.expand(size) if isinstance(factor, Tensor) else torch.full((size,), factor, device=states.device)
+                for factor, size in zip(factors.values(), layout.sizes, strict=True)
+            ]
+        )
         if isinstance(self.output, FullOutput):
             tied = lookups.tied() if self.output.weight is self.embedding.weight else None
             smoothing = self.label_smoothing if self.training else 0.0
             sample = None
             if self.training and self.sampled_tokens is not None:
-                sample = sample_vocabulary(targets, self.vocab_size, self.frequent_tokens, self.sampled_tokens)
-            total, network_nats = self.output.loss(states, targets, of_events, tied, smoothing, sample)
+                sample = sample_vocabulary(
+                    layout.cpu_targets, self.vocab_size, self.frequent_tokens, self.sampled_tokens, states.device
+                )
+            total, network_nats = self.output.loss(states, layout.targets, of_events, tied, smoothing, sample)
         else:
-            total, network_nats = self.output.loss(states, targets, of_events)
+            total, network_nats = self.output.loss(states, layout.targets, of_events, layout.clusters)
         for direction, penalty in penalties.items():
             total = total + factors[direction] * penalty
         nats: dict[Objective, Tensor] = {}
-        for (objective, part), of_network in zip(events.items(), network_nats.split(sizes), strict=True):
+        for (objective, part), of_network in zip(events.items(), network_nats.split(layout.sizes), strict=True):
             mixed = self._mix_counts(objective, part, of_network)
             if mixed is not of_network:
                 total = total + factors[objective] * mixed.sum()

@@ -4,11 +4,15 @@ Shapes: B rows, L longest row, H hidden size, K tokens of n-gram history, M inne
 packed rows or events, P output size.
 """
 
+from __future__ import annotations
+
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lmtrain.model.packing import PackedRows, pack_rows
+from lmtrain.model.output import Clusters
+from lmtrain.model.packing import PackedRows, move_together, pack_rows
 from lmtrain.model.states import ModelState
 
 Direction = Literal["forward", "backward"]
@@ -63,6 +67,63 @@ def align(lengths: Tensor) -> Alignment:
     return Alignment(rows, backward_time, inner.nonzero().squeeze(1), fill_backward)
 
 
+class Layout(NamedTuple):
+    """What a model reads and predicts in a batch, worked out from its tokens on the CPU: see `lay_out`.
+
+    The tensors are int64. `to` moves all of them but `cpu_targets` to the model's device.
+    """
+
+    rows: PackedRows  # of the steps of each stack: one fewer than a row has tokens
+    targets: Tensor  # (N,), or (N + N + M,) of two directions: the targets of all objectives, one after the other
+    cpu_targets: Tensor  # the same
+    inputs: Tensor  # (N,) tokens that the forward stack reads
+    order: Tensor | None  # (B,) column whose state each row continues, see `CarriedState`; None: not known
+    backward_inputs: Tensor | None = None  # (N,) tokens that the backward stack reads
+    fill_forward: Tensor | None = None  # (M,) as in `Alignment`, as is the next one
+    fill_backward: Tensor | None = None
+    tokens: Tensor | None = None  # (L, B) the batch itself, for n-grams
+    flipped: Tensor | None = None  # (L, B) the same, last token first, for n-grams; -1 before a row's first token
+    backward_steps: Tensor | None = None  # (N,) step in `flipped` at which the backward stack reads each packed row
+    clusters: Clusters | None = None  # of the targets, for an adaptive output layer
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many targets each objective has."""
+        events = len(self.inputs)
+        return [events] if self.fill_forward is None else [events, events, len(self.fill_forward)]
+
+    def to(self, device: torch.device) -> Layout:
+        """Return the same layout with its tensors on a device; they get there in one copy."""
+        if self.inputs.device == device:
+            return self
+        plain = self._asdict()
+        names = [name for name, value in plain.items() if isinstance(value, Tensor) and name != "cpu_targets"]
+        clusters = [] if self.clusters is None else [self.clusters.in_head, *self.clusters.inside]
+        moved = iter(move_together([*self.rows.tensors, *(plain[name] for name in names), *clusters], device))
+        rows = PackedRows(self.rows.batch_sizes, self.rows.offsets, *(next(moved) for _ in self.rows.tensors))
+        rest = {name: next(moved) for name in names}
+        return self._replace(rows=rows, **rest, clusters=None if not clusters else Clusters(next(moved), list(moved)))
+
+
+def lay_out(tokens: Tensor, lengths: Tensor, order: Tensor | None, bidirectional: bool, with_ngrams: bool) -> Layout:
+    """Lay out a batch; `tokens` (L, B) and `lengths` (B,) are as in `LanguageModel.read`, and on the CPU."""
+    rows, backward_time, fill_forward, fill_backward = align(lengths)
+    time, row = rows.time, rows.row
+    targets, whole = tokens[time + 1, row], tokens if with_ngrams else None
+    if not bidirectional:
+        return Layout(rows, targets, targets, tokens[time, row], order, tokens=whole)
+    flipped = steps = None
+    if with_ngrams:
+        real = torch.arange(len(tokens)).unsqueeze(1) < lengths
+        flipped = torch.where(real, tokens, -1).flip(0)  # -1 + 1 is 0: nothing was read after a row's end
+        steps = len(tokens) - 1 - backward_time
+    targets = torch.cat([targets, tokens[backward_time - 1, row], targets[fill_forward]])
+    inputs, backward_inputs = tokens[time, row], tokens[backward_time, row]
+    return Layout(
+        rows, targets, targets, inputs, order, backward_inputs, fill_forward, fill_backward, whole, flipped, steps
+    )
+
+
 def count_events(rows: int, tokens: int) -> dict[Objective, int]:
     """Return how many tokens each objective predicts in `rows` rows of `tokens` tokens with `<bos>` and `<eos>`."""
     return {"forward": tokens - rows, "backward": tokens - rows, "fill": tokens - 2 * rows}
@@ -76,6 +137,6 @@ def state_penalty(states: Tensor, dropped: Tensor, rows: PackedRows, activation:
     """
     total = activation * dropped.square().sum()
     if temporal and len(states) > rows.batch_sizes[0]:
-        before = states.index_select(0, rows.previous().to(states.device))
+        before = states.index_select(0, rows.previous())
         total = total + temporal * (states[rows.batch_sizes[0] :] - before).square().sum()
     return total / states.shape[1]

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmtrain.model.packing import move_together
 from lmtrain.model.products import add_product, padded_rows, product_dtype, write_product
 
 CHUNK = 4096  # columns of a chunk on CPU: large enough for fast products, small enough for the caches
 BUFFER_BYTES = 256 << 20  # upper bound for the exponentials of a block of rows
+CPU = torch.device("cpu")
 SAFE = 1e30  # sums of exponentials between 1 / SAFE and SAFE need no shift
+SAFE_LOGIT = 50.0  # nor does a row whose greatest logit is between -50 and 50: e**50 is 5e21
 
 
 def projection(directions: int, hidden_size: int, output_size: int) -> nn.Module:
@@ -78,24 +81,38 @@ class Sample(NamedTuple):
     correction: Tensor  # (S,) to add to the logits: minus the logarithm of a token's chance to be sampled
 
 
-def sample_vocabulary(targets: Tensor, vocab_size: int, frequent: int, sampled: int) -> Sample:
-    """Take the first `frequent` tokens, the targets (N,), and about `sampled` of the other tokens at random.
+def sample_vocabulary(
+    targets: Tensor, vocab_size: int, frequent: int, sampled: int, device: torch.device = CPU
+) -> Sample:
+    """Return a sample on a device: the first `frequent` tokens, the targets (N,), and about `sampled` others at random.
+
+    The targets are on the CPU, and the sample is drawn there, so that its size is known without waiting for the device.
 
     The logits of the random tokens are raised by -log(their chance). The sum of exponentials over the sample is then an
     unbiased estimate of the sum over the vocabulary (importance sampling: Bengio and Senecal 2003,
     https://proceedings.mlr.press/r4/bengio03a.html; one sample for all events of a step: Jean et al. 2015,
     https://arxiv.org/abs/1412.2007). The frequent tokens and the targets, which make up most of the sum, are exact.
     """
-    certain = torch.zeros(vocab_size, dtype=torch.bool, device=targets.device)
+    certain = torch.zeros(vocab_size, dtype=torch.bool)
     certain[:frequent] = True
     certain[targets] = True
     others = vocab_size - int(certain.sum())
     chance = min(1.0, sampled / max(1, others))
-    drawn = ~certain & (torch.rand(vocab_size, device=targets.device) < chance)
+    drawn = ~certain & (torch.rand(vocab_size) < chance)
     in_sample = certain | drawn
     tokens = in_sample.nonzero().squeeze(1)
     index = in_sample.cumsum(0) - 1
-    return Sample(tokens, index[targets], drawn[tokens] * -math.log(chance))
+    if device.type == "cpu":
+        return Sample(tokens, index[targets], drawn[tokens] * -math.log(chance))
+    tokens, targets, at_random = move_together([tokens, index[targets], drawn[tokens].long()], device)
+    return Sample(tokens, targets, at_random * -math.log(chance))
+
+
+class Clusters(NamedTuple):
+    """Where the targets of N events lie in an adaptive output layer."""
+
+    in_head: Tensor  # (N,) column of the head: the target itself if it is frequent, else that of its cluster
+    inside: list[Tensor]  # indices of the events whose target lies in each cluster of rare tokens, (events of it,)
 
 
 class AdaptiveOutput(nn.Module):
@@ -111,17 +128,27 @@ class AdaptiveOutput(nn.Module):
         div_value = 4.0 if output_size >= 16 else 1.0  # the last cluster's states have size P / div_value**2
         self.clusters = nn.AdaptiveLogSoftmaxWithLoss(output_size, vocab_size, cutoffs, div_value, head_bias=True)
 
-    def loss(self, states: Tensor, targets: Tensor, weights: Tensor) -> OutputLoss:
-        """As `FullOutput.loss`; a rare target costs the nats of its cluster plus its nats within the cluster."""
-        clusters = self.clusters
-        cutoffs, short = clusters.cutoffs[:-1], clusters.shortlist_size
+    def sort_targets(self, targets: Tensor) -> Clusters:
+        """Find the cluster of each target (N,). How many lie in each is data: on a device this waits for it."""
+        cutoffs = self.clusters.cutoffs[:-1]
         cluster = torch.bucketize(targets, torch.tensor(cutoffs, device=targets.device), right=True)  # (N,) 0: short
-        in_head = torch.where(cluster > 0, short + cluster - 1, targets)
+        in_head = torch.where(cluster > 0, self.clusters.shortlist_size + cluster - 1, targets)
+        inside = [(cluster == number).nonzero().squeeze(1) for number in range(1, len(cutoffs) + 1)]
+        return Clusters(in_head, inside)
+
+    def loss(
+        self, states: Tensor, targets: Tensor, weights: Tensor, sorted_targets: Clusters | None = None
+    ) -> OutputLoss:
+        """As `FullOutput.loss`; a rare target costs the nats of its cluster plus its nats within the cluster.
+
+        `sorted_targets` are those of `sort_targets`, if they are known already.
+        """
+        clusters = self.clusters
+        in_head, of_clusters = self.sort_targets(targets) if sorted_targets is None else sorted_targets
         total, nats = _softmax_loss(states, clusters.head.weight, clusters.head.bias, in_head, weights)
-        tails = zip(cutoffs, cast(list[tuple[nn.Module, nn.Linear]], clusters.tail), strict=True)
-        for number, (cutoff, (smaller, tail)) in enumerate(tails):
+        tails = cast(list[tuple[nn.Module, nn.Linear]], clusters.tail)
+        for cutoff, inside, (smaller, tail) in zip(clusters.cutoffs[:-1], of_clusters, tails, strict=True):
             # an empty cluster is computed too: every weight then has a gradient for several processes to sum
-            inside = (cluster == number + 1).nonzero().squeeze(1)
             projected, in_tail = smaller(states.index_select(0, inside)), targets[inside] - cutoff
             tail_total, tail_nats = _softmax_loss(projected, tail.weight, None, in_tail, weights[inside])
             total, nats = total + tail_total, nats.index_add(0, inside, tail_nats)
@@ -178,7 +205,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             states = states.to(torch.promote_types(states.dtype, torch.float32))  # not rounded to bf16
             events = len(states)
-            if dtype != states.dtype:
+            if dtype != states.dtype and states.device.type == "cpu":
                 padding = padded_rows(events) - events  # padding has weight 0
                 states, targets = F.pad(states, (0, 0, 0, padding)), F.pad(targets, (0, padding))
                 weights = F.pad(weights, (0, padding))
@@ -257,12 +284,13 @@ class _Chunks:
         """The exponentials (R, W) of each chunk, 0 at the targets (an empty list unless `keep`); their sum over the
         vocabulary (R,); the targets' logits (R,); the sum with the targets' exponentials (R,).
 
-        All logits are shifted by their row's greatest if a sum would leave the range of floats.
+        All logits are shifted by their row's greatest if a sum would leave the range of floats. On the CPU that is
+        found by the sums; on a device, where looking at them would mean to wait for it, by each row's greatest logit.
         """
         rounded = inputs.to(self.dtype)
         kept, others, of_target = self._exponentials(rounded, inputs.dtype, targets, None, keep)
         total = others + of_target.exp()
-        if not bool(((total > 1 / SAFE) & (total < SAFE)).all()):
+        if rounded.device.type == "cpu" and not bool(((total > 1 / SAFE) & (total < SAFE)).all()):
             tops = [self._logits(rounded, chunk).amax(1) for chunk in range(len(self.weights))]
             shift = torch.stack(tops).amax(0)  # (R,)
             kept, others, of_target = self._exponentials(rounded, inputs.dtype, targets, shift, keep)
@@ -276,7 +304,10 @@ class _Chunks:
         others, of_target = torch.zeros_like(rounded[:, 0], dtype=exact), torch.zeros_like(rounded[:, 0], dtype=exact)
         for chunk, (start, weight) in enumerate(zip(self.starts, self.weights, strict=True)):
             logits = self._logits(rounded, chunk)  # (R, W)
-            if shift is not None:
+            if logits.device.type != "cpu":  # the only chunk
+                top = logits.amax(1, keepdim=True)
+                logits.sub_(torch.where(top.abs() > SAFE_LOGIT, top, 0))
+            elif shift is not None:
                 logits.sub_(shift.unsqueeze(1))
             inside, column = self._columns(targets, start, len(weight))
             at_column = logits.gather(1, column)
@@ -326,8 +357,8 @@ class _Chunks:
 
 def _sum(part: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum (R,) of each row of `part` (R, W), added up in `dtype`."""
-    if part.dtype == dtype:
-        return part.sum(1)
+    if part.dtype == dtype or part.device.type != "cpu":
+        return part.sum(1, dtype=dtype)
     # PyTorch would first copy a whole bf16 tensor to float32. Over 64 columns it keeps the sum in float32 and rounds
     # only the result; the sums of many such groups together lose little.
     whole = part.shape[1] // 64 * 64

@@ -3,13 +3,15 @@
 Shapes: B rows, I input size of a layer, H hidden size of a layer, N packed rows (the sum of the lengths).
 """
 
+import itertools
 from collections.abc import Sequence
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lmtrain.model.cells import CELLS, layer_weights
+from lmtrain.model.cells import CELLS, Cell, layer_weights
 from lmtrain.model.dropout import drop, drop_locked
 from lmtrain.model.packing import PackedRows
 from lmtrain.model.products import product_dtype
@@ -74,6 +76,14 @@ class RecurrentStack(nn.Module):
             for gate, value in self.cell.start_bias.items():
                 bias_ih[gate * size : (gate + 1) * size] = value
 
+    def describe_precision(self, precision: str, device: torch.device) -> str:
+        """Say in which precision a device runs these layers if products have this one, `fp32` or `bf16`."""
+        wanted = torch.bfloat16 if precision == "bf16" else torch.float32
+        if recurrence_dtype(self.cell, wanted, device) == torch.bfloat16:
+            return "recurrent layers in bf16"
+        tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        return f"recurrent layers in fp32{' with TF32' if tf32 else ''}"
+
     def zero_state(self, batch_size: int, like: Tensor) -> StackState:
         """Return zeros (B, H) for each layer's states, with the dtype and device of `like`."""
         return tuple(tuple(like.new_zeros(batch_size, size) for _ in self.cell.states) for size in self.hidden_sizes)
@@ -133,15 +143,92 @@ class RecurrentStack(nn.Module):
     def _run_torch(
         self, inputs: Tensor, rows: PackedRows, state: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        assert self.cell.torch_function is not None
-        first = [part.unsqueeze(0) for part in state]
-        initial = tuple(first) if len(first) > 1 else first[0]
-        # biases, number of layers, dropout between layers, training, bidirectional
-        settings = (list(weights), True, 1, 0.0, self.training, False)
-        if rows.equal:
-            columns = inputs.unflatten(0, (-1, rows.batch_sizes[0]))
-            output, *last = self.cell.torch_function(columns, initial, *settings, False)  # time comes first
-            output = output.flatten(0, 1)
-        else:
-            output, *last = self.cell.torch_function(inputs, torch.tensor(rows.batch_sizes), initial, *settings)
-        return output, *(part.squeeze(0) for part in last)
+        """Run a layer by PyTorch's function; states come in and go out in the dtype of the weights, float32.
+
+        Under autocast, PyTorch's wrapper of cuDNN casts to float16, whatever autocast's dtype is, and gradients of
+        states are below the normal numbers of float16. So on a device the function runs without autocast, and its
+        operands are cast here. cuDNN's backward pass needs `train`; dropout is 0, so `train` does nothing else.
+        """
+        device, sizes = inputs.device, rows.batch_sizes
+        if device.type == "cpu":
+            return _call_torch(self.cell, inputs, sizes, state, weights, self.training)
+        wanted, kept, train = product_dtype(inputs), weights[0].dtype, self.training or torch.is_grad_enabled()
+        with torch.autocast(device.type, enabled=False):
+            dtype = recurrence_dtype(self.cell, wanted, device)
+            if device.type != "mps":  # Apple's GPU has no cuDNN
+                weights = in_one_buffer(weights, dtype)
+            inputs, state = inputs.to(dtype), [part.to(dtype) for part in state]
+            results = _call_torch(self.cell, inputs, sizes, state, weights, train)
+        return tuple(part.to(kept) for part in results)
+
+
+def _call_torch(
+    cell: Cell, inputs: Tensor, sizes: list[int], state: Sequence[Tensor], weights: Sequence[Tensor], train: bool
+) -> tuple[Tensor, ...]:
+    """Call PyTorch's function of a cell on packed inputs (N, I) of `sizes` rows at each step."""
+    assert cell.torch_function is not None
+    first = [part.unsqueeze(0).contiguous() for part in state]
+    initial = tuple(first) if len(first) > 1 else first[0]
+    # biases, number of layers, dropout between layers, training, bidirectional
+    settings = (list(weights), True, 1, 0.0, train, False)
+    if sizes[-1] == sizes[0]:
+        columns = inputs.unflatten(0, (-1, sizes[0]))
+        output, *last = cell.torch_function(columns, initial, *settings, False)  # time comes first
+        output = output.flatten(0, 1)
+    else:
+        output, *last = cell.torch_function(inputs, torch.tensor(sizes), initial, *settings)
+    return output, *(part.squeeze(0) for part in last)
+
+
+def recurrence_dtype(cell: Cell, wanted: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which PyTorch's function of a cell runs on a device: the wanted one, or float32 instead of
+    bf16 where cuDNN does not take that (or it is not cuDNN that runs the function)."""
+    by_cudnn = wanted != torch.bfloat16 or _cudnn_takes_bf16(cell.torch_function, cell.gates, len(cell.states), device)
+    return wanted if by_cudnn else torch.float32
+
+
+@cache
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _cudnn_takes_bf16(function: Any, gates: int, states: int, device: torch.device) -> bool:
+    """Tell whether cuDNN runs a cell's function in bf16 here, by calling it once. Otherwise PyTorch would raise, or run
+    it slowly by single operations."""
+    if device.type != "cuda":
+        return False
+    size = 8
+    shapes = [(1, 1, size)] * (1 + states) + [(gates * size, size)] * 2 + [(gates * size,)] * 2
+    made = [torch.zeros(shape, dtype=torch.bfloat16, device=device, requires_grad=True) for shape in shapes]
+    initial = tuple(made[1 : 1 + states]) if states > 1 else made[1]
+    try:
+        output, *_ = function(made[0], initial, made[1 + states :], True, 1, 0.0, True, False, False)
+    except RuntimeError:
+        return False
+    return output.grad_fn is not None and "Cudnn" in output.grad_fn.name()
+
+
+def in_one_buffer(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Return a layer's weights in a dtype and in one piece of memory, one after the other, as cuDNN reads them.
+
+    They are copied only if they are not so already: `nn.LSTM` keeps its weights so, but a dropped weight or a deep copy
+    lies elsewhere. Otherwise PyTorch would warn and copy them at each call, which takes longer than this.
+    """
+    neighbours = itertools.pairwise(weights)
+    if weights[0].dtype == dtype and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in neighbours):
+        return weights
+    copied: tuple[Tensor, ...] = _OneBuffer.apply(dtype, *weights)  # type: ignore[no-untyped-call]
+    return copied
+
+
+class _OneBuffer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = weights[0].dtype
+        sizes = [weight.numel() for weight in weights]
+        buffer = weights[0].new_empty(sum(sizes), dtype=dtype)
+        torch.cat([weight.reshape(-1) for weight in weights], out=buffer)
+        return tuple(part.view_as(weight) for part, weight in zip(buffer.split(sizes), weights, strict=True))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(gradient.to(ctx.dtype) for gradient in gradients)

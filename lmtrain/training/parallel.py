@@ -15,7 +15,7 @@ from torch import nn
 
 from lmtrain.data.batches.rows import Batch
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.objectives import Losses, Objective
+from lmtrain.model.objectives import Layout, Losses, Objective
 from lmtrain.model.states import ModelState
 from lmtrain.system.device import random_state, set_random_state
 from lmtrain.system.processes import SingleProcess
@@ -69,11 +69,12 @@ class Gradients:
         state: ModelState | None,
         precision: AbstractContextManager[Any],
         last: bool,
+        layout: Layout | None = None,
     ) -> Losses:
         """Add the gradient of a batch to the gradients of the weights.
 
         Args:
-            weights, state: as for `LanguageModel.loss`.
+            weights, state, layout: as for `LanguageModel.loss`.
             precision: the context in which the matrix products run.
             last: whether this is the last batch of the step; only then are gradients summed over the processes.
         """
@@ -81,7 +82,7 @@ class Gradients:
         alone = nullcontext() if self._parallel is None or last else self._parallel.no_sync()
         with self.processes.communicating(), alone:
             with precision:
-                losses: Losses = run(batch.tokens.to(self.model.embedding.weight.device), batch.lengths, weights, state)
+                losses: Losses = run(batch.tokens, batch.lengths, weights, state, layout)
             losses.total.backward()
         if last:
             if self._parallel is None:

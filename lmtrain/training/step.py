@@ -7,8 +7,12 @@ tokens predicted: a mean of means would be wrong, since batches differ in size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from lmtrain.config import Config
 from lmtrain.data.batches.loader import RankBatch
@@ -29,9 +33,6 @@ from lmtrain.training.optimization import (
 )
 from lmtrain.training.parallel import Gradients
 
-Exchange = Callable[..., list[list[float]]]
-"""A function that takes the numbers of this process and returns those of every process, by rank."""
-
 
 class StepFigures(NamedTuple):
     """The figures of one step, over all processes."""
@@ -43,6 +44,7 @@ class StepFigures(NamedTuple):
     learning_rate: float
     gradient_norm: float  # before clipping
     rank_wait_s: float  # seconds that a process waited for the slowest one, on average
+    shared: list[list[float]]  # what each process told the others in this step, by rank
 
 
 class TrainingStep:
@@ -53,6 +55,7 @@ class TrainingStep:
         carried: the hidden state that is carried from batch to batch; None where each row is a sequence of its own.
         precision: precision of the matrix products, `fp32` or `bf16`; set it before the first step.
         synchronised_s: when the processes last exchanged numbers, by `time.perf_counter`.
+        lay_out: what a `BatchLoader` should do with each batch: nothing on the CPU, else move it to the device.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class TrainingStep:
         self.processes = processes = processes or SingleProcess()
         self.model, self.device = model, model.embedding.weight.device
         self.precision, self.synchronised_s = "fp32", 0.0
+        self.lay_out = None if self.device.type == "cpu" else model.lay_out
         self.clip_grad_norm = config.optimizer.clip_grad_norm
         model.embedding.sparse = has_sparse_embedding(model, config.optimizer.name, config.optimizer.weight_decay)
         self.optimizers = build_optimizers(model, **config.optimizer.model_dump(exclude={"clip_grad_norm"}))
@@ -80,14 +84,14 @@ class TrainingStep:
         self.loss_weights: LossWeights = {objective: weights[objective] for objective in model.objectives}
 
     def __call__(
-        self, batches: Sequence[RankBatch], learning_rate: float, number: int = 1, exchange: Exchange | None = None
+        self, batches: Sequence[RankBatch], learning_rate: float, number: int = 1, shared: Sequence[float] = ()
     ) -> StepFigures:
         """Train on the batches of one step.
 
         Args:
             batches: this process's part of each; events are counted over the parts of all processes.
             number: the number of the step, for error messages.
-            exchange: how the processes exchange numbers; None: they exchange nothing else at the same time.
+            shared: numbers of this process that the others should know, exchanged on the way.
 
         Raises:
             DivergedError: the loss or the gradient is not finite. The weights have not moved then.
@@ -98,32 +102,39 @@ class TrainingStep:
         weights = {name: weight / max(1, events[name]) for name, weight in self.loss_weights.items()}
 
         # 2. Forward and backward pass of each batch. Gradients add up; processes sum theirs during the last pass.
-        nats, padded_tokens = dict.fromkeys(self.loss_weights, 0.0), 0
+        own_nats: list[Tensor] = []  # () of each objective, batch after batch
+        padded_tokens = 0
         for place, each in enumerate(batches, 1):
             batch, carried = each.batch, None if each.idle else self.carried
             losses = self.gradients.add(
                 batch,
                 dict.fromkeys(weights, 0.0) if each.idle else weights,
-                None if carried is None else carried.of(batch.order),
+                None if carried is None else carried.of(each.order),
                 autocast(self.precision, self.device),
                 last=place == len(batches),
+                layout=each.layout,
             )
             if carried is not None:
-                carried.store(batch.order, losses.state)
+                carried.store(each.order, losses.state)
             if not each.idle:
                 padded_tokens += batch.tokens.numel()
-                for objective, of_batch in losses.nats.items():
-                    nats[objective] += float(of_batch)
+            own_nats += [torch.zeros_like(part) if each.idle else part for part in losses.nats.values()]
 
-        # 3. Exchange: every process gets the sums over all processes.
-        own_busy_s = self.gradients.complete_s - self.synchronised_s
-        own = (own_busy_s, padded_tokens, *nats.values())
-        by_rank = self.processes.gather(own) if exchange is None else exchange(*own)
-        busy_s, all_padded_tokens, *all_nats = zip(*by_rank, strict=True)
-        nats = dict(zip(nats, map(math.fsum, all_nats), strict=True))
+        # 3. Exchange: every process gets the nats of all processes. Only to fetch them, and the norm of the gradient,
+        # does a step wait for the device.
+        own_busy_s, by_rank = self.gradients.complete_s - self.synchronised_s, list[list[float]]()
+
+        def fetch(of_gradient: list[Tensor]) -> list[float]:
+            by_rank[:], numbers = self._exchange((own_busy_s, padded_tokens, *shared), own_nats, of_gradient)
+            self.synchronised_s = time.perf_counter()
+            return numbers
 
         # 4. Clip the gradient, and stop before the update if something is not finite.
-        norm = clip_gradient(self.model.parameters(), self.clip_grad_norm)
+        norm = clip_gradient(self.model.parameters(), self.clip_grad_norm, fetch)
+        busy_s, all_padded_tokens, *rest = zip(*by_rank, strict=True)
+        of_others, rest = rest[: len(shared)], rest[len(shared) :]  # each number of each process, by rank
+        by_objective = {name: rest[place :: len(weights)] for place, name in enumerate(weights)}
+        nats = {name: math.fsum(map(sum, zip(*parts, strict=True))) for name, parts in by_objective.items()}
         if not math.isfinite(norm) or not all(map(math.isfinite, nats.values())):
             raise DivergedError(
                 f"step {number}: the loss or its gradient is not finite (learning rate {learning_rate:g}, gradient "
@@ -145,7 +156,24 @@ class TrainingStep:
             learning_rate,
             norm,
             max(busy_s) - sum(busy_s) / len(busy_s),
+            [list(numbers) for numbers in zip(*of_others, strict=True)],
         )
+
+    def _exchange(
+        self, own: Sequence[float], nats: list[Tensor], of_gradient: list[Tensor]
+    ) -> tuple[list[list[float]], list[float]]:
+        """Return `own` and then the nats of every process, by rank, and the values of `of_gradient`, which all have."""
+        if self.device.type == "cpu":
+            return self.processes.gather([*own, *map(float, nats)]), [float(number) for number in of_gradient]
+        own_nats, of_all = torch.stack(nats), torch.stack([number.to(nats[0].dtype) for number in of_gradient])
+        if not self.processes.under_torchrun:
+            numbers = torch.cat([own_nats, of_all]).tolist()
+            return [[*own, *numbers[: len(nats)]]], numbers[len(nats) :]
+        told = torch.tensor(own, dtype=torch.float64).pin_memory().to(self.device, non_blocking=True)
+        parts = self.processes.gather_tensor(torch.cat([told, own_nats]))
+        numbers, size = torch.cat([*parts, of_all]).tolist(), len(parts[0])
+        ends = range(size, len(parts) * size + 1, size)
+        return [numbers[end - size : end] for end in ends], numbers[len(parts) * size :]
 
     def end_epoch(self) -> None:
         """Forget the carried hidden state: the next batch is the beginning of the text."""

@@ -88,6 +88,8 @@ class Trainer:
         else:
             chosen = choose_precision(self.config.training.precision, self.device, self.config.model.hidden_size)
             precision, why = self.processes.broadcast(chosen)
+            if self.device.type != "cpu":
+                why = f"{why}; {self.model.stack('forward').describe_precision(precision, self.device)}"
             self.progress.note(f"precision {precision}: {why}")
             self.state = TrainingState(precision=precision)
             self.begun_in = {
@@ -103,7 +105,9 @@ class Trainer:
         """Begin to load batches from the state's position on, and make several processes ready to train."""
         shard = RankShard(self.processes.rank, self.processes.world_size, batches.columns)
         accumulate, pad_id = self.config.training.accumulate, self.corpora.tokenizer.pad_id
-        self.loader = BatchLoader(batches, pad_id, accumulate, self.state.epoch, self.state.next_batch, shard)
+        self.loader = BatchLoader(
+            batches, pad_id, accumulate, self.state.epoch, self.state.next_batch, shard, self.step.lay_out
+        )
         first = self.loader.peek()
         self.epoch_batches = first.epoch_batches
         self.step.warm_up(first.batches[0])
@@ -138,7 +142,8 @@ class Trainer:
         while not self._ended():
             batches = self.loader.take()
             rate, number = self._learning_rate(batches), self.state.step + 1
-            figures = self.step(batches.batches, rate, number, self._synchronise)
+            figures = self.step(batches.batches, rate, number, self._own_view())
+            self._agree(figures.shared)
             self._count(batches, figures)
             if self.state.step % self.config.logging.every_steps == 0:
                 self._log_window()
@@ -166,15 +171,19 @@ class Trainer:
             or (training.patience is not None and state.bad_validations >= training.patience)
         )
 
-    def _synchronise(self, *values: float) -> list[list[float]]:
-        """Give all processes one view of the time spent on this run (rank 0's), of a signal that reached any of them,
-        and of each one's values; returns the values by rank."""
-        elapsed_s = self.elapsed_before_s + time.monotonic() - self.start_s
-        by_rank = self.processes.gather([elapsed_s, self.stopped_by[0] if self.stopped_by else 0, *values])
+    def _own_view(self) -> tuple[float, int]:
+        """This process's view of the time spent on this run, and of a signal that reached it (0: none)."""
+        return self.elapsed_before_s + time.monotonic() - self.start_s, self.stopped_by[0] if self.stopped_by else 0
+
+    def _agree(self, views: list[list[float]]) -> None:
+        """Give all processes one view, from those of each rank: rank 0's time, and a signal that reached any."""
+        self.elapsed_s = views[0][0]
+        self.signalled = next((int(signal_number) for _, signal_number in views if signal_number), None)
+
+    def _synchronise(self) -> None:
+        """Exchange the views of all processes apart from a step, which exchanges them on its way."""
+        self._agree(self.processes.gather(self._own_view()))
         self.step.synchronised_s = time.perf_counter()
-        self.elapsed_s = by_rank[0][0]
-        self.signalled = next((int(signal_number) for _, signal_number, *_ in by_rank if signal_number), None)
-        return [values for _, _, *values in by_rank]
 
     def _progress(self) -> float:
         """The fraction of the training that is done: of its steps, or of its time budget if that is further."""

@@ -7,10 +7,10 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lmtrain.config.schema import ModelConfig
-from lmtrain.model.cells import CELLS
+from lmtrain.model.cells import CELLS, layer_weights
 from lmtrain.model.directions import RecurrentLayers
 from lmtrain.model.packing import pack_rows
-from lmtrain.model.recurrence import RecurrentStack
+from lmtrain.model.recurrence import RecurrentStack, in_one_buffer
 
 IN_TORCH = [name for name, cell in CELLS.items() if cell.torch_module is not None]
 LENGTHS = [[7, 5, 5, 2, 1], [4, 4, 4], [1], [9]]
@@ -73,7 +73,8 @@ def test_values_and_gradients_on_cuda_equal_those_on_cpu(cell, num_layers, lengt
         stack.load_state_dict(exact.state_dict())
         stack.cuda()
         of_device = [tuple(part.float().cuda() for part in layer) for layer in state]
-        for ours, theirs in zip(results(stack, inputs.float().cuda(), rows, of_device), wanted, strict=True):
+        found = results(stack, inputs.float().cuda(), rows.to(torch.device("cuda")), of_device)
+        for ours, theirs in zip(found, wanted, strict=True):
             assert ours.device.type == "cuda"
             # as a whole: one element may be a small difference of large ones
             assert (ours.cpu().double() - theirs).norm() <= 1e-4 * theirs.norm(), backend
@@ -151,3 +152,29 @@ def test_a_cell_that_pytorch_lacks_has_its_own_weights_and_always_our_kernel(cel
         assert all(0 < float(layer.weight_ih_l0.detach().abs().max()) <= 8**-0.5 for layer in ours.layers)
         ours.load_state_dict(theirs.state_dict())
         torch.testing.assert_close(ours(inputs, rows), theirs(inputs, rows), rtol=0, atol=0)
+
+
+def lies_as_cudnn_reads_it(weights):
+    """Whether each weight begins where the one before it ends, in a piece of memory that begins with the first."""
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    starts = [weight.data_ptr() for weight in weights[1:]]
+    return starts == ends[:-1] and weights[0].storage_offset() == 0 and all(each.is_contiguous() for each in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", IN_TORCH)
+def test_weights_that_lie_apart_come_into_one_buffer_with_their_gradients(cell, dtype):
+    torch.manual_seed(6)
+    apart = [weight.detach().clone().requires_grad_() for weight in layer_weights(CELLS[cell].layer(5, 7))]
+    together = in_one_buffer(apart, dtype)
+    assert lies_as_cudnn_reads_it(together)
+    assert not lies_as_cudnn_reads_it(apart)
+    for part, weight in zip(together, apart, strict=True):
+        assert torch.equal(part, weight.to(dtype))
+    factors = [torch.randn_like(weight).bfloat16().float() for weight in apart]
+    sum((part * factor).sum() for part, factor in zip(together, factors, strict=True)).backward()
+    for weight, factor in zip(apart, factors, strict=True):
+        assert torch.equal(weight.grad, factor)
+    if dtype == torch.float32:  # what lies so is used as it is
+        again = in_one_buffer([part.detach() for part in together], dtype)
+        assert [part.data_ptr() for part in again] == [part.data_ptr() for part in together]

@@ -4,12 +4,13 @@ Shapes: B rows of a batch, or columns of a text whose state is carried; L longes
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from lmtrain.config import Config
 from lmtrain.data.arrays import Ints
@@ -20,6 +21,7 @@ from lmtrain.data.batches.windows import WindowedRows, fits_a_window
 from lmtrain.data.store.token_store import TokenStore
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ConfigError
+from lmtrain.model.objectives import Layout
 
 EVALUATION_TOKENS = 8192  # padded tokens of a batch
 
@@ -162,6 +164,12 @@ class RankBatch(NamedTuple):
     tokens: int  # tokens of these rows
     longest: int  # tokens of the longest of these rows
     idle: bool = False  # this process has no row: it reads one with weight zero, so that it takes part in the step
+    layout: Layout | None = None  # of the batch, on the model's device; None: the model makes it
+
+    @property
+    def order(self) -> Tensor:
+        """The order of the batch, (B,), on the model's device if the layout is."""
+        return self.batch.order if self.layout is None or self.layout.order is None else self.layout.order
 
 
 class StepBatches(NamedTuple):
@@ -185,6 +193,8 @@ class BatchLoader:
         size: batches of a step; the last step of an epoch may have fewer.
         epoch, next_batch: where to begin.
         shard: which rows this process reads.
+        lay_out: `LanguageModel.lay_out` of a model on a device, to which the loader's thread then moves the batches;
+            None for a model on the CPU.
 
     Attributes:
         waited_s: seconds that `peek` and `take` waited for batches.
@@ -198,8 +208,9 @@ class BatchLoader:
         epoch: int = 0,
         next_batch: int = 0,
         shard: RankShard = RankShard(),  # noqa: B008  # can't be changed
+        lay_out: Callable[..., Layout] | None = None,
     ) -> None:
-        self.waited_s = 0.0
+        self.waited_s, self._lay_out = 0.0, lay_out
         self._source: BatchSource = reading.source
         self._pad_id, self._shard = pad_id, shard
         self._steps = self._load_steps(reading.sampler, size, epoch, next_batch)
@@ -219,7 +230,8 @@ class BatchLoader:
         rows = self._shard.rows(len(lengths))
         rank_part = self._source.take(part, rows if len(rows) else np.zeros(1, np.int64))
         batch = self._source.batch(rank_part, self._pad_id)
-        return RankBatch(batch, len(lengths), int(lengths.sum()), int(lengths.max()), idle=not len(rows))
+        layout = None if self._lay_out is None else self._lay_out(*batch)
+        return RankBatch(batch, len(lengths), int(lengths.sum()), int(lengths.max()), not len(rows), layout)
 
     def peek(self) -> StepBatches:
         """Wait for the next step's batches and return them; `take` returns the same ones."""
