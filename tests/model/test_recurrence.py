@@ -73,7 +73,8 @@ def test_values_and_gradients_on_cuda_equal_those_on_cpu(cell, num_layers, lengt
         stack.load_state_dict(exact.state_dict())
         stack.cuda()
         of_device = [tuple(part.float().cuda() for part in layer) for layer in state]
-        for ours, theirs in zip(results(stack, inputs.float().cuda(), rows, of_device), wanted, strict=True):
+        found = results(stack, inputs.float().cuda(), rows.to(torch.device("cuda")), of_device)
+        for ours, theirs in zip(found, wanted, strict=True):
             assert ours.device.type == "cuda"
             # as a whole: one element may be a small difference of large ones
             assert (ours.cpu().double() - theirs).norm() <= 1e-4 * theirs.norm(), backend
