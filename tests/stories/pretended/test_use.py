@@ -26,6 +26,7 @@ RUNS = {
     "stream": (*STREAM, "model.ngram_counts=3"),
     "carried": (*ONE_DIRECTION, *NGRAMS, "batching.carry_state=true", "model.layer_norm=true"),
 }
+TWO_DIRECTIONS = ("lstm", "gru, n-grams")
 PROMPTS = ["a b", "", "c d e f", "a b"]
 
 
@@ -91,25 +92,33 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+WAYS_OF_RUNS = [  # the fast ones hold each run and each way
+    pytest.param(run, way, marks=() if run in ("lstm", "rnn, adaptive") or way == "greedy" else pytest.mark.slow)
+    for run in RUNS
+    for way in WAYS
+]
+
+
+@pytest.mark.parametrize(("run", "way"), WAYS_OF_RUNS, indirect=["run"])
 def test_generate(both, way):
     written = both(lambda model: model.generate(PROMPTS, max_tokens=8, **WAYS[way]))
     assert any(each.tokens for each in written)
 
 
-def test_generate_backward_and_stream(both, run):
+def test_stream(both):
     both(lambda model: list(model.stream("a b", max_tokens=8)))
-    both(lambda model: list(model.stream("a", max_tokens=8, sampling=Sampling(seed=1), stop=["c d"])))
-    if run in ("lstm", "gru, n-grams"):
-        both(lambda model: model.generate(PROMPTS, max_tokens=8, backward=True))
+    both(lambda model: list(model.stream("a", max_tokens=4, sampling=Sampling(seed=1), stop=["c d"])))
 
 
-def test_score_and_embed(both, run, tmp_path):
+@pytest.mark.parametrize("run", TWO_DIRECTIONS, indirect=True)
+def test_generate_and_score_backward(both):
+    both(lambda model: model.generate(PROMPTS, max_tokens=4, backward=True))
+    both(lambda model: list(model.score(["a b c", "d"], "both")))
+
+
+def test_score_and_embed(both, tmp_path):
     texts = ["a b c", "", "d e f g h a b", "c"]
     both(lambda model: list(model.score(texts, each=True)))
-    if run in ("lstm", "gru, n-grams"):
-        both(lambda model: list(model.score(texts, "both")))
-        both(lambda model: model.worst_lines(["valid.txt"], 3))
 
     def vectors(model):
         place = tmp_path / f"{model.model.embedding.weight.device.type}.npz"
@@ -119,9 +128,8 @@ def test_score_and_embed(both, run, tmp_path):
     both(vectors)
 
 
-def test_fill(both, run):
-    if run not in ("lstm", "gru, n-grams"):
-        pytest.skip("this run reads in one direction")
+@pytest.mark.parametrize("run", TWO_DIRECTIONS, indirect=True)
+def test_fill(both):
     for tokens in (1, 3):
         both(lambda model, tokens=tokens: model.fill("a b ____ d", top=4, tokens=tokens))
 
@@ -133,21 +141,21 @@ def test_evaluate(both, run):
     both(lambda model: model.evaluate(["valid.txt"], **more))
 
 
-def test_export(both, run, tmp_path):
+@pytest.mark.parametrize("run", ["lstm"], indirect=True)
+def test_export(both, tmp_path):
     def weights(model):
         folder = tmp_path / model.model.embedding.weight.device.type
         model.export(folder, "safetensors")
         return load_file(folder / "model.safetensors")
 
+    def onnx(model):
+        folder = tmp_path / f"{model.model.embedding.weight.device.type} onnx"
+        model.export(folder)
+        return (folder / "model.onnx").read_bytes().hex()
+
     both(weights)
-    if run in ("lstm", "carried"):
-
-        def onnx(model):
-            folder = tmp_path / f"{model.model.embedding.weight.device.type} onnx"
-            model.export(folder)
-            return (folder / "model.onnx").read_bytes().hex()
-
-        both(onnx)
+    pytest.importorskip("onnx")
+    both(onnx)
 
 
 def test_the_command_line(folder, shell, monkeypatch):
