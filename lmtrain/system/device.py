@@ -111,26 +111,6 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Begin to measure the peak of a device's memory anew; Apple's GPU can't, nor is the CPU's measured by PyTorch."""
-    if device.type not in ("cpu", "mps"):
-        torch.get_device_module(device).reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that tensors took on a GPU; of Apple's, what PyTorch holds there, which seldom shrinks."""
-    module = torch.get_device_module(device)
-    return int(module.driver_allocated_memory() if device.type == "mps" else module.max_memory_allocated(device))
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a GPU; of Apple's, how many more it advises to take."""
-    module = torch.get_device_module(device)
-    if device.type == "mps":
-        return int(module.recommended_max_memory() - module.driver_allocated_memory())
-    return int(module.mem_get_info(device)[0])
-
-
 def make_deterministic(device: torch.device) -> None:
     """Have a GPU compute the same numbers each time; otherwise a resumed run would differ. The CPU does so anyway.
 
