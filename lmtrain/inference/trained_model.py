@@ -3,6 +3,7 @@
 import heapq
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -244,7 +245,10 @@ class TrainedModel:
             left_out = {"end_tokens": [self.tokenizer.eos_id]}
             if self.tokenizer.unk_id is not None:
                 left_out["unknown_tokens"] = [self.tokenizer.unk_id]
-            result = scoring.evaluate(self.model, batches, columns, store.counts, left_out)
+            counts = store.counts
+            if self.tokenizer.kind == "ids":  # digits are no text: there are no bits per character
+                counts = replace(counts, characters=0, bytes=0)
+            result = scoring.evaluate(self.model, batches, columns, counts, left_out)
             if cache is not None:
                 batches, _ = evaluation_batches(self.config, store, self.tokenizer, 1)
                 result.adapted["cache"] = evaluate_with_cache(self.model, batches, cache)
