@@ -93,10 +93,11 @@ class RunDirectory:
         What a link points to could be read or overwritten, and a FIFO or a device could block.
         """
         for folder, names, files in os.walk(self.path):
-            for name in (*names, *files):
-                path = Path(folder, name)
-                if not stat.S_ISDIR(path.lstat().st_mode) and not stat.S_ISREG(path.lstat().st_mode):
-                    raise ArtefactError(f"{path}: not a regular file; a run directory holds nothing else")
+            for path in (Path(folder, name) for name in (*names, *files)):
+                with suppress(FileNotFoundError):  # a training that goes on here removes files
+                    mode = path.lstat().st_mode
+                    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+                        raise ArtefactError(f"{path}: not a regular file; a run directory holds nothing else")
 
     def config_and_tokenizer(self) -> tuple[Config, Tokenizer]:
         """Return the run's configuration and tokenizer, after every check that needs neither torch nor much time.

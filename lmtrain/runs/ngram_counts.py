@@ -16,7 +16,7 @@ from lmtrain.data.store.token_store import TokenStore
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError, ConfigError
 from lmtrain.model.ngrams.counts import LARGEST_TOKENS, PARTS, count_ngrams
-from lmtrain.runs.checkpoint import parse_tensors, read_header
+from lmtrain.runs.tensor_file import parse_tensors, read_header
 from lmtrain.system.console import Notify
 from lmtrain.system.files import LARGEST_JSON_BYTES, hash_of, open_regular, read_bytes, write_atomically
 

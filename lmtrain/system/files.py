@@ -8,7 +8,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -40,10 +40,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_synced(path: Path, content: bytes) -> None:
     """Write a new file to the disk itself, in place of an old one or of a link; raises OSError."""
+    write_pieces(path, [content])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write a file piece by piece, as `write_synced`; returns its size in bytes and its SHA-256; raises OSError."""
+    digest, size = hashlib.sha256(), 0
     path.unlink(missing_ok=True)
     with open(path, "xb") as handle:
-        handle.write(content)
+        for piece in pieces:
+            digest.update(piece)
+            size += handle.write(piece)
         sync_file(handle)
+    return size, digest.hexdigest()
 
 
 def sync_file(handle: IO[Any]) -> None:

@@ -248,7 +248,8 @@ def optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel) -> 
 
 
 def set_optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel, tensors: dict[str, Tensor]) -> None:
-    """Restore what `optimizer_tensors` returned. An optimizer's state may have any shape, as factored state has.
+    """Restore what `optimizer_tensors` returned. An optimizer's state may have any shape, as factored state has. The
+    optimizers keep these tensors themselves, no copies.
 
     Raises:
         KeyError: a weight that the model does not have, or that no optimizer moves.
@@ -266,4 +267,4 @@ def set_optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel,
             raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(wanted)}")
         # a step counter stays where the fused optimizer wants it: beside its weight
         integer = isinstance(optimizer, torch.optim.SparseAdam) and key == "step"
-        optimizer.state[parameter][key] = int(value) if integer else value.to(parameter.device).clone()
+        optimizer.state[parameter][key] = int(value) if integer else value.to(parameter.device)

@@ -13,6 +13,7 @@ from lmtrain.data.preparation import prepare
 from lmtrain.errors import ArtefactError, ConfigError, DataError
 from lmtrain.model.ngrams.counts import PARTS, context_keys, count_ngrams
 from lmtrain.runs import checkpoint, ngram_counts
+from lmtrain.runs.tensor_file import parse_tensors
 from lmtrain.training.start import train
 from tests.conftest import NO_FILE
 
@@ -48,7 +49,7 @@ def test_prompts_of_a_batch_are_continued_as_each_alone(trained):
 
 def rewrite(path, change):
     """Change the counts, and save checkpoints that ask for the changed file."""
-    tensors = checkpoint.parse_tensors(path, path.read_bytes())
+    tensors = parse_tensors(path, path.read_bytes())
     change(tensors)
     path.write_bytes(ngram_counts.dump_counts(tensors))
     checkpoints = path.parent / "checkpoints"
