@@ -78,9 +78,12 @@ class RecurrentStack(nn.Module):
 
     def describe_precision(self, precision: str, device: torch.device) -> str:
         """Say in which precision a device runs these layers if products have this one, `fp32` or `bf16`."""
-        wanted = torch.bfloat16 if precision == "bf16" else torch.float32
-        if recurrence_dtype(self.cell, wanted, device) == torch.bfloat16:
-            return "recurrent layers in bf16"
+        wanted, by_torch = (
+            {"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+            self.cell.torch_function is not None,
+        )
+        if self.backend == "packed" or not by_torch or recurrence_dtype(self.cell, wanted, device) != torch.float32:
+            return f"recurrent layers in {precision}"
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
         return f"recurrent layers in fp32{' with TF32' if tf32 else ''}"
 
