@@ -215,8 +215,13 @@ def in_one_buffer(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Ten
     They are copied only if they are not so already: `nn.LSTM` keeps its weights so, but a dropped weight or a deep copy
     lies elsewhere. Otherwise PyTorch would warn and copy them at each call, which takes longer than this.
     """
-    neighbours = itertools.pairwise(weights)
-    if weights[0].dtype == dtype and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in neighbours):
+    in_a_row = all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in itertools.pairwise(weights))
+    # neighbours may still be pieces of their own, which were allocated one after the other
+    if (
+        weights[0].dtype == dtype
+        and in_a_row
+        and weights[0].untyped_storage().nbytes() >= sum(w.nbytes for w in weights)
+    ):
         return weights
     copied: tuple[Tensor, ...] = _OneBuffer.apply(dtype, *weights)  # type: ignore[no-untyped-call]
     return copied
