@@ -86,12 +86,12 @@ def evaluate_dynamically(model: LanguageModel, batches: Iterable[Batch], dynamic
     model learns from it."""
     learner = copy.deepcopy(model).eval()
     learner.embedding.sparse = False
-    device, carried, result = model.embedding.weight.device, CarriedState(1), Tally()
+    carried, result = CarriedState(1), Tally()
     start = [parameter.detach() for parameter in model.parameters()]
     for batch in batches:
         count = int(batch.lengths.sum()) - len(batch.lengths)
         weights: dict[Objective, float] = {"forward": 1 / count}
-        losses = learner.loss(batch.tokens.to(device), batch.lengths, weights, carried.of(batch.order))
+        losses = learner.loss(batch.tokens, batch.lengths, weights, carried.of(batch.order))
         carried.store(batch.order, losses.state)
         result.add(float(losses.nats["forward"]), count)
         losses.total.backward()

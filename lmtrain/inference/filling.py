@@ -78,7 +78,7 @@ def _fill_one_token(
     # eos stands for the blank, as any token could: neither of the two states has read it
     row = [tokenizer.bos_id, *left, tokenizer.eos_id, *right, tokenizer.eos_id]
     batch = make_batch([row], tokenizer.pad_id)
-    states = model.read(batch.tokens.to(model.embedding.weight.device), batch.lengths).events["fill"].states
+    states = model.read(batch.tokens, batch.lengths).events["fill"].states
     log_probabilities = model.log_probabilities("fill", states[len(left) : len(left) + 1], None)[0]  # (V,)
     log_probabilities[_special_ids(tokenizer)] = -torch.inf
     probabilities = log_probabilities.cpu().double().softmax(0)
@@ -153,7 +153,7 @@ def _propose(
 def _row_log_probabilities(model: LanguageModel, tokenizer: Tokenizer, rows: list[list[int]]) -> np.ndarray:
     """Compute the log-probability (R,) of each row, the mean of both directions."""
     batch = make_batch(rows, tokenizer.pad_id)
-    events = model.read(batch.tokens.to(model.embedding.weight.device), batch.lengths).events
+    events = model.read(batch.tokens, batch.lengths).events
     row = align(batch.lengths).rows.row.numpy()
     directions: tuple[Direction, ...] = ("forward", "backward")
     nats = sum(model.nats(direction, events[direction]).cpu().double().numpy() for direction in directions) / 2

@@ -65,10 +65,10 @@ class Evaluation:
 
 def encoded_batches(model: LanguageModel, batches: Iterable[Batch], columns: int | None) -> Iterator[EncodedBatch]:
     """Read batch after batch; the state of `columns` columns is carried along, or, with None, rows start from zeros."""
-    device, carried = model.embedding.weight.device, None if columns is None else CarriedState(columns)
+    carried = None if columns is None else CarriedState(columns)
     for batch in batches:
         before = None if carried is None else carried.of(batch.order)
-        encoded = model.read(batch.tokens.to(device), batch.lengths, before)
+        encoded = model.read(batch.tokens, batch.lengths, before)
         if carried is not None:
             carried.store(batch.order, encoded.state)
         yield encoded
@@ -177,12 +177,11 @@ def _nats_of_tokens(
     model: LanguageModel, rows: Rows, directions: Sequence[Direction], pad_id: int
 ) -> NDArray[np.float64]:
     """Compute each token's nats (T,), the mean over directions; 0 if a direction predicts nothing."""
-    device = model.embedding.weight.device
     nats = np.zeros(len(rows.flat))
     for indices in sorted_parts(rows.row_lengths, SCORED_TOKENS):
         batch = rows.batch(indices, pad_id)
         starts: Ints = rows.starts[indices][batch.order.numpy()]
-        events = model.read(batch.tokens.to(device), batch.lengths).events
+        events = model.read(batch.tokens, batch.lengths).events
         places = align(batch.lengths)
         of_row = starts[places.rows.row.numpy()]
         predicted = {"forward": places.rows.time + 1, "backward": places.backward_time - 1}

@@ -205,7 +205,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             states = states.to(torch.promote_types(states.dtype, torch.float32))  # not rounded to bf16
             events = len(states)
-            if dtype != states.dtype and states.device.type == "cpu":
+            if dtype != states.dtype:
                 padding = padded_rows(events) - events  # padding has weight 0
                 states, targets = F.pad(states, (0, 0, 0, padding)), F.pad(targets, (0, padding))
                 weights = F.pad(weights, (0, padding))
@@ -357,8 +357,8 @@ class _Chunks:
 
 def _sum(part: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum (R,) of each row of `part` (R, W), added up in `dtype`."""
-    if part.dtype == dtype or part.device.type != "cpu":
-        return part.sum(1, dtype=dtype)
+    if part.dtype == dtype:
+        return part.sum(1)
     # PyTorch would first copy a whole bf16 tensor to float32. Over 64 columns it keeps the sum in float32 and rounds
     # only the result; the sums of many such groups together lose little.
     whole = part.shape[1] // 64 * 64

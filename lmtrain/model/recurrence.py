@@ -78,9 +78,12 @@ class RecurrentStack(nn.Module):
 
     def describe_precision(self, precision: str, device: torch.device) -> str:
         """Say in which precision a device runs these layers if products have this one, `fp32` or `bf16`."""
-        wanted = torch.bfloat16 if precision == "bf16" else torch.float32
-        if recurrence_dtype(self.cell, wanted, device) == torch.bfloat16:
-            return "recurrent layers in bf16"
+        wanted, by_torch = (
+            {"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
+            self.cell.torch_function is not None,
+        )
+        if self.backend == "packed" or not by_torch or recurrence_dtype(self.cell, wanted, device) != torch.float32:
+            return f"recurrent layers in {precision}"
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
         return f"recurrent layers in fp32{' with TF32' if tf32 else ''}"
 
@@ -214,8 +217,13 @@ def in_one_buffer(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Ten
     They are copied only if they are not so already: `nn.LSTM` keeps its weights so, but a dropped weight or a deep copy
     lies elsewhere. Otherwise PyTorch would warn and copy them at each call, which takes longer than this.
     """
-    neighbours = itertools.pairwise(weights)
-    if weights[0].dtype == dtype and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in neighbours):
+    in_a_row = all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in itertools.pairwise(weights))
+    # neighbours may still be pieces of their own, which were allocated one after the other
+    if (
+        weights[0].dtype == dtype
+        and in_a_row
+        and weights[0].untyped_storage().nbytes() >= sum(w.nbytes for w in weights)
+    ):
         return weights
     copied: tuple[Tensor, ...] = _OneBuffer.apply(dtype, *weights)  # type: ignore[no-untyped-call]
     return copied

@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -154,6 +155,10 @@ def test_a_cell_that_pytorch_lacks_has_its_own_weights_and_always_our_kernel(cel
         torch.testing.assert_close(ours(inputs, rows), theirs(inputs, rows), rtol=0, atol=0)
 
 
+def ends_of(weights):
+    return np.cumsum([weight.numel() for weight in weights])[:-1]
+
+
 def lies_as_cudnn_reads_it(weights):
     """Whether each weight begins where the one before it ends, in a piece of memory that begins with the first."""
     ends = [weight.data_ptr() + weight.nbytes for weight in weights]
@@ -178,3 +183,8 @@ def test_weights_that_lie_apart_come_into_one_buffer_with_their_gradients(cell, 
     if dtype == torch.float32:  # what lies so is used as it is
         again = in_one_buffer([part.detach() for part in together], dtype)
         assert [part.data_ptr() for part in again] == [part.data_ptr() for part in together]
+        # pieces of memory that only happen to be neighbours
+        pieces = np.split(torch.cat([weight.detach().flatten() for weight in apart]).numpy(), ends_of(apart))
+        neighbours = [torch.from_numpy(piece).view_as(weight) for piece, weight in zip(pieces, apart, strict=True)]
+        assert lies_as_cudnn_reads_it(neighbours)
+        assert in_one_buffer(neighbours, dtype)[0].data_ptr() != neighbours[0].data_ptr()
