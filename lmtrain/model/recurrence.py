@@ -3,6 +3,7 @@
 Shapes: B rows, I input size of a layer, H hidden size of a layer, N packed rows (the sum of the lengths).
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
@@ -156,7 +157,7 @@ class RecurrentStack(nn.Module):
         wanted, kept, train = product_dtype(inputs), weights[0].dtype, self.training or torch.is_grad_enabled()
         with torch.autocast(device.type, enabled=False):
             dtype = recurrence_dtype(self.cell, wanted, device)
-            if device.type == "cuda":
+            if device.type != "mps":  # Apple's GPU has no cuDNN
                 weights = in_one_buffer(weights, dtype)
             inputs, state = inputs.to(dtype), [part.to(dtype) for part in state]
             results = _call_torch(self.cell, inputs, sizes, state, weights, train)
@@ -213,8 +214,8 @@ def in_one_buffer(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Ten
     They are copied only if they are not so already: `nn.LSTM` keeps its weights so, but a dropped weight or a deep copy
     lies elsewhere. Otherwise PyTorch would warn and copy them at each call, which takes longer than this.
     """
-    pieces = {weight.untyped_storage().data_ptr() for weight in weights}
-    if len(pieces) == 1 and weights[0].dtype == dtype:
+    neighbours = itertools.pairwise(weights)
+    if weights[0].dtype == dtype and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in neighbours):
         return weights
     copied: tuple[Tensor, ...] = _OneBuffer.apply(dtype, *weights)  # type: ignore[no-untyped-call]
     return copied

@@ -3,6 +3,12 @@
 `torchrun` starts the processes, on one machine or several (https://docs.pytorch.org/docs/stable/elastic/run.html), and
 sets the rank of each, 0 .. world size - 1, in its environment. Rank 0 writes the run; the other ranks only compute. A
 fault in one process ends all of them, and one process reports it. No exchange lasts longer than a timeout.
+
+That one process reports a lost one in a line, with exit code 5, holds for gloo, which connects processes on CPUs. NCCL,
+which connects CUDA devices, only queues work: a lost process is noticed by a thread of PyTorch's, which writes its own
+report and aborts the process (`TORCH_NCCL_ASYNC_ERROR_HANDLING`,
+https://docs.pytorch.org/docs/stable/torch_nccl_environment_variables.html), or torchrun ends it first. Exit codes are
+then those of signals. The step that was lost has not moved the weights, and the checkpoints are whole all the same.
 """
 
 from __future__ import annotations

@@ -174,9 +174,9 @@ class Checkpointer:
         if rank == 0:
             set_random_state(saved.training, self.device)
         elif f"cpu/{rank}" in saved.training:
-            set_random_state(
-                {name: saved.training[f"{name}/{rank}"] for name in random_state(self.device)}, self.device
-            )
+            names = {name: f"{name}/{rank}" for name in random_state(self.device)}  # a run on the CPU saved no device's
+            own = {name: saved.training[key] for name, key in names.items() if key in saved.training}
+            set_random_state(own, self.device)
         else:
             seed_generators(seed_of(self.config.seed, saved.state.step, rank), self.device)
 

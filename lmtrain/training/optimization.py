@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -162,30 +162,41 @@ def optimizer_step(optimizers: Sequence[Optimizer]) -> None:
                 parameter.grad = None
 
 
-def gradient_norm(parameters: Iterable[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Return the gradient of each weight, as a vector, and the global L2 norm of all of them, () on their device."""
-    gradients = []
+def clip_gradient(
+    parameters: Iterable[Tensor],
+    largest: float | None,
+    fetch: Callable[[list[Tensor]], list[float]] = lambda numbers: list(map(float, numbers)),
+) -> float:
+    """Scale the gradient down to the global L2 norm `largest` where it is longer; returns its norm before that.
+
+    Pascanu et al. 2013, https://proceedings.mlr.press/v28/pascanu13.html.
+
+    Args:
+        fetch: gets tensors () from where the weights lie, all that this function waits for, and returns their values.
+    """
+    gradients, on_device = [], list[_SummedRows]()
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None and gradient.is_sparse:
+            if gradient.device.type != "cpu":
+                on_device.append(_SummedRows(parameter, gradient))
+                gradients.append(on_device[-1].values.view(-1))
+                continue
             gradient = parameter.grad = gradient.coalesce()
         if gradient is not None:
             gradients.append((gradient.values() if gradient.is_sparse else gradient).view(-1))
-    if gradients[0].device.type != "cpu":  # one kernel for many gradients
-        return gradients, torch.nn.utils.get_total_norm(gradients)
-    # on CPU a dot product takes half the time of linalg.vector_norm
-    squares = [torch.dot(each, each) for each in map(_aligned, gradients)]
-    return gradients, torch.stack(squares).sum(dtype=torch.float64).sqrt()
-
-
-def clip_gradient(gradients: Iterable[Tensor], norm: float, largest: float | None) -> None:
-    """Scale gradients down to the global L2 norm `largest` if theirs, `norm`, is greater.
-
-    Pascanu et al. 2013, https://proceedings.mlr.press/v28/pascanu13.html.
-    """
+    if gradients[0].device.type == "cpu":  # there a dot product takes half the time of linalg.vector_norm
+        squares = [torch.dot(each, each) for each in map(_aligned, gradients)]
+        of_all = torch.stack(squares).sum(dtype=torch.float64).sqrt()
+    else:
+        of_all = torch.nn.utils.get_total_norm(gradients)  # one kernel for many gradients
+    norm, *counts = fetch([of_all, *(each.count for each in on_device)])
     if largest is not None and norm > largest:
         for gradient in gradients:
             gradient.mul_(largest / norm)
+    for each, count in zip(on_device, counts, strict=True):
+        each.set_gradient(int(count))
+    return norm
 
 
 def _aligned(gradient: Tensor) -> Tensor:
@@ -195,6 +206,33 @@ def _aligned(gradient: Tensor) -> Tensor:
     in a bucket of DistributedDataParallel, so without the copy one process there would not train as one alone.
     """
     return gradient if gradient.data_ptr() % 64 == 0 else gradient.clone()
+
+
+class _SummedRows:
+    """The sparse gradient of a weight (V, E) on a device, with equal rows summed: what `coalesce` does.
+
+    `coalesce` waits for the device to know how many different rows there are. Here the rows beyond that number are
+    zeros until it has been fetched.
+
+    Attributes:
+        values: (N, E) the sums, N as many as there were rows.
+        count: () int64, number of different rows.
+    """
+
+    def __init__(self, weight: Tensor, gradient: Tensor) -> None:
+        self.weight, unordered = weight, gradient._values()
+        rows, order = gradient._indices()[0].sort(stable=True)
+        place = torch.cat([rows.new_zeros(1), rows.diff().ne(0).cumsum(0)])  # (N,) number of different rows before
+        self.rows = torch.zeros_like(rows).scatter_(0, place, rows)  # those that have one place are equal
+        self.values = torch.zeros_like(unordered).index_add_(0, place, unordered.index_select(0, order))
+        self.count = place[-1] + 1
+
+    def set_gradient(self, count: int) -> None:
+        """Give the weight its gradient, of `count` rows."""
+        self.weight.grad = torch.sparse_coo_tensor(
+            self.rows[:count].unsqueeze(0), self.values[:count], self.weight.shape,
+            is_coalesced=True, check_invariants=False,
+        )  # fmt: skip
 
 
 def optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel) -> dict[str, Tensor]:

@@ -27,7 +27,6 @@ from lmtrain.training.figures import LossWeights
 from lmtrain.training.optimization import (
     build_optimizers,
     clip_gradient,
-    gradient_norm,
     has_sparse_embedding,
     optimizer_step,
     set_learning_rate,
@@ -121,24 +120,27 @@ class TrainingStep:
                 padded_tokens += batch.tokens.numel()
             own_nats += [torch.zeros_like(part) if each.idle else part for part in losses.nats.values()]
 
-        # 3. Exchange: every process gets the nats of all processes. Only here does a step wait for the device.
-        gradients, norm_on_device = gradient_norm(self.model.parameters())
-        own_busy_s = self.gradients.complete_s - self.synchronised_s
-        by_rank, norm = self._exchange((own_busy_s, padded_tokens, *shared), own_nats, norm_on_device)
+        # 3. Exchange: every process gets the nats of all processes. Only to fetch them, and the norm of the gradient,
+        # does a step wait for the device.
+        own_busy_s, by_rank = self.gradients.complete_s - self.synchronised_s, list[list[float]]()
+
+        def fetch(of_gradient: list[Tensor]) -> list[float]:
+            by_rank[:], numbers = self._exchange((own_busy_s, padded_tokens, *shared), own_nats, of_gradient)
+            self.synchronised_s = time.perf_counter()
+            return numbers
+
+        # 4. Clip the gradient, and stop before the update if something is not finite.
+        norm = clip_gradient(self.model.parameters(), self.clip_grad_norm, fetch)
         busy_s, all_padded_tokens, *rest = zip(*by_rank, strict=True)
-        self.synchronised_s = time.perf_counter()
         of_others, rest = rest[: len(shared)], rest[len(shared) :]  # each number of each process, by rank
         by_objective = {name: rest[place :: len(weights)] for place, name in enumerate(weights)}
         nats = {name: math.fsum(map(sum, zip(*parts, strict=True))) for name, parts in by_objective.items()}
-
-        # 4. Clip the gradient, and stop before the update if something is not finite.
         if not math.isfinite(norm) or not all(map(math.isfinite, nats.values())):
             raise DivergedError(
                 f"step {number}: the loss or its gradient is not finite (learning rate {learning_rate:g}, gradient "
                 f"norm {norm:g}); try a lower optimizer.lr, a longer schedule.warmup_steps or a smaller "
                 "optimizer.clip_grad_norm; the weights saved last are sound"
             )
-        clip_gradient(gradients, norm, self.clip_grad_norm)
 
         # 5. Update the weights, then their average.
         set_learning_rate(self.optimizers, learning_rate)
@@ -157,18 +159,21 @@ class TrainingStep:
             [list(numbers) for numbers in zip(*of_others, strict=True)],
         )
 
-    def _exchange(self, own: Sequence[float], nats: list[Tensor], norm: Tensor) -> tuple[list[list[float]], float]:
-        """Return `own` and then the nats of every process, by rank, and the norm, which is the same in all of them."""
+    def _exchange(
+        self, own: Sequence[float], nats: list[Tensor], of_gradient: list[Tensor]
+    ) -> tuple[list[list[float]], list[float]]:
+        """Return `own` and then the nats of every process, by rank, and the values of `of_gradient`, which all have."""
         if self.device.type == "cpu":
-            return self.processes.gather([*own, *map(float, nats)]), float(norm)
+            return self.processes.gather([*own, *map(float, nats)]), [float(number) for number in of_gradient]
+        own_nats, of_all = torch.stack(nats), torch.stack([number.to(nats[0].dtype) for number in of_gradient])
         if not self.processes.under_torchrun:
-            *of_nats, of_norm = torch.stack([*nats, norm]).tolist()
-            return [[*own, *of_nats]], of_norm
-        sent = torch.cat(
-            [torch.tensor(own, dtype=torch.float64).pin_memory().to(self.device, non_blocking=True), torch.stack(nats)]
-        )
-        *numbers, of_norm = torch.cat([*self.processes.gather_tensor(sent), norm.view(1)]).tolist()
-        return [numbers[start : start + len(sent)] for start in range(0, len(numbers), len(sent))], of_norm
+            numbers = torch.cat([own_nats, of_all]).tolist()
+            return [[*own, *numbers[: len(nats)]]], numbers[len(nats) :]
+        told = torch.tensor(own, dtype=torch.float64).pin_memory().to(self.device, non_blocking=True)
+        parts = self.processes.gather_tensor(torch.cat([told, own_nats]))
+        numbers, size = torch.cat([*parts, of_all]).tolist(), len(parts[0])
+        ends = range(size, len(parts) * size + 1, size)
+        return [numbers[end - size : end] for end in ends], numbers[len(parts) * size :]
 
     def end_epoch(self) -> None:
         """Forget the carried hidden state: the next batch is the beginning of the text."""

@@ -7,10 +7,10 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lmtrain.config.schema import ModelConfig
-from lmtrain.model.cells import CELLS
+from lmtrain.model.cells import CELLS, layer_weights
 from lmtrain.model.directions import RecurrentLayers
 from lmtrain.model.packing import pack_rows
-from lmtrain.model.recurrence import RecurrentStack
+from lmtrain.model.recurrence import RecurrentStack, in_one_buffer
 
 IN_TORCH = [name for name, cell in CELLS.items() if cell.torch_module is not None]
 LENGTHS = [[7, 5, 5, 2, 1], [4, 4, 4], [1], [9]]
@@ -41,8 +41,8 @@ def both_results(cell, num_layers, lengths, dtype, device):
     """The results of lmtrain's kernels, each with PyTorch's."""
     torch.manual_seed(1)
     packed, stock = pair(cell, num_layers, dtype, device)
-    rows = pack_rows(torch.tensor(lengths))
     inputs = torch.randn(sum(lengths), 6, dtype=dtype, device=device)
+    rows = pack_rows(torch.tensor(lengths)).to(inputs.device)
     state = tuple(tuple(part.normal_() for part in layer) for layer in packed.zero_state(len(lengths), inputs))
     return zip(results(packed, inputs, rows, state), results(stock, inputs, rows, state), strict=True)
 
@@ -139,3 +139,29 @@ def test_a_cell_that_pytorch_lacks_has_its_own_weights_and_always_our_kernel(cel
         assert all(0 < float(layer.weight_ih_l0.detach().abs().max()) <= 8**-0.5 for layer in ours.layers)
         ours.load_state_dict(theirs.state_dict())
         torch.testing.assert_close(ours(inputs, rows), theirs(inputs, rows), rtol=0, atol=0)
+
+
+def lies_as_cudnn_reads_it(weights):
+    """Whether each weight begins where the one before it ends, in a piece of memory that begins with the first."""
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    starts = [weight.data_ptr() for weight in weights[1:]]
+    return starts == ends[:-1] and weights[0].storage_offset() == 0 and all(each.is_contiguous() for each in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", IN_TORCH)
+def test_weights_that_lie_apart_come_into_one_buffer_with_their_gradients(cell, dtype):
+    torch.manual_seed(6)
+    apart = [weight.detach().clone().requires_grad_() for weight in layer_weights(CELLS[cell].layer(5, 7))]
+    together = in_one_buffer(apart, dtype)
+    assert lies_as_cudnn_reads_it(together)
+    assert not lies_as_cudnn_reads_it(apart)
+    for part, weight in zip(together, apart, strict=True):
+        assert torch.equal(part, weight.to(dtype))
+    factors = [torch.randn_like(weight).bfloat16().float() for weight in apart]
+    sum((part * factor).sum() for part, factor in zip(together, factors, strict=True)).backward()
+    for weight, factor in zip(apart, factors, strict=True):
+        assert torch.equal(weight.grad, factor)
+    if dtype == torch.float32:  # what lies so is used as it is
+        again = in_one_buffer([part.detach() for part in together], dtype)
+        assert [part.data_ptr() for part in again] == [part.data_ptr() for part in together]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmtrain.data.batches.loader import RankShard
+from lmtrain.training.checkpointer import Checkpointer
 from lmtrain.training.optimization import clip_gradient
+from lmtrain.training.state import LoadedCheckpoint, TrainingState
 from tests.conftest import SMALL
 from tests.oracle import digest
 from tests.stories.faults.ground import Ground, until
@@ -248,3 +251,20 @@ def test_columns_stay_with_a_rank(each, world_size, data):
     left = data.draw(st.integers(1, columns))
     for rank, places in enumerate(of_all):
         assert RankShard(rank, world_size, columns).rows(left).tolist() == [place for place in places if place < left]
+
+
+def test_a_run_on_cpus_is_resumed_on_cuda_in_every_rank(monkeypatch):
+    """The checkpoint of a run on CPUs has no random state of a CUDA device, in no rank."""
+    device, restored = torch.device("cuda", 0), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append(state))
+    torch.manual_seed(5)
+    training = {"cpu": torch.get_rng_state()}
+    torch.manual_seed(6)
+    training["cpu/1"] = torch.get_rng_state()
+    saved = LoadedCheckpoint("step", {}, training, TrainingState(precision="fp32"), {}, {}, {})
+    for rank, key in enumerate(training):
+        step, processes = SimpleNamespace(model=None, device=device), SimpleNamespace(rank=rank)
+        Checkpointer(None, step, None, None, processes)._restore_random_state(saved)
+        assert torch.equal(torch.get_rng_state(), training[key])
+    assert not restored
