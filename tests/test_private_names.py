@@ -25,9 +25,11 @@ from tests.conftest import ROOT
 PRIVATE = {
     "__dynamo_disable": "training/optimization.py",
     "_ddp_params_and_buffers_to_ignore": "training/parallel.py",
+    "_indices": "training/optimization.py",
     "_is_mkldnn_bf16_supported": "model/products.py",
     "_linear_pointwise": "model/products.py",
     "_reorder_linear_weight": "model/products.py",
+    "_values": "training/optimization.py",
     "grad_input": "model/kernels.py",
     "tensorboard.compat.proto.event_pb2": "training/tracking.py",
     "tensorboard.summary.writer.record_writer": "training/tracking.py",
@@ -112,6 +114,13 @@ def test_derivatives_write_to_a_buffer(function, backward):
     output = function(inputs)
     assert backward(gradient, output.detach(), grad_input=buffer) is buffer
     torch.testing.assert_close(buffer, torch.autograd.grad(output, inputs, gradient)[0])
+
+
+def test_a_sparse_tensor_gives_its_parts_before_its_rows_are_summed():
+    """`_indices` and `_values`; the public `indices` and `values` refuse a tensor that is not coalesced."""
+    sparse = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2]]), torch.ones(3, 4), (5, 4), is_coalesced=False)
+    assert sparse._indices().tolist() == [[2, 0, 2]]
+    assert torch.equal(sparse._values(), torch.ones(3, 4))
 
 
 def test_distributed_data_parallel_leaves_named_weights_out():
