@@ -1,7 +1,6 @@
 """A trained run for use from Python: `lmtrain.load(run)`."""
 
 import heapq
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -30,6 +29,7 @@ from lmtrain.model.objectives import Direction
 from lmtrain.runs.directory import RunDirectory, find_run
 from lmtrain.runs.loading import load_run
 from lmtrain.system.device import choose_device
+from lmtrain.system.files import scratch_directory
 
 Texts = Iterable[str] | Iterable[Block]
 
@@ -238,7 +238,7 @@ class TrainedModel:
                 "cache and dynamic evaluation need a state that is carried from line to line, and this run starts each "
                 "line anew; train with batching.mode: stream, or batching.carry_state: true"
             )
-        with tempfile.TemporaryDirectory(prefix="lmtrain-") as scratch:
+        with scratch_directory() as scratch:
             store = open_store(self._source(paths), self.tokenizer, scratch)
             batches, columns = evaluation_batches(self.config, store, self.tokenizer, 1, batch_size)
             left_out = {"end_tokens": [self.tokenizer.eos_id]}
