@@ -243,7 +243,8 @@ class Config(Section):
     """A whole configuration, every key with its value."""
 
     name: str = Field(pattern=r"^[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*$", max_length=200)
-    """Run directory `runs_dir/name`; null takes the config file's stem. Where it is taken, -2, -3 ... is added."""
+    """Run directory `runs_dir/name`; null takes the config file's stem. Where it is taken, -2, -3 ... is added.
+    For Windows keep to letters, digits, - and _, and avoid the names of devices (con, aux, nul)."""
     runs_dir: str = "runs"
     """Folder in which run directories are made."""
     seed: int = Field(1, ge=0, le=(1 << 63) - 1)

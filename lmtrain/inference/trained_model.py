@@ -2,7 +2,6 @@
 
 import heapq
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from lmtrain.model.objectives import Direction
 from lmtrain.runs.directory import RunDirectory, find_run
 from lmtrain.runs.loading import load_run
 from lmtrain.system.device import choose_device
+from lmtrain.system.files import scratch_directory
 
 Texts = Iterable[str] | Iterable[Block]
 
@@ -240,7 +240,7 @@ class TrainedModel:
                 "cache and dynamic evaluation need a state that is carried from line to line, and this run starts each "
                 "line anew; train with batching.mode: stream, or batching.carry_state: true"
             )
-        with tempfile.TemporaryDirectory(prefix="lmtrain-", dir=self._disk()) as scratch:
+        with scratch_directory(self._disk()) as scratch:
             store = open_store(self._source(paths), self.tokenizer, scratch)
             batches, columns = evaluation_batches(self.config, store, self.tokenizer, 1, batch_size)
             left_out = {"end_tokens": [self.tokenizer.eos_id]}

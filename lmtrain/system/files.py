@@ -1,5 +1,6 @@
 """Reads and writes single files: a write is whole or does nothing, a read has a size limit and follows no link."""
 
+import atexit
 import errno
 import hashlib
 import json
@@ -7,6 +8,7 @@ import os
 import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -97,6 +99,21 @@ def move(source: Path, target: Path) -> None:
         except PermissionError:
             time.sleep(wait_s)
     os.replace(source, target)
+
+
+@contextmanager
+def scratch_directory(parent: Path | None = None) -> Iterator[Path]:
+    """A new directory that is removed at the end; `parent` is the system's choice if it is None.
+
+    Windows removes no file that is mapped into memory. What it keeps is removed when the process ends.
+    """
+    path = Path(tempfile.mkdtemp(prefix="lmtrain-", dir=parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            atexit.register(shutil.rmtree, path, ignore_errors=True)
 
 
 def reason_of(error: OSError) -> str:

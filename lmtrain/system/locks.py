@@ -5,7 +5,7 @@ opens no symbolic link, and tries again if the file that it has locked was remov
 
 Some network file systems have no locks (Lustre without `-o flock`, NFS without its lock daemon). There, a second file
 takes the place of the lock: it exists while a process holds the lock, and says which process of which machine. If that
-process has ended, the next one of the same machine takes the file over; another machine can't know.
+process has ended, the next one of the same machine takes the file over; of another machine only the user can know.
 """
 
 import errno
@@ -42,8 +42,8 @@ def hold_lock(
     Raises:
         OSError: the lock file can't be made, or is a symbolic link.
     """
-    from filelock import SoftFileLock, UnixFileLock, WindowsFileLock  # only where a lock is held: it takes 25 ms and
-    # registers a fork hook
+    # imported only where a lock is held: it takes 25 ms and registers a fork hook
+    from filelock import SoftFileLock, UnixFileLock, WindowsFileLock
 
     system_lock = WindowsFileLock if sys.platform == "win32" else UnixFileLock
     lock: BaseFileLock = system_lock(path, fallback_to_soft=False, on_acquired=_write_id if write_id else None)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.tensorboard.summary import histogram, hparams, scalar, text
 
 from lmtrain.errors import StorageError
-from lmtrain.system.files import reason_of
+from lmtrain.system.files import reason_of, sync_file
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents*"
@@ -46,7 +46,7 @@ class Tracker:
                     path.unlink(missing_ok=True)
                 elif path.exists() and path.stat().st_size > lengths[path.name]:
                     os.truncate(path, lengths[path.name])
-            self.metrics = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115  # until `close`
+            self.metrics = open(run / METRICS, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  # until `close`
         except OSError as error:
             raise self._fault(error) from None
         if self.metrics.tell() < lengths.get(METRICS, 0):
@@ -101,8 +101,7 @@ class Tracker:
     def lengths(self) -> Lengths:
         """Return the bytes of each metric file, once all rows are on the disk itself."""
         try:
-            self.metrics.flush()
-            os.fsync(self.metrics.fileno())
+            sync_file(self.metrics)
             return {path.name: path.stat().st_size for path in [self.run / METRICS, *self.run.glob(EVENTS)]}
         except OSError as error:
             raise self._fault(error) from None

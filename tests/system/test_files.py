@@ -1,12 +1,14 @@
 """Single files: what differs between systems when they are renamed and written to the disk itself."""
 
+import atexit
 import errno
 import os
+import shutil
 import sys
 
 import pytest
 
-from lmtrain.system.files import move, sync_directory, sync_file, write_atomically
+from lmtrain.system.files import move, scratch_directory, sync_directory, sync_file, write_atomically
 
 
 @pytest.fixture
@@ -64,6 +66,19 @@ def test_a_file_system_that_syncs_no_directories_is_no_fault(tmp_path, monkeypat
     answer(errno.EIO)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         sync_directory(tmp_path)
+
+
+def test_what_windows_keeps_of_a_scratch_directory_is_removed_when_the_process_ends(tmp_path, monkeypatch):
+    at_end = []
+    monkeypatch.setattr(atexit, "register", lambda remove, path, ignore_errors: at_end.append(path))
+    with scratch_directory(tmp_path) as scratch:
+        (scratch / "file").touch()
+    assert not at_end
+    assert not scratch.exists()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # the files are mapped into memory
+    with scratch_directory(tmp_path) as scratch:
+        (scratch / "file").touch()
+    assert at_end == [scratch]
 
 
 def test_a_written_file_takes_the_place_of_the_old_one(tmp_path):
