@@ -20,6 +20,7 @@ from lmtrain.errors import ArtefactError
 from lmtrain.system.files import LARGEST_JSON_BYTES, LARGEST_TEXT_BYTES, hash_of, open_regular, parse_json, read_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 PIECE_BYTES = 8 << 20  # a multiple of the size of every type
@@ -51,11 +52,12 @@ class TensorSpec(NamedTuple):
         """The bytes of the tensor in a file."""
         return TYPES[self.dtype][1] * prod(self.shape)
 
-    def empty(self, device: object = "cpu") -> Tensor:
+    def empty(self, device: torch.device | str = "cpu") -> Tensor:
         """Return a tensor of this type and shape, whose values are not set yet."""
         import torch
 
-        return torch.empty(self.shape, dtype=getattr(torch, TYPES[self.dtype][0]), device=device)  # type: ignore[call-overload,no-any-return]
+        dtype: torch.dtype = getattr(torch, TYPES[self.dtype][0])
+        return torch.empty(self.shape, dtype=dtype, device=device)
 
 
 def in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
@@ -99,18 +101,18 @@ def size_of(tensors: Mapping[str, Tensor]) -> int:
 def read_header(path: Path, handle: IO[bytes], size: int) -> dict[str, TensorSpec]:
     """Read the type and shape of each tensor from the header of an open safetensors file of `size` bytes, in the order
     in which the file holds them. Anything else raises ArtefactError."""
-    return _parse_header(path, *_header_bytes(path, handle, size))
+    return _parse_header(path, _header_bytes(path, handle, size))
 
 
-def _header_bytes(path: Path, handle: IO[bytes], size: int) -> tuple[bytes, bytes]:
-    length = handle.read(8)
-    if (count := int.from_bytes(length, "little")) > min(size, LARGEST_JSON_BYTES):
+def _header_bytes(path: Path, handle: IO[bytes], size: int) -> bytes:
+    start = handle.read(8)
+    if (length := int.from_bytes(start, "little")) > min(size, LARGEST_JSON_BYTES):
         raise ArtefactError(f"{path}: not a safetensors file")
-    return length, handle.read(count)
+    return start + handle.read(length)
 
 
-def _parse_header(path: Path, length: bytes, text: bytes) -> dict[str, TensorSpec]:
-    header = parse_json(path, text)
+def _parse_header(path: Path, data: bytes) -> dict[str, TensorSpec]:
+    header = parse_json(path, data[8:])
     header.pop("__metadata__", None)
     specs, end = {}, 0
     try:
@@ -169,12 +171,12 @@ class SavedFile(NamedTuple):
         """Yield the name of a tensor, the index of a value in it, and some values from there on, (values,)."""
         import torch
 
-        buffer = memoryview(bytearray(PIECE_BYTES))
+        buffer = memoryview(bytearray(min(PIECE_BYTES, self.size)))
         with open_regular(self.path) as handle:
             header = _header_bytes(self.path, handle, self.size)
-            if _parse_header(self.path, *header) != self.specs:
+            if list(_parse_header(self.path, header).items()) != list(self.specs.items()):
                 raise self._damaged()  # it is another file than the one whose header was checked
-            digest = hashlib.sha256(b"".join(header))
+            digest = hashlib.sha256(header)
             for name, spec in self.specs.items():
                 dtype, width = TYPES[spec.dtype]
                 for start in range(0, spec.size_bytes, PIECE_BYTES):

@@ -13,7 +13,6 @@ data: {train: ids.txt, valid: null, cache_dir: cache}
 tokenizer: {kind: ids, vocab_size: 160000}
 model: {embedding_size: 512, hidden_size: 1024, num_layers: 2}
 training: {num_threads: 2, precision: fp32, device: cpu}
-AVERAGING
 """
 DRIVER = """
 import json, sys
@@ -55,7 +54,6 @@ if what == "save":
     for weight in training.model.parameters():
         weight.grad = torch.full_like(weight, 1e-3)
     optimizer_step(training.step.optimizers)
-    training.step.averaging.update()
     run.path.mkdir()
     run.write_start(config, corpora.tokenizer, {})
     _, peak = measured(lambda: training.save(TrainingState(step=1), {}, {}))
@@ -80,11 +78,11 @@ print(json.dumps(peak))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system keeps no peak of memory")
-@pytest.mark.parametrize("averaging", ["", "averaging: {name: ema}"])
-def test_files_are_written_and_read_in_little_memory(tmp_path, averaging):
-    """Peaks above what the process held before, as multiples of what is kept for good."""
+def test_files_are_written_and_read_in_little_memory(tmp_path):
+    """Peaks above what the process held before: with 100 million weights, a save needed 5.1 times the weights, a load
+    2.9 times, a resume 6.1 times (of which 3 are kept), when whole files were held."""
     (tmp_path / "ids.txt").write_text("5 6 7\n" * 40)
-    (tmp_path / "config.yaml").write_text(CONFIG.replace("AVERAGING", averaging))
+    (tmp_path / "config.yaml").write_text(CONFIG)
 
     def peak(what):
         command = [sys.executable, "-c", DRIVER, what]
@@ -95,7 +93,7 @@ def test_files_are_written_and_read_in_little_memory(tmp_path, averaging):
     peaks = {"save": peak("save")}
     saved = next((tmp_path / "run" / "checkpoints").glob("step-*"))
     weights, training = ((saved / f"{name}.safetensors").stat().st_size for name in ("model", "training"))
-    print(f"\nweights {weights >> 20} MiB, optimizer and average {training >> 20} MiB {averaging}")
+    print(f"\nweights {weights >> 20} MiB, optimizer {training >> 20} MiB")
     for what in ("load", "resume", "roll back", "check"):
         peaks[what] = peak(what)
     kept = {"save": 0, "load": weights, "resume": weights + training, "roll back": 0, "check": 0}

@@ -50,6 +50,16 @@ def test_tensors_come_back(saved):
     assert all(places[name].equal(tensor) and places[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
 
 
+def test_tensors_that_have_changed_places_are_not_mistaken_for_each_other(tmp_path):
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(b"".join(pieces_of({"a": torch.zeros(2), "b": torch.ones(2)})))
+    before, data = known(path), path.read_bytes()
+    path.write_bytes(data.replace(b'"b"', b'"c"').replace(b'"a"', b'"b"').replace(b'"c"', b'"a"'))
+    after = known(path)
+    with pytest.raises(ArtefactError, match="damaged"):
+        after._replace(specs=before.specs).read_tensors({})
+
+
 def test_what_is_read_is_what_was_hashed(saved):
     """Whatever becomes of the file once its header has been checked, its bytes are not taken."""
     good = saved.path.read_bytes()
