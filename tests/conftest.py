@@ -27,7 +27,7 @@ SHARED = ROOT.parent / "shared" / "data"
 # in the words of this system, as messages quote them
 NO_FILE, NO_SPACE, READ_ONLY = (os.strerror(code).lower() for code in (errno.ENOENT, errno.ENOSPC, errno.EROFS))
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # as the command line does, before CUDA starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the command line does, before CUDA starts
 
 # a file system in memory, where there is one: thousands of small saves, each of them synced, would wait for the disk
 if os.access("/dev/shm", os.W_OK):

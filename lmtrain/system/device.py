@@ -18,7 +18,7 @@ from lmtrain.model.cells import CELLS
 from lmtrain.model.packing import pack_rows
 from lmtrain.system.console import Notify
 from lmtrain.system.processes import launched_by_torchrun
-from lmtrain.system.variables import CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACE
+from lmtrain.system.variables import CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES
 
 TIMED_STEPS = 16  # tokens of each row of the layer that is timed
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h of glibc: mallopt(3)
@@ -66,9 +66,9 @@ def choose_device(name: str, layer: Layer | None = None, notify: Notify = lambda
         raise ConfigError(
             f"device {name}: this machine has {count}, fewer than processes; start torchrun --nproc-per-node {count}"
         )
-    if name == "cuda" and os.environ.get(CUBLAS_WORKSPACE) != DETERMINISTIC_WORKSPACE:
+    if name == "cuda" and os.environ.get(CUBLAS_WORKSPACE) not in DETERMINISTIC_WORKSPACES:
         notify(
-            f"note: a resumed run may differ in its last digits; set {CUBLAS_WORKSPACE}={DETERMINISTIC_WORKSPACE} "
+            f"note: a resumed run may differ in its last digits; set {CUBLAS_WORKSPACE}={DETERMINISTIC_WORKSPACES[0]} "
             "before CUDA is used"
         )
     return torch.device(name, local_rank)

@@ -103,8 +103,11 @@ class BatchGraphs:
         graph = torch.cuda.CUDAGraph()
         # the thread that loads batches goes on meanwhile
         with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-            losses = _add(self.model, layout, factors, state, precision)
+            total, nats, end = _add(self.model, layout, factors, state, precision)
         self._pool = graph.pool()
+        # autograd's own graph would keep the stream on which each weight's gradient was added up
+        layers = tuple(tuple(part.detach() for part in layer) for layer in end.layers)
+        losses = Losses(total.detach(), nats, ModelState(layers))
         return _Graph(graph.replay, layout, factors, [part for layer in first for part in layer], losses)
 
 

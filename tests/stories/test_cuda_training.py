@@ -210,7 +210,7 @@ def test_memory_of_a_step_and_of_a_save(small, tmp_path, monkeypatch):
     train(small(*LARGE, ON, "training.max_steps=3"), tmp_path / "run")
     print({name: f"{bytes_ / 1e6:,.0f} MB" for name, bytes_ in noted.items()})
     assert noted["step"] < 4 / 3 * noted["saved"] + 100e6  # gradients beside what is saved
-    assert noted["device"] < 0.05 * noted["saved"]
+    assert noted["device"] < 0.1 * noted["saved"]  # a weight at a time is looked at
     assert noted["host"] < 1.2 * noted["saved"]
 
 
@@ -251,8 +251,13 @@ def torchrun(count, *arguments):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("more", [[], [*STREAM, "model.ngram_embeddings=[2]"]], ids=["two directions", "stream"])
+@pytest.mark.parametrize(
+    "more",
+    [[*STREAM, "model.ngram_embeddings=[2]"], ["batching.carry_state=true", "batching.batch_size=5", ONE_DIRECTION]],
+    ids=["stream", "carried lines"],
+)
 def test_one_process_with_nccl_equals_one_without_torchrun(small, corpus, more):
+    """To the bit, but for rows of sentences, which only a process that trains alone pads: see `training/graphs.py`."""
     alone = lmtrain("train", "config.yaml", *more, ON, "--run-dir", "alone")
     assert alone.returncode == 0, alone.stderr
     torchrun(1, *more, ON, "--run-dir", "one")
@@ -263,7 +268,7 @@ def test_a_run_of_two_processes_on_cpu_is_resumed_on_cuda(small, corpus):
     torchrun(2, "training.max_epochs=1", "--run-dir", "run")
     resumed = lmtrain("train", "config.yaml", ON, "--run-dir", "run", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert f"device is {DEVICE}" in resumed.stderr or DEVICE == "cpu"
+    assert "was cpu: the result is no longer bit-identical" in resumed.stderr
     assert json.loads((corpus / "run" / "last.json").read_text())["step"] == 12
 
 

@@ -121,7 +121,7 @@ def test_variables_are_set_unless_the_user_has_set_them(monkeypatch, system, fal
         if own is None:
             monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
         set_variables()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (own or ":16:8")
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (own or ":4096:8")
         assert os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == fallback
         monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", "0")
 
@@ -135,14 +135,14 @@ def test_the_command_line_sets_variables_before_pytorch_is_imported():
     )
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[1:] == ["False :16:8"]
+    assert done.stdout.splitlines()[1:] == ["False :4096:8"]
     assert done.stderr == "warning: aten::new falls back to the CPU\n"  # a warning of PyTorch's is one line
 
 
 def test_a_workspace_that_sums_in_another_order_is_noted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for value, count in ((":16:8", 0), (":4096:8", 1), (None, 1)):
+    for value, count in ((":16:8", 0), (":4096:8", 0), (":4096:2", 1), (None, 1)):
         if value is None:
             monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
         else:

@@ -7,6 +7,7 @@ from lmtrain.config import Config
 from lmtrain.data.batches.loader import RankBatch
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.system.device import scoped_settings
 from lmtrain.training import graphs
 from lmtrain.training.graphs import BatchGraphs
 from lmtrain.training.step import TrainingStep
@@ -77,6 +78,18 @@ def test_what_can_not_be_recorded_is_not():
     assert not BatchGraphs.suit(model_of("cpu"))
 
 
+def trained(batches, graphs, model, columns, precision):
+    """The figures of six steps, the weights after them, and the state of the random generator."""
+    step = step_of(model, columns, precision)
+    torch.manual_seed(2)
+    figures = []
+    for number in range(6):
+        each = [rank_batch(rows, step.lay_out) for rows in batches[number % len(batches)]]
+        figures.append(step(each, 0.01, number + 1)[:6])
+    assert len(step.gradients._graphs._graphs) == graphs
+    return figures, [weight.detach().cpu() for weight in step.model.parameters()], torch.cuda.get_rng_state()
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -89,18 +102,10 @@ def test_a_graph_trains_like_its_kernels_one_by_one(cell, carried, precision, mo
     batches = [[EQUAL_ROWS], [EQUAL_ROWS, EQUAL_ROWS]] if carried else [[ROWS, LONG_ROWS], [OTHER_ROWS], [EQUAL_ROWS]]
     for most in (graphs.MOST_GRAPHS, 0):
         monkeypatch.setattr(graphs, "MOST_GRAPHS", most)
-        step = step_of(
-            model_of("cuda", cell=cell, bidirectional=not carried, **options), 2 if carried else None, precision
-        )
-        torch.manual_seed(2)
-        figures = []
-        for number in range(6):
-            each = [rank_batch(rows, step.lay_out) for rows in batches[number % len(batches)]]
-            figures.append(step(each, 0.01, number + 1)[:6])
-        recorded = len(step.gradients._graphs._graphs)
-        assert recorded == (0 if not most else 1 if carried else 3)
-        weights = [weight.detach().cpu() for weight in step.model.parameters()]
-        results.append((figures, weights, torch.cuda.get_rng_state()))
+        with scoped_settings(torch.device("cuda")):
+            model = model_of("cuda", cell=cell, bidirectional=not carried, **options)
+            recorded = (1 if carried else 3) if most else 0
+            results.append(trained(batches, recorded, model, 2 if carried else None, precision))
     (figures, weights, random), (plain_figures, plain_weights, plain_random) = results
     assert figures == plain_figures
     assert all(map(torch.equal, weights, plain_weights))
