@@ -47,8 +47,9 @@ class _SkipInitialisation(TorchFunctionMode):
 
 
 def build_empty_model(config: Config, vocab_size: int) -> LanguageModel:
-    """Build the model that a configuration describes for saved weights, which are to be copied into it."""
-    with _SkipInitialisation():
+    """Build the model that a configuration describes for saved weights, which are to be copied into it. The random
+    state of the program stays as it is."""
+    with torch.random.fork_rng(devices=[]), _SkipInitialisation():  # a few start values are drawn all the same
         return build_model(config, vocab_size)
 
 
