@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +43,7 @@ class BatchGraphs:
         self._weights = list(model.parameters())
         self._gradients = [torch.zeros_like(weight) for weight in self._weights]
         self._pool: Any = None  # the memory that all graphs share, since only one of them runs at a time
+        self._recording = Lock()  # what another thread asks of the device meanwhile would spoil the record
 
     @staticmethod
     def suit(model: LanguageModel) -> bool:
@@ -52,7 +55,8 @@ class BatchGraphs:
         """Lay out a batch as `LanguageModel.lay_out` does, but pad rows of different lengths."""
         longest, shortest = int(lengths[0]) - 1, int(lengths[-1]) - 1
         padded = -(-longest // PADDED_STEPS) * PADDED_STEPS if self._pads and shortest < longest else None
-        return self.model.lay_out(tokens, lengths, order, padded)
+        with self._recording:
+            return self.model.lay_out(tokens, lengths, order, padded)
 
     def add(
         self,
@@ -79,7 +83,8 @@ class BatchGraphs:
         if graph is None:
             if not layout.rows.equal or len(self._graphs) >= MOST_GRAPHS:
                 return _add(self.model, layout, factors, state, precision)
-            graph = self._graphs[layout.shape] = self._record(layout, precision)
+            with self._recording:
+                graph = self._graphs[layout.shape] = self._record(layout, precision)
         graph.layout.copy_(layout)
         for name, factor in graph.factors.items():
             factor.fill_(factors[name])
@@ -94,15 +99,14 @@ class BatchGraphs:
         first = self.model.stack("forward").zero_state(layout.rows.batch_sizes[0], self._weights[0])
         state, layout = ModelState(first), layout.clone()
         factors: dict[Objective, Tensor] = {name: torch.zeros((), device=device) for name in self.model.objectives}
-        random, stream = random_state(device), torch.cuda.Stream(device)
+        random, stream = random_state(device), _side_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # what is done only once, such as choosing an algorithm, can't be recorded
             _add(self.model, layout, factors, state, precision)
         torch.cuda.current_stream(device).wait_stream(stream)
         set_random_state(random, device)
         graph = torch.cuda.CUDAGraph()
-        # the thread that loads batches goes on meanwhile
-        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
             total, nats, end = _add(self.model, layout, factors, state, precision)
         self._pool = graph.pool()
         # autograd's own graph would keep the stream on which each weight's gradient was added up
@@ -119,6 +123,12 @@ class _Graph(NamedTuple):
     factors: dict[Objective, Tensor]  # () each
     state_parts: list[Tensor]  # (B, H) each
     losses: Losses
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    """The stream on which all graphs are recorded: each stream takes some megabytes for the products of matrices."""
+    return torch.cuda.Stream(device)
 
 
 def _add(
