@@ -97,7 +97,7 @@ def family(pid: int) -> list[int]:
     for parent in found:
         with contextlib.suppress(OSError):
             for task in os.listdir(f"/proc/{parent}/task"):
-                found += map(int, Path(f"/proc/{parent}/task/{task}/children").read_text().split())
+                found += map(int, Path(f"/proc/{parent}/task/{task}/children").read_text(encoding="utf-8").split())
     return found
 
 
@@ -106,7 +106,7 @@ def held_bytes(pid: int) -> int:
     total = 0
     for member in family(pid):
         with contextlib.suppress(OSError):
-            rollup = Path(f"/proc/{member}/smaps_rollup").read_text()
+            rollup = Path(f"/proc/{member}/smaps_rollup").read_text(encoding="utf-8")
             total += sum(int(kib) for kib in re.findall(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)) << 10
     return total
 
@@ -114,7 +114,7 @@ def held_bytes(pid: int) -> int:
 def watched(*command: str, directory: Path) -> tuple[str, float, int]:
     """Run lmtrain: what it said on both outputs, its seconds, and the most memory of all its processes together."""
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         start_s, peak = time.monotonic(), 0
         process = subprocess.Popen(
             [sys.executable, "-m", "lmtrain", *command],

@@ -38,7 +38,7 @@ def write_corpus(path: Path, words: int, shortest: int, longest: int) -> None:
     drawn = random.zipf(1.3, words) % VOCABULARY
     ends = random.integers(shortest, longest + 1, words // shortest).cumsum()
     lines = np.split(drawn, ends[ends < words])
-    path.write_text("".join(" ".join(map("w{}".format, line)) + "\n" for line in lines if len(line)))
+    path.write_text("".join(" ".join(map("w{}".format, line)) + "\n" for line in lines if len(line)), encoding="utf-8")
 
 
 def train(directory: Path, name: str, processes: int, run: str) -> tuple[float, float]:

@@ -27,12 +27,18 @@ SHARED = ROOT.parent / "shared" / "data"
 # in the words of this system, as messages quote them
 NO_FILE, NO_SPACE, READ_ONLY = (os.strerror(code).lower() for code in (errno.ENOENT, errno.ENOSPC, errno.EROFS))
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the command line does, before CUDA starts
+
 # a file system in memory, where there is one: thousands of small saves, each of them synced, would wait for the disk
 if os.access("/dev/shm", os.W_OK):
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
 settings.load_profile("untimed")
+
+# in the processes that tests start, as in `filterwarnings` of pyproject.toml
+DEPRECATED = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+os.environ.setdefault("PYTHONWARNINGS", ",".join(f"error::{kind}" for kind in DEPRECATED))
 
 torch.set_num_threads(1)  # the models here are tiny, and two threads only wait for each other
 
@@ -75,6 +81,12 @@ def bf16_is_emulated() -> bool:
         seconds.append(min(tries))
     fp32_s, bf16_s = seconds
     return bf16_s > 5 * fp32_s
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked `cuda` is skipped where there is no CUDA device."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
 
 
 @pytest.fixture

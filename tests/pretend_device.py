@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils import _pytree as pytree
 
 NAME = "pretend"
 DEVICE_INDEX = 0
@@ -95,9 +94,7 @@ class Generator:
             self.state = state.clone()
 
     def draw(self, function: Callable[[], Any]) -> Any:
-        """Call a function that draws random numbers."""
-        if self.state is None:
-            return function()
+        """Call a function that draws random numbers, with the device's own generator."""
         of_cpu = torch.get_rng_state()
         torch.set_rng_state(self.state)
         try:
@@ -216,19 +213,26 @@ def _refuse_mixture(name: str, args: Any, flat: list[Any]) -> None:
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """Run one operation of PyTorch on the values of its tensors."""
-    flat, spec = pytree.tree_flatten((args, kwargs))
+    flat: list[Any] = []
+
+    def plain(part: Any) -> Any:
+        flat.append(part)
+        if isinstance(part, PretendTensor):
+            return part.raw
+        return torch.device("cpu") if isinstance(part, torch.device) else part
+
+    plain_args, plain_kwargs = _mapped(plain, args), _mapped(plain, kwargs)
     name = func._schema.name
     _refuse_mixture(name, args, flat)
     to_cpu = _count(name, args, kwargs, flat)
-    own = {id(part.raw): part for part in flat if isinstance(part, PretendTensor)}
-    plain_args, plain_kwargs = pytree.tree_unflatten([_plain(part) for part in flat], spec)
     function = OWN_FUNCTIONS.get(name, func)
-    if torch.Tag.nondeterministic_seeded in func.tags:
+    if generator.state is not None and torch.Tag.nondeterministic_seeded in func.tags:
         made = generator.draw(lambda: function(*plain_args, **plain_kwargs))
     else:
         made = function(*plain_args, **plain_kwargs)
     if to_cpu:
         return made
+    own = {id(part.raw): part for part in flat if isinstance(part, PretendTensor)}
 
     def on_device(part: Any) -> Any:
         if not isinstance(part, torch.Tensor):
@@ -240,13 +244,18 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
             wrapper.data = PretendTensor(part)
         return wrapper
 
-    return pytree.tree_map(on_device, made)
+    return _mapped(on_device, made)
 
 
-def _plain(part: Any) -> Any:
-    if isinstance(part, PretendTensor):
-        return part.raw
-    return torch.device("cpu") if isinstance(part, torch.device) else part
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to each thing in nested lists, tuples and dictionaries."""
+    if isinstance(value, list):
+        return [_mapped(change, part) for part in value]
+    if isinstance(value, tuple):
+        return tuple(_mapped(change, part) for part in value)
+    if isinstance(value, dict):
+        return {key: _mapped(change, part) for key, part in value.items()}
+    return change(value)
 
 
 # ---- functions that PyTorch has for a GPU only; the formulas are those of torch.nn.LSTM's and torch.nn.GRU's pages

@@ -81,9 +81,93 @@ def test_files_stay_small():
     assert [name for name, path in FILES.items() if len(path.read_text().splitlines()) > 380] == []
 
 
+# what Windows, macOS or both lack; `mypy --platform win32` (see .ci/run) knows them all, and takes a minute
+SOME_SYSTEMS_LACK = {
+    "modules": {"_winapi", "curses", "fcntl", "grp", "msvcrt", "posix", "pty", "pwd", "resource", "termios", "winreg"},
+    "ctypes": {"CDLL"},
+    "mmap": {"MADV_DONTNEED", "MADV_WILLNEED"},
+    "multiprocessing": {"fork"},
+    "os": {
+        "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "O_TMPFILE", "fchmod", "fdatasync", "fork", "getegid",
+        "geteuid", "getgid", "getloadavg", "getpgid", "getuid", "killpg", "lchown", "mkfifo", "nice", "posix_fadvise",
+        "posix_fallocate", "pread", "preadv", "pwrite", "sched_getaffinity", "sched_setaffinity", "sendfile", "setsid",
+        "statvfs", "sync", "sysconf", "uname", "wait", "waitpid",
+    },
+    "select": {"epoll", "poll", "select"},  # on Windows of sockets alone
+    "signal": {"SIGALRM", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGUSR1", "alarm", "pause", "setitimer"},
+    "socket": {"AF_UNIX"},
+    "text": ("/dev/", "/proc/", "/sys/", "/tmp"),
+}  # fmt: skip
+
+
+def unguarded(path: Path) -> list[str]:
+    """What a file needs of the system it runs on although some systems lack it, outside of a test for that."""
+    source = path.read_text(encoding="utf-8")
+    found = []
+
+    def is_guard(node: ast.AST) -> bool:
+        if isinstance(node, ast.If | ast.IfExp | ast.BoolOp | ast.With):
+            test = node.items[0] if isinstance(node, ast.With) else getattr(node, "test", node)
+            words = ast.get_source_segment(source, getattr(test, "context_expr", test)) or ""
+            return any(word in words for word in ("sys.platform", "hasattr(", "suppress("))
+        return isinstance(node, ast.Try)
+
+    def walk(node: ast.AST, is_guarded: bool) -> None:
+        is_guarded = is_guarded or is_guard(node)
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [each.name for each in node.names if each.name in SOME_SYSTEMS_LACK["modules"]]
+        elif isinstance(node, ast.ImportFrom):
+            home = SOME_SYSTEMS_LACK.get(node.module or "", ())
+            names = [
+                each.name for each in node.names if each.name in home or node.module in SOME_SYSTEMS_LACK["modules"]
+            ]
+        elif isinstance(node, ast.Attribute):
+            home = SOME_SYSTEMS_LACK.get(node.value.id if isinstance(node.value, ast.Name) else "", ())
+            # `Path.rename` does not replace a file on Windows: `move` of system/files.py does
+            names = [node.attr] if node.attr in home or node.attr == "rename" else []
+        elif isinstance(node, ast.Constant) and str(node.value).startswith(SOME_SYSTEMS_LACK["text"]):
+            names = [str(node.value)]
+        found.extend(f"{path.name}:{node.lineno}: {name}" for name in names if not is_guarded)
+        for child in ast.iter_child_nodes(node):
+            walk(child, is_guarded)
+
+    walk(ast.parse(source), False)
+    return found
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_is_needed_that_a_system_lacks(module):
+    assert unguarded(FILES[module]) == []
+
+
+def test_what_a_system_lacks_is_found(tmp_path):
+    path = tmp_path / "file.py"
+    path.write_text("""
+import os, sys, signal, fcntl
+from resource import getrusage
+from os import statvfs
+with open("/proc/self/status"): os.sched_getaffinity(0)
+names = [signal.SIGHUP, path.rename(name)]
+if sys.platform != "win32":
+    import fcntl
+    os.fork()
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+try:
+    import resource
+except ImportError:
+    pass
+""")
+    assert [name.partition(": ")[2] for name in unguarded(path)] == [
+        "fcntl", "getrusage", "statvfs", "/proc/self/status", "sched_getaffinity", "SIGHUP", "rename",
+    ]  # fmt: skip
+
+
 def test_nothing_unsafe_is_called():
-    banned = {"pickle", "eval", "exec", "marshal"}
-    for path in FILES.values():
+    for module, path in FILES.items():
+        banned = {"pickle", "eval", "exec", "marshal"}
+        if module == "system.workers":
+            banned -= {"pickle"}  # for messages between processes of one lmtrain, never for what a file holds
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Name):
                 assert node.id not in banned, path

@@ -49,3 +49,14 @@ def test_the_first_page_is_short_and_has_the_two_commands_of_ci():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 220
     assert sum(line.startswith("python -m pip install") for line in lines) == 2
+
+
+def test_every_test_that_is_pointed_to_is_there():
+    """Files of tests named in papers, comments and docstrings: by their path, or by their name alone."""
+    tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}
+    known = tests | {path.removeprefix("tests/") for path in tests} | {Path(path).name for path in tests}
+    sources = [ROOT / paper for paper in PAPERS]
+    sources += [path for folder in ("lmtrain", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
+    named = [(path, name) for path in sources for name in re.findall(r"[\w/]*\btest_\w+\.py\b", path.read_text())]
+    assert len(named) > 50
+    assert [(str(path), name) for path, name in named if name not in known] == []

@@ -24,8 +24,10 @@ from lmtrain.data.tokenizers.framing import encode_block
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, DataError, DivergedError, out_of_memory
+from lmtrain.model.ngrams.counts import COUNTING_BYTES
+from lmtrain.runs.environment import device_of
+from lmtrain.runs.ngram_counts import check_countable
 from lmtrain.runs.weights import count_weights
-from lmtrain.system.device import choose_device
 from lmtrain.system.processes import core_count
 
 LARGE_BYTES = 64 << 20  # if all files together are larger, only excerpts are read
@@ -39,7 +41,7 @@ def describe_configuration(config: Config, notify: Callable[[str], None]) -> Ite
         DataError: the first fault of each file; of large files those in the excerpts.
         OutOfMemoryError: a training step does not fit into the memory of this machine.
     """
-    choose_device(config.training.device)
+    device_of(config, notify)
     if size_of(config) > LARGE_BYTES:
         with excerpts_of(config) as excerpts:
             yield from _estimates(config, excerpts)
@@ -48,7 +50,9 @@ def describe_configuration(config: Config, notify: Callable[[str], None]) -> Ite
     if faults:
         raise DataError(*faults)
     tokenizer, stores = prepare_all(config, notify)
-    batches = training_batches(config, stores["train"], tokenizer.eos_id)  # it may raise, so it comes before any line
+    # these may raise, so they come before any line
+    check_countable(config, len(stores["train"].tokens))
+    batches = training_batches(config, stores["train"], tokenizer.eos_id)
     yield f"vocabulary: {tokenizer.vocab_size:,} tokens ({tokenizer.kind})"
     for name, store in stores.items():
         yield f"{name}: {store.counts.summary()}"
@@ -71,6 +75,7 @@ def _estimates(config: Config, excerpts: Excerpts) -> Iterator[str]:
     except DataError as error:
         raise DataError(*map(excerpts.named, error.faults)) from None
     prepared_s = time.process_time() - start_s
+    check_countable(config, round(of["train"].scale * len(stores["train"].tokens)), "about ")
     distinct = {id(each): each for each in of.values()}.values()  # train and valid may be two sides of the same files
     taken, whole = sum(each.taken_bytes for each in distinct), sum(each.all_bytes for each in distinct)
     yield (
@@ -130,7 +135,7 @@ def _training(
         yield f"time: not measured: {why}"
         return
     try:
-        measured = measure_cost(config, tokenizer, batches)
+        measured = measure_cost(config, tokenizer, store, batches)
     except DivergedError:
         yield "time: not measured: the loss of the first steps is not finite; try a lower optimizer.lr"
         return
@@ -138,9 +143,15 @@ def _training(
         if (memory := out_of_memory(error, "lower batching.batch_size or model.hidden_size")) is not None:
             raise memory from None
         raise
-    where = "on the device" if measured.device.type == "cuda" else "of the process"
-    window = 0 if scale == 1 or measured.device.type == "cuda" else WINDOW_BYTES + 48 * WINDOW_ROWS
-    yield f"memory: about {_about((measured.memory_bytes + window) / 1e6)} MB {where} in training"
+    tokens = scale * len(store.tokens)
+    if measured.counting is not None:
+        taken = f"with about {_about(COUNTING_BYTES * tokens / 1e6)} MB"
+        yield f"counting n-grams: about {describe_duration(measured.count_s(tokens))}, once, {taken}"
+    where = "of the process" if measured.device.type == "cpu" else "on the device"
+    window = 0 if scale == 1 or measured.device.type != "cpu" else WINDOW_BYTES + 48 * WINDOW_ROWS
+    peak = measured.peak_bytes(tokens)
+    known = "" if peak is None else f"about {_about((peak + window) / 1e6)} MB {where} in training"
+    yield f"memory: {known or 'not known on this system'}"
     count = scale * len(batches.sampler.epoch(0))
     epoch_s, whole_s = measured.duration_s(config, scale * store.counts.events, count)
     yield (

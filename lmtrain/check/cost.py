@@ -1,22 +1,35 @@
 """Measures what training would cost on this machine, by a few of its steps."""
 
-import resource
 import time
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 
 from lmtrain.config import Config
 from lmtrain.data.batches.loader import BatchLoader, TrainingBatches
+from lmtrain.data.store.token_store import TokenStore
 from lmtrain.data.tokenizers.base import Tokenizer
+from lmtrain.model.language_model import LanguageModel
+from lmtrain.model.ngrams.counts import COUNTING_BYTES
+from lmtrain.runs.environment import device_of
+from lmtrain.runs.ngram_counts import count_text
 from lmtrain.runs.weights import build_model
-from lmtrain.system.device import choose_device, choose_precision, keep_freed_memory
+from lmtrain.system.device import choose_precision, scoped_settings, seed_generators, synchronise
+from lmtrain.system.memory import free_bytes, peak_bytes, reset_peak
 from lmtrain.training.step import TrainingStep
 
 MEASURED_S, MOST_STEPS = 1.5, 40  # steps are taken for this long, but at most this many
 LEAST_STEPS, LONGEST_S = 3, 6.0  # and at least this many, unless they take this long: batches differ in length
+COUNTED_TOKENS = 1 << 19  # the n-grams of this much text are counted for these steps
 LARGEST_LAYER = 2048  # the orthogonal start values of larger layers take minutes
+
+
+class Counting(NamedTuple):
+    """The cost of counting the n-grams of a piece of the text."""
+
+    tokens: int
+    took_s: float
+    kept_bytes: int  # the tables that the model looks up in
 
 
 class Measured(NamedTuple):
@@ -24,9 +37,23 @@ class Measured(NamedTuple):
 
     tokens_per_second: float
     steps: int
-    memory_bytes: int  # the peak of the process, or on the CUDA device
+    memory_bytes: int | None  # the peak of the process with a save, or on the device; None: not known here
     device: torch.device
     precision: str
+    start_bytes: int = 0  # memory of the process before the model was built; 0 on the CUDA device
+    counting: Counting | None = None  # None: the model has no counted n-grams
+
+    def peak_bytes(self, tokens: float) -> float | None:
+        """The most memory that training takes on a text of this many tokens, start and end tokens included."""
+        if self.memory_bytes is None or self.counting is None:
+            return self.memory_bytes
+        more_tables = self.counting.kept_bytes * (tokens / self.counting.tokens - 1)
+        to_count = self.start_bytes + COUNTING_BYTES * tokens if self.device.type == "cpu" else 0
+        return max(self.memory_bytes + more_tables, to_count)
+
+    def count_s(self, tokens: float) -> float:
+        """Seconds that counting the n-grams of a text of this many tokens takes."""
+        return 0.0 if self.counting is None else self.counting.took_s * tokens / self.counting.tokens
 
     def duration_s(self, config: Config, events: float, batches: float) -> tuple[float, float]:
         """Seconds of one epoch and of the whole training, without validating and saving.
@@ -43,38 +70,43 @@ class Measured(NamedTuple):
 
 def why_not_measured(config: Config, weights: int) -> str | None:
     """Return why it would take too much memory or time to build this model and measure it; None if it would not."""
-    model = config.model
-    needed, free = 16 * weights, _available_bytes(choose_device(config.training.device))
-    if needed > free:
+    needed, free = 16 * weights, free_bytes(device_of(config))
+    if free is not None and needed > free:
         return f"weights, gradients and optimizer need {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
-    if max(model.layer_sizes or [model.hidden_size]) > LARGEST_LAYER:
+    if config.model.largest_layer > LARGEST_LAYER:
         return f"with layers of more than {LARGEST_LAYER:,} the start alone takes minutes"
     return None
 
 
-def measure_cost(config: Config, tokenizer: Tokenizer, batches: TrainingBatches) -> Measured:
+def measure_cost(config: Config, tokenizer: Tokenizer, store: TokenStore, batches: TrainingBatches) -> Measured:
     """Train a fresh model for a second or two, with the step that `Trainer` takes; nothing of it is kept."""
-    device = choose_device(config.training.device)
-    keep_freed_memory()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.training.num_threads or threads)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            _reset_peak(device)
-            model = build_model(config, tokenizer.vocab_size).to(device).train()
-            step = TrainingStep(config, model, batches.columns)
-            loader = BatchLoader(batches, tokenizer.pad_id, config.training.accumulate, lay_out=step.lay_out)
-            try:
-                return _measure_steps(config, step, loader)
-            finally:
-                loader.close()
-    finally:
-        torch.set_num_threads(threads)
+    device = device_of(config)
+    with scoped_settings(device, config.training.num_threads):
+        seed_generators(config.seed, device)
+        reset_peak(device)
+        start_bytes = peak_bytes(device) or 0
+        model = build_model(config, tokenizer.vocab_size).to(device).train()
+        counting = None if config.model.ngram_counts is None else _count(config, tokenizer, store, model)
+        step = TrainingStep(config, model, batches.columns)
+        loader = BatchLoader(batches, tokenizer.pad_id, config.training.accumulate, lay_out=step.lay_out)
+        try:
+            measured = _measure_steps(config, step, loader)
+        finally:
+            loader.close()
+    return measured._replace(start_bytes=start_bytes, counting=counting)
+
+
+def _count(config: Config, tokenizer: Tokenizer, store: TokenStore, model: LanguageModel) -> Counting:
+    """Give the model the counts of the first part of the text, so that the steps look up in tables that hold some."""
+    start_s = time.perf_counter()
+    model.load_counts(count_text(config, store, tokenizer, COUNTED_TOKENS))
+    took_s = time.perf_counter() - start_s
+    kept_bytes = sum(table.nbytes for table in model.ngram_counts.buffers())
+    return Counting(min(COUNTED_TOKENS, len(store.tokens)), took_s, kept_bytes)
 
 
 def _measure_steps(config: Config, step: TrainingStep, loader: BatchLoader) -> Measured:
-    step.precision, _ = choose_precision(config.training.precision, step.device, config.model.hidden_size)
+    step.precision, _ = choose_precision(config.training.precision, step.device, config.model.largest_layer)
     rate = config.optimizer.lr / max(1, config.schedule.warmup_steps)
     tokens: list[int] = []
     taken_s: list[float] = []
@@ -88,33 +120,10 @@ def _measure_steps(config: Config, step: TrainingStep, loader: BatchLoader) -> M
         tokens.append(step(batches.batches, rate).events["forward"])
         if batches.ends_epoch:
             step.end_epoch()
-        if step.device.type == "cuda":
-            torch.cuda.synchronize(step.device)
+        synchronise(step.device)
         taken_s.append(time.perf_counter() - start_s)
     speed = sum(tokens[1:]) / sum(taken_s[1:])  # the first step allocates memory and chooses kernels
-    return Measured(speed, len(taken_s) - 1, _peak_bytes(step.device), step.device, step.precision)
-
-
-def _reset_peak(device: torch.device) -> None:
-    """Reset the peak of memory."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError), open("/proc/self/clear_refs", "w") as handle:  # Linux; elsewhere the peak is the process's
-        handle.write("5")
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError), open("/proc/self/status") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _available_bytes(device: torch.device) -> int:
-    """Memory that is free or can be freed."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError), open("/proc/meminfo") as lines:
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return 1 << 62
+    peak = peak_bytes(step.device)
+    if peak is not None and step.device.type == "cpu":
+        peak += max(weight.nbytes for weight in step.model.parameters())  # a save writes one tensor at a time
+    return Measured(speed, len(taken_s) - 1, peak, step.device, step.precision)

@@ -9,7 +9,7 @@ from lmtrain.runs import checkpoint
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.ngram_counts import COUNTS_FILE, read_counts
 from lmtrain.runs.weights import count_weights
-from lmtrain.training.state import read_saved
+from lmtrain.training.state import open_checkpoint
 from lmtrain.training.tracking import METRICS
 
 
@@ -28,11 +28,13 @@ def inspect_run(run: RunDirectory) -> Iterator[str]:
     for step in checkpoint.steps(run.checkpoints):
         home = checkpoint.directory_of(run.checkpoints, step)
         try:
-            saved = read_saved(run, config, tokenizer, step)
+            saved = open_checkpoint(run, config, tokenizer, step)
+            saved.read_tensors({})
         except ArtefactError as error:
-            faults.extend(error.faults)
+            if home.exists():  # else a training that goes on here has removed it
+                faults.extend(error.faults)
             continue
-        size = sum((home / name).stat().st_size for name in (*checkpoint.FILES, "manifest.json"))
+        size = sum(file.size for file in saved.files.values())
         where = "finished" if saved.state.finished else f"epoch {saved.state.epoch + 1}"
         if config.model.ngram_counts is not None and not whole:
             try:

@@ -1,8 +1,10 @@
 """The command line: each command parses, calls one function and prints; it imports torch only if it needs it."""
 
+import errno
 import io
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -10,8 +12,10 @@ from typer.exceptions import TyperException
 
 from lmtrain.cli import generation, inference, training
 from lmtrain.cli.terminal import silence_stdout
+from lmtrain.data.tokenizers.library import discard_panics
 from lmtrain.errors import LmtrainError, escape, out_of_memory
 from lmtrain.system.console import say
+from lmtrain.system.variables import set_variables
 from lmtrain.system.version import __version__
 
 app = typer.Typer(
@@ -40,6 +44,8 @@ for command in (training.prepare, training.train, generation.generate, *MODEL_CO
 
 def main() -> None:
     """Run a command and exit with its code. A user's mistake prints a line for each fault, never a traceback."""
+    set_variables()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {str(message).splitlines()[0]}\n"
     try:
         sys.exit(_run())
     except KeyboardInterrupt:  # a second one, while the first was handled
@@ -49,11 +55,18 @@ def main() -> None:
 def _run() -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the parent process closed it
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # open until the process ends
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # open until the end
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # if the encoding lacks a character
+        shown = sys.stdout.isatty()  # else a file or a pipe gets on every system what lmtrain reads: UTF-8, \n
+        sys.stdout.reconfigure(
+            encoding=None if shown or "PYTHONIOENCODING" in os.environ else "utf-8",
+            errors="backslashreplace",  # if the encoding lacks a character
+            newline=None if shown else "\n",
+        )
     try:
-        code = app(standalone_mode=False)
+        with discard_panics():
+            # Windows' shells leave patterns to the program; texts are no patterns, and where files are read, we expand
+            code = app(standalone_mode=False, windows_expand_args=False)
         sys.stdout.flush()
         return int(code or 0)
     except LmtrainError as error:
@@ -75,6 +88,9 @@ def _run() -> int:
             return memory.exit_code
         if not isinstance(error, OSError):
             raise
+        if sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None:
+            silence_stdout()  # so Windows says that the reader has gone
+            return 0
         say(escape(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}", kept=""))
         silence_stdout()
         return 5

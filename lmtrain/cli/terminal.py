@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -15,10 +17,11 @@ if TYPE_CHECKING:
     from lmtrain.inference.trained_model import TrainedModel
 
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 RUN_HELP = "A run directory, for instance runs/quickstart; left out, the newest run under runs/."
+DEVICE_HELP = "Where to compute. auto: CUDA if it is there; train: Apple's GPU (mps) where it is faster than the CPU."
 RunArgument = Annotated[str | None, typer.Argument(metavar="RUN", help=RUN_HELP)]
-DeviceOption = Annotated[Device | None, typer.Option(help="Where to compute; auto: on CUDA if PyTorch finds it.")]
+DeviceOption = Annotated[Device | None, typer.Option(help=DEVICE_HELP)]
 RawOption = Annotated[bool, typer.Option("--raw", help="Print control characters to a terminal unescaped.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line on stdout, and nothing else.")]
 
@@ -30,8 +33,11 @@ def load_model(run: str | None, device: Device | None) -> TrainedModel:
     directory = find_run(run)
     directory.config_and_tokenizer()
     import lmtrain
+    from lmtrain.system.device import make_deterministic
 
-    return lmtrain.load(directory, device or "auto", say)
+    model = lmtrain.load(directory, device or "auto", say)
+    make_deterministic(model.model.embedding.weight.device)
+    return model
 
 
 def silence_stdout() -> None:
@@ -40,8 +46,8 @@ def silence_stdout() -> None:
 
 
 def print_json(row: dict[str, Any]) -> None:
-    """Print one object on a line of its own."""
-    print(json.dumps(row, ensure_ascii=False))
+    """Print one object on a line of its own. Its letters stay as they are where stdout can hold every letter."""
+    print(json.dumps(row, ensure_ascii=codecs.lookup(sys.stdout.encoding).name != "utf-8"))
 
 
 def check_text(name: str, text: str) -> None:

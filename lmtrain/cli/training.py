@@ -48,8 +48,10 @@ def train(
 
         if (run := find_resumable(settings, run_dir)) is not None:
             run.config_and_tokenizer()  # before torch is imported
+    from lmtrain.system.device import keep_freed_memory
     from lmtrain.training.start import train as run_training
 
+    keep_freed_memory()
     is_first = not is_one_of_several or os.environ["RANK"] == "0"
     result = run_training(settings, run_dir, resume=resume, progress=_progress() if is_first else None)
     if not is_first:
@@ -94,7 +96,9 @@ def check(
     else:
         settings = _load(config, overrides, device)
         from lmtrain.check.configuration import describe_configuration
+        from lmtrain.system.device import keep_freed_memory
 
+        keep_freed_memory()
         lines = describe_configuration(settings, say)
     for line in lines:
         print(escape(line))

@@ -103,6 +103,11 @@ class ModelConfig(Section):
     backend: Literal["auto", "packed", "torch"] = "auto"
     """What computes the recurrence: lmtrain's packed kernels or torch.nn (oneDNN, cuDNN); auto: the faster one here."""
 
+    @property
+    def largest_layer(self) -> int:
+        """The hidden size of the largest layer."""
+        return max(self.layer_sizes or [self.hidden_size])
+
 
 class RegularizationConfig(Section):
     input_dropout: float = Field(0.0, ge=0, lt=1)
@@ -185,7 +190,7 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(None, ge=1, le=MOST)
     """Stop after this many optimizer steps, if the epochs last longer; null sets no limit."""
     max_minutes: float | None = Field(None, gt=0)
-    """A time budget in minutes; the schedule then follows the fraction of it that has passed. null sets no limit."""
+    """Time budget in minutes from the first step on; the schedule follows the fraction used up; null sets no limit."""
     sampled_tokens: int | None = Field(None, ge=1, le=MOST)
     """Sampled softmax: score the frequent tokens, the batch's own and about this many random ones; null scores all."""
     frequent_tokens: int = Field(4096, ge=0, le=MOST)
@@ -196,8 +201,8 @@ class TrainingConfig(Section):
     """Weight of each objective in the loss; the last two need two directions."""
     patience: int | None = Field(None, ge=1, le=MOST)
     """Early stopping: validations without a better loss before training stops; null never stops early."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the training runs; auto takes CUDA if PyTorch finds it, else the CPU."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the training runs; auto takes CUDA if it is there, else Apple's GPU (mps) if it is faster, else the CPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products; auto measures which is faster here. Weights and sums stay in fp32."""
     num_threads: int | None = Field(None, ge=1, le=1024)
@@ -238,7 +243,8 @@ class Config(Section):
     """A whole configuration, every key with its value."""
 
     name: str = Field(pattern=r"^[^./\x00-\x1f\x7f][^/\x00-\x1f\x7f]*$", max_length=200)
-    """Run directory `runs_dir/name`; null takes the config file's stem. Where it is taken, -2, -3 ... is added."""
+    """Run directory `runs_dir/name`; null takes the config file's stem. Where it is taken, -2, -3 ... is added.
+    For Windows keep to letters, digits, - and _, and avoid the names of devices (con, aux, nul)."""
     runs_dir: str = "runs"
     """Folder in which run directories are made."""
     seed: int = Field(1, ge=0, le=(1 << 63) - 1)

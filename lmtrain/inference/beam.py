@@ -1,27 +1,43 @@
 """Beam search finds probable texts by extending a bounded number of hypotheses.
 
-Shapes: R running hypotheses of all prompts, V vocabulary.
+Shapes: B rows of a block, R hypotheses of all prompts, V vocabulary.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from lmtrain.data.arrays import Ints
 from lmtrain.data.batches.rows import make_batch
-from lmtrain.inference.generation import ROWS_AT_ONCE, Generation, PartialText, to_generation
+from lmtrain.inference.generation import Generation, PartialText, rows_at_once, to_generation
 from lmtrain.inference.options import Beams
 from lmtrain.inference.prompts import PromptCodec
+from lmtrain.inference.sampling import to_cpu
+from lmtrain.inference.scoring import LOGITS_AT_ONCE
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.states import select
+from lmtrain.model.states import ModelState, join, select
+
+Floats = NDArray[np.float64]
 
 
-class _Hypothesis(NamedTuple):
-    prompt: int  # index of the prompt
-    text: PartialText
-    log_probability: float  # log-probability of the whole text
+class _Hypotheses(NamedTuple):
+    """Texts of equal length, each of them one of the step before and one token more."""
+
+    prompts: Ints  # (R,) place of the prompt in the batch, ascending
+    parents: Ints  # (R,) index of the text that is extended, in the step before
+    tokens: Ints  # (R,) the token that extends it
+    values: Floats  # (R,) log-probability of this token
+    totals: Floats  # (R,) log-probability of the whole text
+
+    def take(self, which: NDArray[Any]) -> _Hypotheses:
+        return _Hypotheses(*(part[which] for part in self))
 
 
 @torch.inference_mode()
@@ -34,7 +50,7 @@ def beam_search(
     that still run then are ranked with those that have ended.
     """
     results = []
-    prompts_at_once = max(1, ROWS_AT_ONCE // beams.width)
+    prompts_at_once = max(1, rows_at_once(model) // beams.width)
     for start in range(0, len(prompts), prompts_at_once):
         part = prompts[start : start + prompts_at_once]
         texts_of_each = _search_batch(model, codec, [codec.encode(prompt) for prompt in part], max_tokens, beams)
@@ -54,53 +70,86 @@ def _rank(text: PartialText, length_penalty: float) -> float:
 def _search_batch(
     model: LanguageModel, codec: PromptCodec, prompts: list[list[int]], max_tokens: int, beams: Beams
 ) -> list[list[PartialText]]:
-    device = model.embedding.weight.device
-    excluded = torch.tensor(codec.excluded_ids, device=device)
-    ended: list[list[PartialText]] = [[] for _ in prompts]
-    batch = make_batch(prompts, codec.tokenizer.pad_id)
-    running = [_Hypothesis(prompt, PartialText(prompts[prompt]), 0.0) for prompt in batch.order.tolist()]
+    """Search from a batch of prompts; returns what was found to each, texts that have ended first."""
+    batch, device = make_batch(prompts, codec.tokenizer.pad_id), model.embedding.weight.device
+    prompts_of = [prompts[prompt] for prompt in batch.order.tolist()]  # in the order of the batch
+    found: list[list[PartialText]] = [[] for _ in prompts]
+    room = np.full(len(prompts), beams.width)  # how many texts of each prompt may still run or end
+    first, nothing = np.arange(len(prompts)), np.zeros(len(prompts))
+    steps = [_Hypotheses(first, first, first, nothing, nothing)]
     logits, state = model.read_prompts(batch.tokens.to(device), batch.lengths, codec.direction)
+    candidates = _extend(codec, logits, steps[0], 0, beams.width)
     for step in range(max_tokens):
-        log_probabilities = logits.log_softmax(-1).index_fill_(1, excluded, -torch.inf)  # (R, V)
-        parents, running = _extend(log_probabilities, running, ended, codec.end, beams.width)
-        if not running or step == max_tokens - 1:
+        # the sort is stable: equally probable texts stay in the order of their parents
+        best = candidates.take(np.lexsort((-candidates.totals, candidates.prompts)))
+        rank = np.arange(len(best.prompts)) - np.searchsorted(best.prompts, best.prompts)
+        best = best.take(rank < room[best.prompts])
+        ends = best.tokens == (-1 if codec.end is None else codec.end)
+        for index in np.flatnonzero(ends).tolist():
+            text = _rebuild(prompts_of, steps, best.parents[index])
+            text.log_probabilities.append(float(best.values[index]))
+            text.finished = True
+            found[best.prompts[index]].append(text)
+        room -= np.bincount(best.prompts[ends], minlength=len(prompts))
+        steps.append(best.take(~ends))
+        if not len(steps[-1].tokens) or step == max_tokens - 1:
             break
-        state = select(state, torch.tensor(parents, device=device))
-        tokens = torch.tensor([hypothesis.text.ids[-1] for hypothesis in running], device=device)
-        logits, state = model(tokens.unsqueeze(0), state, codec.direction)
-        logits = logits.squeeze(0)
-    for hypothesis in running:
-        ended[hypothesis.prompt].append(hypothesis.text)
-    return ended
+        candidates, state = _step(model, codec, steps[-1], state, beams.width)
+    for index, prompt in enumerate(steps[-1].prompts.tolist()):
+        found[prompt].append(_rebuild(prompts_of, steps, index))
+    return [found[place] for place in np.argsort(batch.order.numpy())]
 
 
-def _extend(
-    scores: Tensor, running: list[_Hypothesis], ended: list[list[PartialText]], end: int | None, width: int
-) -> tuple[list[int], list[_Hypothesis]]:
-    """Extend the hypotheses by one token, whose log-probabilities are `scores` (R, V), and keep each prompt's best.
+def _rebuild(prompts: list[list[int]], steps: list[_Hypotheses], index: int) -> PartialText:
+    """Return the text of a hypothesis of the last step, by going back from parent to parent."""
+    text = PartialText(prompts[steps[-1].prompts[index]])
+    for step in reversed(steps[1:]):
+        text.ids.append(int(step.tokens[index]))
+        text.log_probabilities.append(float(step.values[index]))
+        index = step.parents[index]
+    text.ids.reverse()
+    text.log_probabilities.reverse()
+    return text
 
-    Those that take the token `end` move to `ended[prompt]`; at most `width` hypotheses of a prompt run or have ended.
-    Returns the index in `running` of each remaining hypothesis's parent, and the remaining hypotheses.
+
+def _step(
+    model: LanguageModel, codec: PromptCodec, running: _Hypotheses, state: ModelState, width: int
+) -> tuple[_Hypotheses, ModelState]:
+    """Read the last token of each running text; returns the texts that may come next, and the state.
+
+    The texts are read in blocks, so that memory for logits is bounded whatever the width and the vocabulary.
     """
-    best, tokens = scores.topk(min(width, scores.shape[1]), dim=1)
-    candidates: dict[int, list[tuple[float, int, int, float]]] = {}  # prompt -> (total, parent, token, value)
-    for parent, (hypothesis, values, ids) in enumerate(zip(running, best.tolist(), tokens.tolist(), strict=True)):
-        candidates.setdefault(hypothesis.prompt, []).extend(
-            (hypothesis.log_probability + value, parent, token, value)
-            for value, token in zip(values, ids, strict=True)
-            if value > -torch.inf
-        )
-    parents, extended = [], []
-    for prompt, of_prompt in candidates.items():
-        of_prompt.sort(key=lambda candidate: -candidate[0])
-        for total, parent, token, value in of_prompt[: width - len(ended[prompt])]:
-            before = running[parent].text
-            text = PartialText(before.prompt, before.ids, [*before.log_probabilities, value])
-            if token == end:
-                text.finished = True
-                ended[prompt].append(text)
-                continue
-            text.ids = [*before.ids, token]
-            parents.append(parent)
-            extended.append(_Hypothesis(prompt, text, total))
-    return parents, extended
+    device, size = model.embedding.weight.device, model.vocab_size
+    tokens, parents = (torch.from_numpy(part).to(device) for part in (running.tokens, running.parents))
+    at_once = max(1, LOGITS_AT_ONCE // max(size, 8 * min(width, size)))
+    candidates, states = list[_Hypotheses](), []
+    for start in range(0, len(tokens), at_once):
+        block = slice(start, start + at_once)
+        logits, after = model(tokens[block].unsqueeze(0), select(state, parents[block]), codec.direction)
+        candidates.append(_extend(codec, logits.squeeze(0), running, start, width))
+        states.append(after)
+        if running.prompts[0] == running.prompts[-1]:
+            whole = _Hypotheses(*map(np.concatenate, zip(*candidates, strict=True)))
+            candidates = [whole.take(_greatest(whole.totals, width))]
+    return _Hypotheses(*map(np.concatenate, zip(*candidates, strict=True))), join(states)
+
+
+def _extend(codec: PromptCodec, logits: Tensor, running: _Hypotheses, start: int, width: int) -> _Hypotheses:
+    """Extend B running texts, from number `start` on, by the best tokens according to their logits (B, V)."""
+    excluded = torch.tensor(codec.excluded_ids, device=logits.device)
+    log_probabilities = logits.log_softmax(-1).index_fill_(1, excluded, -torch.inf)  # (B, V)
+    best = log_probabilities.topk(min(width, logits.shape[1]), dim=1)
+    values, tokens = (part.numpy() for part in to_cpu(*best))
+    rows, ranks = np.nonzero(values > -np.inf)
+    parents, of_tokens = start + rows, values[rows, ranks].astype(np.float64)
+    totals = running.totals[parents] + of_tokens
+    return _Hypotheses(running.prompts[parents], parents, tokens[rows, ranks], of_tokens, totals)
+
+
+def _greatest(totals: Floats, count: int) -> NDArray[np.int64]:
+    """Return the indices of the `count` greatest totals, ascending; of equal ones the first."""
+    if len(totals) <= count:
+        return np.arange(len(totals))
+    least = np.partition(totals, -count)[-count]
+    above, equal = np.flatnonzero(totals > least), np.flatnonzero(totals == least)
+    return np.sort(np.concatenate([above, equal[: count - len(above)]]))

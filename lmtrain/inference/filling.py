@@ -9,15 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.data.text.normalise import normalise
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ConfigError
 from lmtrain.inference.prompts import PromptCodec
+from lmtrain.inference.scoring import LOGITS_AT_ONCE
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.objectives import Direction, align
-from lmtrain.model.states import select
+from lmtrain.model.states import join, select
 
 BLANK = re.compile("_{4,}")
 LEAST_BEAM = 64
@@ -79,7 +81,7 @@ def _fill_one_token(
     states = model.read(batch.tokens, batch.lengths).events["fill"].states
     log_probabilities = model.log_probabilities("fill", states[len(left) : len(left) + 1], None)[0]  # (V,)
     log_probabilities[_special_ids(tokenizer)] = -torch.inf
-    probabilities = log_probabilities.double().softmax(0)
+    probabilities = log_probabilities.cpu().double().softmax(0)
     best, tokens = probabilities.topk(min(top, len(probabilities)))
     ranked = zip(tokens.tolist(), best.tolist(), strict=True)
     return [([token], probability) for token, probability in ranked if probability > 0]
@@ -115,22 +117,36 @@ def _propose(
     logits, state = model.read_prompts(
         torch.tensor(prompt, device=device).unsqueeze(1), torch.tensor([len(prompt)]), codec.direction
     )
+    vocab_size = logits.shape[1]
+
+    def extend(logits: Tensor, totals: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Return the best log-probabilities (width,) of R texts and one token more, and (number of the text) * V +
+        token for each; the first text's number is `start`, and `totals` (R, 1) are the texts' log-probabilities."""
+        scores = totals + logits.log_softmax(-1).index_fill(1, excluded, -torch.inf)  # (R, V)
+        best, indices = scores.flatten().topk(min(width, scores.numel() - len(scores) * len(excluded)))
+        return best, indices + start * vocab_size
+
     running: list[tuple[int, ...]] = [()]
-    totals = torch.zeros(1, 1, device=device)  # (R, 1) log-probabilities
+    extended = [extend(logits, torch.zeros(1, 1, device=device), 0)]
+    rows_at_once = max(1, LOGITS_AT_ONCE // vocab_size)
     proposed = []
     for length in range(1, tokens + 1):
-        scores = totals + logits.log_softmax(-1).index_fill(1, excluded, -torch.inf)  # (R, V)
-        vocab_size = scores.shape[1]
-        best, indices = scores.flatten().topk(min(width, scores.numel() - len(running) * len(excluded)))
-        parents, chosen = indices // vocab_size, indices % vocab_size
-        running = [
-            (token, *running[parent]) if backward else (*running[parent], token)
-            for parent, token in zip(parents.tolist(), chosen.tolist(), strict=True)
-        ]
+        best, indices = (torch.cat(parts) for parts in zip(*extended, strict=True))
+        if len(extended) > 1:
+            best, order = best.topk(min(width, len(best)))
+            indices = indices[order]
+        places = [divmod(index, vocab_size) for index in indices.tolist()]
+        running = [(token, *running[parent]) if backward else (*running[parent], token) for parent, token in places]
         proposed += running
         if length < tokens:
-            logits, state = model(chosen.unsqueeze(0), select(state, parents), codec.direction)
-            logits, totals = logits.squeeze(0), best.unsqueeze(1)
+            extended, states = [], []
+            for start in range(0, len(running), rows_at_once):
+                block = indices[start : start + rows_at_once]
+                before = select(state, block // vocab_size)
+                logits, after = model((block % vocab_size).unsqueeze(0), before, codec.direction)
+                extended.append(extend(logits.squeeze(0), best[start : start + rows_at_once].unsqueeze(1), start))
+                states.append(after)
+            state = join(states)
     return proposed
 
 
@@ -140,5 +156,5 @@ def _row_log_probabilities(model: LanguageModel, tokenizer: Tokenizer, rows: lis
     events = model.read(batch.tokens, batch.lengths).events
     row = align(batch.lengths).rows.row.numpy()
     directions: tuple[Direction, ...] = ("forward", "backward")
-    nats = sum(model.nats(direction, events[direction]).double().cpu().numpy() for direction in directions) / 2
+    nats = sum(model.nats(direction, events[direction]).cpu().double().numpy() for direction in directions) / 2
     return -np.bincount(batch.order.numpy()[row], weights=nats, minlength=len(rows))

@@ -4,7 +4,7 @@ Shapes: B rows that still run, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count as numbers_from
 
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.inference.options import Sampling
-from lmtrain.inference.prompts import PromptCodec
-from lmtrain.inference.sampling import draw_tokens, random_generator, token_probabilities
+from lmtrain.inference.prompts import GrowingText, PromptCodec
+from lmtrain.inference.sampling import choose_candidates, draw_tokens, random_generator
+from lmtrain.inference.scoring import LOGITS_AT_ONCE
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.output import argmax
 from lmtrain.model.states import ModelState, select
 
 ROWS_AT_ONCE = 256
+UNREAD = 64  # tokens of a row whose log-probabilities stay on the device before they are fetched together
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,25 @@ def generate(
     sampling: Sampling | None = None,
     count: int = 1,
     stop: Sequence[str] = (),
+    broken_off: Callable[[], bool] = lambda: False,
 ) -> list[Generation]:
-    """Continue each prompt until its end token, one of the stop texts, or `max_tokens`; see `TrainedModel.generate`."""
+    """Continue each prompt until its end token, one of the stop texts, or `max_tokens`; see `TrainedModel.generate`.
+
+    Args:
+        broken_off: is called after each token; once it returns True, every text ends where it is.
+    """
     texts = [text for text in prompts for _ in range(count)]
     repetitions = defaultdict[str, Iterator[int]](numbers_from)
     numbers = [next(repetitions[text]) for text in texts]  # how many equal texts precede each: a, b, a -> 0, 0, 1
     results = []
-    for start in range(0, len(texts), ROWS_AT_ONCE):
-        block = slice(start, start + ROWS_AT_ONCE)
+    at_once = rows_at_once(model)
+    for start in range(0, len(texts), at_once):
+        block = slice(start, start + at_once)
         part = texts[block]
         writer = _Writer(model, codec, part, numbers[block], sampling, stop)
         for _ in writer.steps(max_tokens):
-            pass
+            if broken_off():
+                break
         results += [to_generation(codec, text, row, stop) for text, row in zip(part, writer.rows, strict=True)]
     return results
 
@@ -84,18 +93,27 @@ def stream(
 
     Pieces are whole characters, and never contain what may turn out to be the beginning of a stop text.
     """
-    writer = _Writer(model, codec, [prompt], [0], sampling, stop)
-    shown = ""
+    writer = _Writer(model, codec, [prompt], [0], sampling, stop, follow=True)
+    row, text, shown, agree = writer.rows[0], writer.texts[0], list[str](), True
     for _ in writer.steps(max_tokens):
-        text = _cut_at_stop(codec, codec.completion(prompt, writer.rows[0].prompt, writer.rows[0].ids), stop)
-        text = text.rstrip("\ufffd")  # bytes of a character that is not complete yet
-        text = text[: len(text) - _partial_stop_length(text, stop)]
-        if len(text) > len(shown) and text.startswith(shown):
-            yield text[len(shown) :]
-            shown = text
-    whole = to_generation(codec, prompt, writer.rows[0], stop).completion
-    if whole != shown and whole.startswith(shown):
-        yield whole[len(shown) :]
+        agree = agree and text.changed >= len(shown)
+        if not agree or row.finished or codec.tokenizer.may_change(row.ids[-1]):
+            continue
+        end = len(text.characters)
+        end -= text.characters[-1:] == ["\ufffd"]  # bytes of a character that is not complete yet
+        end -= _partial_stop_length("".join(text.characters[max(0, end - writer.longest_stop) : end]), stop)
+        if end > len(shown):
+            piece = text.characters[len(shown) : end]
+            yield "".join(piece)
+            shown += piece
+    whole, before = _cut_at_stop(codec, codec.completion(prompt, row.prompt, row.ids), stop), "".join(shown)
+    if whole != before and whole.startswith(before):
+        yield whole[len(before) :]
+
+
+def rows_at_once(model: LanguageModel) -> int:
+    """Return how many rows are written together, so that memory is bounded whatever the size of the vocabulary."""
+    return max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // model.vocab_size))
 
 
 def to_generation(codec: PromptCodec, prompt: str, row: PartialText, stop: Sequence[str] = ()) -> Generation:
@@ -126,7 +144,11 @@ def _partial_stop_length(text: str, stop: Sequence[str]) -> int:
 
 
 class _Writer:
-    """Writes to one batch of prompts; rows that have reached their end leave the batch."""
+    """Writes to one batch of prompts; rows that have reached their end leave the batch.
+
+    Args:
+        follow: keep `texts`, the rows' texts while they are written; they are kept where there are stop texts, too.
+    """
 
     def __init__(
         self,
@@ -136,11 +158,17 @@ class _Writer:
         numbers: Sequence[int],
         sampling: Sampling | None,
         stop: Sequence[str],
+        follow: bool = False,
     ) -> None:
-        self.model, self.codec, self.prompts, self.sampling, self.stop = model, codec, prompts, sampling, stop
+        self.model, self.codec, self.sampling = model, codec, sampling
         self.rows = [PartialText(codec.encode(prompt)) for prompt in prompts]
+        pairs = zip(prompts, self.rows, strict=True)
+        self.texts = [GrowingText(codec, text, row.prompt) for text, row in pairs] if stop or follow else []
+        self.stops, self.longest_stop = [codec.as_written(text) for text in stop], max(map(len, stop), default=0)
         self.device = model.embedding.weight.device
         self.excluded = torch.tensor(codec.excluded_ids, device=self.device)
+        self.seen: Tensor | None = None  # (B, V) bool, marks the tokens in each running row's text
+        self.unread: list[tuple[list[int], Tensor]] = []  # running rows, and the log-probability (B,) of their tokens
         self.generators = []
         if sampling is not None:
             numbered = zip(self.rows, numbers, strict=True)
@@ -150,9 +178,15 @@ class _Writer:
         """Write one token to each row that still runs, then yield; repeat until no row runs, or `max_tokens`."""
         batch = make_batch([row.prompt for row in self.rows], self.codec.tokenizer.pad_id)
         running = batch.order.tolist()  # index in `self.rows` of each row that still runs
+        if self.sampling is not None and self.sampling.repetition_penalty != 1:
+            self.seen = torch.zeros(len(running), self.model.vocab_size, dtype=torch.bool, device=self.device)
+            # padding is never written, so that it may count as seen
+            self.seen.scatter_(1, batch.tokens.t().to(self.device), True)
         logits, state = self.model.read_prompts(batch.tokens.to(self.device), batch.lengths, self.codec.direction)
         for step in range(max_tokens):
             tokens, running, state = self._append(logits, running, state)
+            if not running or step == max_tokens - 1 or len(self.unread) == UNREAD:
+                self._read_log_probabilities()
             yield
             if not running or step == max_tokens - 1:
                 break
@@ -163,33 +197,46 @@ class _Writer:
         """Choose the next token of each running row by its logits (B, V), append it, and drop the rows that it ends.
         Returns the tokens (B,), the indices in `self.rows` and the state of the rows that are left."""
         log_probabilities = logits.log_softmax(-1).index_fill_(1, self.excluded, -torch.inf)  # (B, V)
-        tokens = self._choose(logits, log_probabilities, running)
-        chosen = log_probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        on_cpu = self._choose(logits, log_probabilities, running)  # the only wait for the device
+        tokens = on_cpu.to(self.device)
+        self.unread.append((running, log_probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)))
         kept = []  # positions in `running`
-        choices = zip(running, tokens.tolist(), chosen.tolist(), strict=True)
-        for position, (index, token, log_probability) in enumerate(choices):
-            row = self.rows[index]
-            row.log_probabilities.append(log_probability)
-            if token != self.codec.end:
-                row.ids.append(token)
-            completion = self.codec.completion(self.prompts[index], row.prompt, row.ids) if self.stop else ""
-            row.finished = token == self.codec.end or any(text in completion for text in self.stop)
-            if not row.finished:
+        for position, (index, token) in enumerate(zip(running, on_cpu.tolist(), strict=True)):
+            self._append_to_row(index, token)
+            if not self.rows[index].finished:
                 kept.append(position)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens.unsqueeze(1), True)
         if len(kept) == len(running):
             return tokens, running, state
-        rows = torch.tensor(kept, dtype=torch.int64, device=tokens.device)
+        rows = torch.tensor(kept, dtype=torch.int64, device=self.device)
+        if self.seen is not None:
+            self.seen = self.seen.index_select(0, rows)
         return tokens[rows], [running[position] for position in kept], select(state, rows)
 
+    def _append_to_row(self, index: int, token: int) -> None:
+        row = self.rows[index]
+        if token == self.codec.end:
+            row.finished = True
+            return
+        row.ids.append(token)
+        if self.texts:
+            text = self.texts[index]
+            text.append(token)
+            new = "".join(text.characters[max(0, text.changed - self.longest_stop + 1) :])
+            row.finished = any(stop in new for stop in self.stops)
+
+    def _read_log_probabilities(self) -> None:
+        """Give each row the log-probabilities of its tokens, which have stayed on the device until now."""
+        values = iter(torch.cat([values for _, values in self.unread]).tolist())
+        for running, _ in self.unread:
+            for index in running:
+                self.rows[index].log_probabilities.append(next(values))
+        self.unread = []
+
     def _choose(self, logits: Tensor, log_probabilities: Tensor, running: list[int]) -> Tensor:
-        """Choose the next token (B,) of each running row."""
+        """Choose the next token of each running row, (B,) on CPU."""
         if self.sampling is None:
-            return argmax(log_probabilities)
-        seen = None
-        if self.sampling.repetition_penalty != 1:
-            seen = torch.zeros_like(logits, dtype=torch.bool)
-            for position, index in enumerate(running):
-                seen[position, self.rows[index].prompt + self.rows[index].ids] = True
-        allowed = logits.index_fill(1, self.excluded, -torch.inf)
-        probabilities = token_probabilities(self.sampling, allowed, seen)
-        return draw_tokens(probabilities, [self.generators[index] for index in running]).to(logits.device)
+            return argmax(log_probabilities).cpu()
+        candidates = choose_candidates(self.sampling, logits.index_fill(1, self.excluded, -torch.inf), self.seen)
+        return draw_tokens(candidates, [self.generators[index] for index in running])

@@ -9,6 +9,7 @@ from pathlib import Path
 from lmtrain.errors import ConfigError
 
 WIDEST = 1 << 16  # beams of one prompt
+LARGEST_LENGTH_PENALTY = 10.0  # the length of the longest text to this power is still a number
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Beams:
     """How wide a beam search is, and how it ranks its texts.
 
     Raises:
-        ConfigError: the width is below 1 or above 65536, or the penalty is negative.
+        ConfigError: the width is not from 1 to 65536, or the penalty not from 0 to 10.
     """
 
     width: int
@@ -65,8 +66,9 @@ class Beams:
     def __post_init__(self) -> None:
         if not 1 <= self.width <= WIDEST:
             raise ConfigError(f"beams: should be from 1 to {WIDEST}, not {self.width}")
-        if not 0 <= self.length_penalty < math.inf:
-            raise ConfigError(f"length_penalty: should be 0 or greater and finite, not {self.length_penalty}")
+        if not 0 <= self.length_penalty <= LARGEST_LENGTH_PENALTY:
+            most = f"{LARGEST_LENGTH_PENALTY:g}"
+            raise ConfigError(f"length_penalty: should be from 0 to {most}, not {self.length_penalty}")
 
 
 def check_generation(sampling: Sampling | None, beams: Beams | None, count: int, stop: Sequence[str]) -> None:

@@ -8,6 +8,9 @@ from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import DataError
 from lmtrain.model.objectives import Direction
 
+WINDOW = 16  # tokens: more than the text of a single token depends on
+LONGEST_WINDOW = 512
+
 
 @dataclass(frozen=True)
 class PromptCodec:
@@ -57,15 +60,22 @@ class PromptCodec:
             text, prompt: the prompt, and its ids as `encode` gives them.
             written: ids in the order in which the model wrote them.
         """
-        inner, new = list(prompt[1:]), list(written)
-        spaced = self.tokenizer.separator == " "
-        if self.direction == "backward":
-            after, whole = self._decode(inner[::-1]), self._decode([*inner, *new][::-1])
-            completion = whole.removesuffix(after) if whole.endswith(after) else self._decode(new[::-1])
-            return completion.removesuffix(" ") if spaced and text[:1].isspace() else completion
-        before, whole = self._decode(inner), self._decode(inner + new)
-        completion = whole.removeprefix(before) if whole.startswith(before) else self._decode(new)
-        return completion.removeprefix(" ") if spaced and text[-1:].isspace() else completion
+        before, whole = self.spell(prompt[1:]), self.spell([*prompt[1:], *written])
+        completion = whole.removeprefix(before) if whole.startswith(before) else self.spell(written)
+        return self.as_written(completion.removeprefix(" ") if self.follows_space(text) else completion)
+
+    def as_written(self, text: str) -> str:
+        """Return a text in the order in which the model writes it: with backward its last character comes first. Of a
+        text in that order, return the text."""
+        return text if self.direction == "forward" else text[::-1]
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Decode ids in the order in which the model writes them; the characters are in that order, too."""
+        return self._decode(ids) if self.direction == "forward" else self._decode(ids[::-1])[::-1]
+
+    def follows_space(self, text: str) -> bool:
+        """Tell whether a prompt has the space already that the tokenizer puts between it and what is written to it."""
+        return self.tokenizer.separator == " " and self.as_written(text)[-1:].isspace()
 
     def name(self, token: int) -> str:
         """Return the text of one token; a special token has a name in angle brackets."""
@@ -81,3 +91,53 @@ class PromptCodec:
             else:
                 lines[-1].append(token)
         return "\n".join(map(self.tokenizer.decode, lines))
+
+
+class GrowingText:
+    """The completion of one prompt, decoded while it is written, at a cost per token that does not grow with the text.
+
+    Only the last tokens are decoded anew for each token, since only the end of a text depends on what follows it:
+    bytes become a character, a word gets a space before it.
+
+    Args:
+        codec, text, prompt: the prompt, and its ids as `codec.encode` gives them.
+    """
+
+    def __init__(self, codec: PromptCodec, text: str, prompt: Sequence[int]) -> None:
+        self.codec = codec
+        self.characters: list[str] = []  # of `codec.as_written(codec.completion(...))`
+        self.changed = 0  # index of the first character that the last token has added or changed
+        self._after_space = codec.follows_space(text)
+        self._ids = list(prompt[1:])  # the last tokens, in the order in which they are read and written
+        self._of_prompt = len(self._ids)  # how many of these belong to the prompt
+        self._decoded = codec.spell(self._ids)
+        self._waiting = 0  # tokens that are not decoded yet
+        self._shorten()
+
+    def append(self, token: int) -> None:
+        """Take the next token that the model has written."""
+        self._ids.append(token)
+        self._waiting += 1
+        self.changed = len(self.characters)
+        if self._waiting * LONGEST_WINDOW < len(self._ids):  # a long run of tokens that only make sense together
+            return
+        decoded = self.codec.spell(self._ids)
+        pairs = enumerate(zip(self._decoded, decoded, strict=False))
+        same = next((at for at, (old, new) in pairs if old != new), min(len(self._decoded), len(decoded)))
+        self.changed -= len(self._decoded) - same
+        if self.changed < 0:  # the prompt's own text would change: the completion is decoded by itself
+            self._ids, self._of_prompt = self._ids[self._of_prompt :], 0
+            decoded, same, self.changed = self.codec.spell(self._ids), 0, 0
+        added = decoded[same:]
+        self.characters[self.changed :] = added.removeprefix(" ") if self._after_space and not self.changed else added
+        self._decoded, self._waiting = decoded, 0
+        if len(self._ids) > 2 * WINDOW:
+            self._shorten()
+
+    def _shorten(self) -> None:
+        """Keep the last tokens only, unless their text depends on those before them: a byte in a run of bytes."""
+        ids = self._ids[-WINDOW:]
+        decoded = self.codec.spell(ids)
+        if decoded and self._decoded.endswith(decoded[len(decoded) // 2 :]):
+            self._of_prompt = max(0, self._of_prompt - (len(self._ids) - len(ids)))
+            self._ids, self._decoded = ids, decoded

@@ -43,7 +43,7 @@ class Evaluation:
         return self.tallies["forward"].perplexity
 
     def figures(self) -> dict[str, float | int | None]:
-        """What `lmtrain evaluate --json` prints; None where a one-directional model or an empty text has no figure."""
+        """What `lmtrain evaluate --json` prints; None for what one direction, an empty text or ids do not have."""
         forward = self.tallies["forward"]
         backward, fill = self.tallies.get("backward"), self.tallies.get("fill")
         characters = self.counts.characters
@@ -92,15 +92,14 @@ def evaluate(
     """
     assert not model.training
     result = Evaluation({objective: Tally() for objective in model.objectives}, counts or StoreCounts())
-    device = model.embedding.weight.device
-    excluded = {name: torch.tensor(ids, device=device) for name, ids in (left_out or {}).items()}
+    excluded = {name: torch.tensor(ids) for name, ids in (left_out or {}).items()}
     result.without = {name: Tally() for name in excluded}
     rows_at_once = max(1, LOGITS_AT_ONCE // model.vocab_size)
     for encoded in encoded_batches(model, batches, columns):
         for objective, events in encoded.events.items():
             states, targets = events.states, events.targets
             if objective != "fill":
-                nats = model.nats(objective, events).double()  # (N,)
+                nats, targets = model.nats(objective, events).cpu().double(), targets.cpu()  # (N,)
                 result.tallies[objective].add(float(nats.sum()), len(targets))
                 for name, ids in excluded.items() if objective == "forward" else ():
                     kept = ~torch.isin(targets, ids)
@@ -108,9 +107,9 @@ def evaluate(
                 continue
             for part, wanted in zip(states.split(rows_at_once), targets.split(rows_at_once), strict=True):
                 log_probabilities = model.log_probabilities(objective, part, None)  # (N, V)
-                total = -log_probabilities.gather(1, wanted.unsqueeze(1)).double().sum()
+                nats = -log_probabilities.gather(1, wanted.unsqueeze(1)).cpu().double()
                 correct = int((argmax(log_probabilities) == wanted).sum())
-                result.tallies[objective].add(float(total), len(wanted), correct)
+                result.tallies[objective].add(float(nats.sum()), len(wanted), correct)
     return result
 
 
@@ -187,6 +186,6 @@ def _nats_of_tokens(
         of_row = starts[places.rows.row.numpy()]
         predicted = {"forward": places.rows.time + 1, "backward": places.backward_time - 1}
         for direction in directions:
-            of_events = model.nats(direction, events[direction]).double().cpu().numpy()
+            of_events = model.nats(direction, events[direction]).cpu().double().numpy()
             nats[of_row + predicted[direction].numpy()] += of_events / len(directions)  # a row predicts a token once
     return nats

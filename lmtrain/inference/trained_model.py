@@ -1,8 +1,9 @@
 """A trained run for use from Python: `lmtrain.load(run)`."""
 
 import heapq
-import tempfile
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ from lmtrain.model.objectives import Direction
 from lmtrain.runs.directory import RunDirectory, find_run
 from lmtrain.runs.loading import load_run
 from lmtrain.system.device import choose_device
+from lmtrain.system.files import scratch_directory
 
 Texts = Iterable[str] | Iterable[Block]
 
@@ -238,13 +240,16 @@ class TrainedModel:
                 "cache and dynamic evaluation need a state that is carried from line to line, and this run starts each "
                 "line anew; train with batching.mode: stream, or batching.carry_state: true"
             )
-        with tempfile.TemporaryDirectory(prefix="lmtrain-") as scratch:
+        with scratch_directory(self._disk()) as scratch:
             store = open_store(self._source(paths), self.tokenizer, scratch)
             batches, columns = evaluation_batches(self.config, store, self.tokenizer, 1, batch_size)
             left_out = {"end_tokens": [self.tokenizer.eos_id]}
             if self.tokenizer.unk_id is not None:
                 left_out["unknown_tokens"] = [self.tokenizer.unk_id]
-            result = scoring.evaluate(self.model, batches, columns, store.counts, left_out)
+            counts = store.counts
+            if self.tokenizer.kind == "ids":  # digits are no text: there are no bits per character
+                counts = replace(counts, characters=0, bytes=0)
+            result = scoring.evaluate(self.model, batches, columns, counts, left_out)
             if cache is not None:
                 batches, _ = evaluation_batches(self.config, store, self.tokenizer, 1)
                 result.adapted["cache"] = evaluate_with_cache(self.model, batches, cache)
@@ -252,6 +257,14 @@ class TrainedModel:
                 batches, _ = evaluation_batches(self.config, store, self.tokenizer, 1, steps=dynamic.steps)
                 result.adapted["dynamic"] = evaluate_dynamically(self.model, batches, dynamic)
             return result
+
+    def _disk(self) -> Path | None:
+        """Return a directory for a token store that is removed again: where the run's own stores are, if they are here,
+        or else `/var/tmp`, which is for large files. None, the system's choice, is often a directory in memory."""
+        cache = Path(self.config.data.cache_dir)
+        places = [cache] if any(cache.glob("*/store.json")) else []  # a run from elsewhere may name any directory
+        places += [] if "TMPDIR" in os.environ else [Path("/var/tmp")]
+        return next((place for place in places if os.access(place, os.W_OK)), None)
 
     def worst_lines(self, paths: Sequence[str] | None = None, count: int = 10) -> list[tuple[str, Score, str]]:
         """Find the `count` lines with the most nats per token, worst first: place of each, its score, its text.
@@ -311,7 +324,7 @@ def load(
 
     Args:
         run: a run directory, as `train` writes it; left out, the newest under `runs/`.
-        device: auto, cpu or cuda.
+        device: cpu, cuda or mps (Apple's GPU); auto takes CUDA if PyTorch finds it, else the CPU.
         notify: is called with a line on anything the user should know, such as a damaged checkpoint that is skipped.
 
     Raises:

@@ -249,7 +249,9 @@ class LanguageModel(nn.Module):
         log_weights, log_estimates = counted.mix(states, events.history, events.targets, exclude_event=self.training)
         return -torch.logsumexp(torch.cat([-nats.unsqueeze(1), log_estimates], 1) + log_weights, 1)
 
-    def lay_out(self, tokens: Tensor, lengths: Tensor, order: Tensor | None = None) -> Layout:
+    def lay_out(
+        self, tokens: Tensor, lengths: Tensor, order: Tensor | None = None, padded_steps: int | None = None
+    ) -> Layout:
         """Work out on the CPU what `read` and `loss` need of a batch, and move it to the model's device in one copy.
 
         A thread may do this for the next batch while the present one is computed.
@@ -259,9 +261,11 @@ class LanguageModel(nn.Module):
                 begins with the token before its first event.
             lengths: (B,) int64 on CPU, non-increasing, >= 2.
             order: (B,) int64 on CPU, the column whose state each row continues, see `CarriedState`.
+            padded_steps: let all rows run for this number of steps, >= L - 1, and score the padding with 0; the state
+                at the end of a padded row is then of no use. None: each row runs for as long as it is.
         """
         device = self.embedding.weight.device
-        layout = lay_out(tokens.cpu(), lengths, order, self.bidirectional, bool(self.history_size))
+        layout = lay_out(tokens.cpu(), lengths, order, self.bidirectional, bool(self.history_size), padded_steps)
         if device.type != "cpu" and isinstance(self.output, AdaptiveOutput):
             layout = layout._replace(clusters=self.output.sort_targets(layout.targets))
         return layout.to(device)
@@ -350,6 +354,8 @@ class LanguageModel(nn.Module):
                 for factor, size in zip(factors.values(), layout.sizes, strict=True)
             ]
         )
+        if layout.real is not None:
+            of_events = of_events * layout.real
         if isinstance(self.output, FullOutput):
             tied = lookups.tied() if self.output.weight is self.embedding.weight else None
             smoothing = self.label_smoothing if self.training else 0.0
@@ -361,6 +367,8 @@ class LanguageModel(nn.Module):
             total, network_nats = self.output.loss(states, layout.targets, of_events, tied, smoothing, sample)
         else:
             total, network_nats = self.output.loss(states, layout.targets, of_events, layout.clusters)
+        if layout.real is not None:
+            network_nats = network_nats * layout.real
         for direction, penalty in penalties.items():
             total = total + factors[direction] * penalty
         nats: dict[Objective, Tensor] = {}

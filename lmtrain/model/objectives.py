@@ -6,10 +6,11 @@ packed rows or events, P output size.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lmtrain.model.output import Clusters
 from lmtrain.model.packing import PackedRows, move_together, pack_rows
@@ -78,6 +79,7 @@ class Layout(NamedTuple):
     cpu_targets: Tensor  # the same
     inputs: Tensor  # (N,) tokens that the forward stack reads
     order: Tensor | None  # (B,) column whose state each row continues, see `CarriedState`; None: not known
+    real: Tensor | None = None  # as `targets`: 1, or 0 for a target in the padding of rows; None: no row is padded
     backward_inputs: Tensor | None = None  # (N,) tokens that the backward stack reads
     fill_forward: Tensor | None = None  # (M,) as in `Alignment`, as is the next one
     fill_backward: Tensor | None = None
@@ -92,6 +94,27 @@ class Layout(NamedTuple):
         events = len(self.inputs)
         return [events] if self.fill_forward is None else [events, events, len(self.fill_forward)]
 
+    @property
+    def shape(self) -> tuple[int, int, bool]:
+        """What two layouts of equally long rows share if the model launches the same kernels for both."""
+        return len(self.inputs), self.rows.batch_sizes[0], self.real is None
+
+    def clone(self) -> Layout:
+        """Return the same layout with its tokens in memory of its own."""
+        own: dict[str, Any] = {name: tensor.clone() for name, tensor in self._tokens().items()}
+        return self._replace(**own)
+
+    def copy_(self, other: Layout) -> None:
+        """Take over the tokens of a layout of the same shape."""
+        torch._foreach_copy_(list(self._tokens().values()), list(other._tokens().values()))
+
+    def _tokens(self) -> dict[str, Tensor]:
+        """All that differs between two layouts of equally long rows and of one shape."""
+        named = {
+            name: getattr(self, name) for name in ("inputs", "backward_inputs", "targets", "fill_backward", "real")
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
     def to(self, device: torch.device) -> Layout:
         """Return the same layout with its tensors on a device; they get there in one copy."""
         if self.inputs.device == device:
@@ -105,22 +128,64 @@ class Layout(NamedTuple):
         return self._replace(rows=rows, **rest, clusters=None if not clusters else Clusters(next(moved), list(moved)))
 
 
-def lay_out(tokens: Tensor, lengths: Tensor, order: Tensor | None, bidirectional: bool, with_ngrams: bool) -> Layout:
-    """Lay out a batch; `tokens` (L, B) and `lengths` (B,) are as in `LanguageModel.read`, and on the CPU."""
-    rows, backward_time, fill_forward, fill_backward = align(lengths)
+def align_padded(lengths: Tensor, steps: int) -> tuple[Alignment, Tensor, Tensor]:
+    """As `align`, but all rows run for the same number of steps, some of them beyond their end, and all N packed rows
+    stand for an inner token, whether they are one or not.
+
+    Returns:
+        The alignment, and 1 for what is real, else 0: each packed row (N,), and each inner token (N,).
+    """
+    rows = pack_rows(torch.full_like(lengths, steps))
+    own_steps = (lengths - 1)[rows.row]
+    fill_backward = rows.at((own_steps - 2 - rows.time).clamp(min=0), rows.row)
+    alignment = Alignment(rows, (own_steps - rows.time).clamp(min=1), torch.arange(len(rows.row)), fill_backward)
+    return alignment, (rows.time < own_steps).long(), (rows.time < own_steps - 1).long()
+
+
+def lay_out(
+    tokens: Tensor,
+    lengths: Tensor,
+    order: Tensor | None,
+    bidirectional: bool,
+    with_ngrams: bool,
+    padded_steps: int | None = None,
+) -> Layout:
+    """Lay out a batch.
+
+    Args:
+        tokens, lengths, order, padded_steps: as for `LanguageModel.lay_out`, on the CPU.
+        bidirectional, with_ngrams: whether the model reads in two directions, and whether it has n-grams.
+    """
+    if padded_steps is None:
+        alignment, real = align(lengths), None
+    else:
+        tokens = F.pad(tokens, (0, 0, 0, padded_steps + 1 - len(tokens)))
+        alignment, of_rows, of_inner = align_padded(lengths, padded_steps)
+        real = torch.cat([of_rows, of_rows, of_inner]) if bidirectional else of_rows
+    rows, backward_time, fill_forward, fill_backward = alignment
     time, row = rows.time, rows.row
     targets, whole = tokens[time + 1, row], tokens if with_ngrams else None
     if not bidirectional:
-        return Layout(rows, targets, targets, tokens[time, row], order, tokens=whole)
+        return Layout(rows, targets, targets, tokens[time, row], order, real=real, tokens=whole)
     flipped = steps = None
     if with_ngrams:
-        real = torch.arange(len(tokens)).unsqueeze(1) < lengths
-        flipped = torch.where(real, tokens, -1).flip(0)  # -1 + 1 is 0: nothing was read after a row's end
+        is_token = torch.arange(len(tokens)).unsqueeze(1) < lengths
+        flipped = torch.where(is_token, tokens, -1).flip(0)  # -1 + 1 is 0: nothing was read after a row's end
         steps = len(tokens) - 1 - backward_time
     targets = torch.cat([targets, tokens[backward_time - 1, row], targets[fill_forward]])
-    inputs, backward_inputs = tokens[time, row], tokens[backward_time, row]
     return Layout(
-        rows, targets, targets, inputs, order, backward_inputs, fill_forward, fill_backward, whole, flipped, steps
+        rows,
+        targets,
+        targets,
+        tokens[time, row],
+        order,
+        real,
+        tokens[backward_time, row],
+        fill_forward,
+        fill_backward,
+        whole,
+        flipped,
+        steps,
     )
 
 

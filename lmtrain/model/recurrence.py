@@ -133,8 +133,10 @@ class RecurrentStack(nn.Module):
     def _uses_torch(self, inputs: Tensor, rows: PackedRows) -> bool:
         if self.cell.torch_function is None or self.backend == "packed":
             return False
-        if self.backend == "torch" or inputs.device.type != "cpu":
+        if self.backend == "torch" or inputs.device.type not in ("cpu", "mps"):
             return True
+        if inputs.device.type == "mps":  # where PyTorch's LSTM fails: https://github.com/pytorch/pytorch/issues/102911
+            return False
         return self.cell.fused_on_cpu and rows.equal and product_dtype(inputs) == torch.float32
 
     def _run_packed(
@@ -202,8 +204,9 @@ def _cudnn_takes_bf16(function: Any, gates: int, states: int, device: torch.devi
     shapes = [(1, 1, size)] * (1 + states) + [(gates * size, size)] * 2 + [(gates * size,)] * 2
     made = [torch.zeros(shape, dtype=torch.bfloat16, device=device, requires_grad=True) for shape in shapes]
     initial = tuple(made[1 : 1 + states]) if states > 1 else made[1]
+    weights = in_one_buffer(made[1 + states :], torch.bfloat16)
     try:
-        output, *_ = function(made[0], initial, made[1 + states :], True, 1, 0.0, True, False, False)
+        output, *_ = function(made[0], initial, list(weights), True, 1, 0.0, True, False, False)
     except RuntimeError:
         return False
     return output.grad_fn is not None and "Cudnn" in output.grad_fn.name()

@@ -3,7 +3,7 @@
 Shapes: B rows, H hidden size of a layer, K tokens of n-gram history, R selected rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,16 @@ def select(state: ModelState, rows: Tensor) -> ModelState:
     """Return the state of the given rows, (R,) int64: each tensor (B, ...) -> (R, ...)."""
     layers = tuple(tuple(part.index_select(0, rows) for part in layer) for layer in state.layers)
     return ModelState(layers, None if state.history is None else state.history.index_select(0, rows))
+
+
+def join(states: Sequence[ModelState]) -> ModelState:
+    """Return the states of all rows of several blocks, those of the first block first."""
+    if len(states) == 1:
+        return states[0]
+    layers = zip(*(state.layers for state in states), strict=True)
+    joined = tuple(tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in layers)
+    histories = [state.history for state in states if state.history is not None]
+    return ModelState(joined, torch.cat(histories) if histories else None)
 
 
 class CarriedState:

@@ -5,36 +5,34 @@ A checkpoint is a directory such as `step-00000500` with `model.safetensors`, `t
 `save` writes the directory under a temporary name, syncs it, renames it, and syncs the parent directory. A process that
 is killed at any moment, or a power cut, therefore leaves the earlier checkpoints whole.
 
-`read_headers` checks what a checkpoint claims before any tensor is read: no file is larger than its manifest says, and
-the header of a safetensors file names the shape of every tensor. The check needs no torch, little memory and little
-time.
+`read_headers` checks what a checkpoint claims before any tensor is read: each file has the size that its manifest says,
+and the header of a safetensors file names the shape of every tensor. The check needs no torch, little memory and little
+time. Tensors are written and read piece by piece, see `tensor_file.py`.
 """
 
 from __future__ import annotations
 
-import operator
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lmtrain.errors import ArtefactError, StorageError
+from lmtrain.runs.tensor_file import SavedFile, pieces_of, read_header, size_of
 from lmtrain.system.console import Notify
 from lmtrain.system.files import (
-    LARGEST_JSON_BYTES,
     dump_json,
-    hash_of,
+    move,
     open_regular,
-    parse_json,
-    read_bytes,
     read_sealed,
     reason_of,
     sealed,
     space_note,
     sync_directory,
+    write_pieces,
     write_synced,
 )
 
@@ -52,16 +50,6 @@ REPLACED = ".replaced"  # suffix of an old checkpoint while a new one of the sam
 
 class NewerFormatError(ArtefactError):
     """A later lmtrain wrote this checkpoint. It is not damaged, so loading stops instead of trying an older one."""
-
-
-class TensorSpec(NamedTuple):
-    """The type and shape of a tensor, from the header of a file."""
-
-    dtype: str  # as safetensors writes it: F32
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.shape} {self.dtype}"
 
 
 class Checkpoint(NamedTuple):
@@ -89,45 +77,36 @@ def save(checkpoints: Path, checkpoint: Checkpoint) -> None:
 
     If the disk is full, or the file system has another fault, it raises StorageError and leaves nothing half written.
     """
-    import safetensors.torch
-
-    contents = {
-        MODEL_FILE: safetensors.torch.save(_on_cpu(checkpoint.model)),
-        TRAINING_FILE: safetensors.torch.save(_on_cpu(checkpoint.training)),
-        STATE_FILE: dump_json(checkpoint.state),
-    }
-    manifest = {
-        "format": CHECKPOINT_FORMAT,
-        "step": checkpoint.step,
-        "files": {name: {"bytes": len(data), "sha256": hash_of(data)} for name, data in contents.items()},
-    }
-    contents["manifest.json"] = sealed(manifest)
+    state = dump_json(checkpoint.state)
     directory = directory_of(checkpoints, checkpoint.step)
     temporary = directory.with_name(f".{directory.name}.new")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        for name, data in contents.items():
-            write_synced(temporary / name, data)
+        contents = {
+            MODEL_FILE: pieces_of(checkpoint.model), TRAINING_FILE: pieces_of(checkpoint.training), STATE_FILE: [state]
+        }  # fmt: skip
+        files = {}
+        for name, pieces in contents.items():
+            size, digest = write_pieces(temporary / name, pieces)
+            files[name] = {"bytes": size, "sha256": digest}
+        manifest = {"format": CHECKPOINT_FORMAT, "step": checkpoint.step, "files": files}
+        write_synced(temporary / "manifest.json", sealed(manifest))
         sync_directory(temporary)
         replaced = directory.with_name(f".{directory.name}{REPLACED}")
         if directory.exists():  # the last step of a run is saved twice, and a damaged checkpoint is written again
-            directory.rename(replaced)
-        temporary.rename(directory)
+            move(directory, replaced)
+        move(temporary, directory)
         sync_directory(checkpoints)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         with suppress(OSError):
             remove_leftovers(checkpoints)
-        needed = sum(map(len, contents.values()))
+        needed = size_of(checkpoint.model) + size_of(checkpoint.training) + len(state)
         raise StorageError(
             f"{directory}: the save failed: {reason_of(error)}{space_note(checkpoints, needed)}; earlier checkpoints "
             "are whole, and --resume continues from them"
         ) from None
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def remove(checkpoints: Path, step: int) -> None:
@@ -139,7 +118,7 @@ def remove(checkpoints: Path, step: int) -> None:
     renamed = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(renamed, ignore_errors=True)
     try:
-        directory.rename(renamed)
+        move(directory, renamed)
     except OSError as error:
         raise StorageError(f"{directory}: can't be removed: {reason_of(error)}") from None
     shutil.rmtree(renamed, ignore_errors=True)
@@ -150,52 +129,47 @@ def remove_leftovers(checkpoints: Path) -> None:
     for path in checkpoints.glob(f".step-*{REPLACED}"):
         directory = path.with_name(path.name[1:].removesuffix(REPLACED))
         if not directory.exists():
-            path.rename(directory)
+            move(path, directory)
     for path in checkpoints.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in checkpoints.parent.glob(".*.new"):
         path.unlink(missing_ok=True)
 
 
-def read_headers(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> dict[str, dict[str, TensorSpec]]:
+def read_headers(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> dict[str, SavedFile]:
     """Check the sizes of the named files of a checkpoint, and read what their headers say.
 
     Returns:
-        For each safetensors file among them, the type and shape of each tensor by name.
+        What is known of each file, by its name.
 
     Raises:
         ArtefactError: the manifest is damaged, or a file has another size, or is not a safetensors file.
     """
     directory = directory_of(checkpoints, step)
-    headers = {}
     files = _read_manifest(directory, step)
+    found = {}
     for name in parts:
-        path = directory / name
+        path, size, specs = directory / name, files[name]["bytes"], {}
         with open_regular(path) as handle:
-            if os.fstat(handle.fileno()).st_size != files[name]["bytes"]:
+            if os.fstat(handle.fileno()).st_size != size:
                 raise ArtefactError(f"{path}: damaged: not the bytes that were saved")
             if path.suffix == ".safetensors":
-                headers[name] = read_header(path, handle, files[name]["bytes"])
-    return headers
+                specs = read_header(path, handle, size)
+                if handle.tell() + sum(spec.size_bytes for spec in specs.values()) != size:
+                    raise ArtefactError(f"{path}: not a safetensors file")
+        found[name] = SavedFile(path, size, files[name]["sha256"], specs)
+    return found
 
 
-def load(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -> Checkpoint:
-    """Read a checkpoint, or only the named files of it; raises ArtefactError if any byte is not as it was saved."""
-    directory = directory_of(checkpoints, step)
-    read_headers(checkpoints, step, parts)
-    files = _read_manifest(directory, step)
-    contents = {}
-    for name in parts:
-        data = read_bytes(directory / name, files[name]["bytes"])
-        if hash_of(data) != files[name]["sha256"]:
-            raise ArtefactError(f"{directory / name}: damaged: not the bytes that were saved")
-        contents[name] = data
-    state = parse_json(directory / STATE_FILE, contents[STATE_FILE]) if STATE_FILE in contents else {}
-
-    def tensors(name: str) -> dict[str, Tensor]:
-        return parse_tensors(directory / name, contents[name]) if name in contents else {}
-
-    return Checkpoint(step, tensors(MODEL_FILE), tensors(TRAINING_FILE), state)
+def load(checkpoints: Path, step: int) -> Checkpoint:
+    """Read a whole checkpoint into memory; raises ArtefactError if any byte is not as it was saved."""
+    files = read_headers(checkpoints, step)
+    model, training = (
+        {key: spec.empty() for key, spec in files[name].specs.items()} for name in (MODEL_FILE, TRAINING_FILE)
+    )
+    files[MODEL_FILE].read_tensors(model)
+    files[TRAINING_FILE].read_tensors(training)
+    return Checkpoint(step, model, training, files[STATE_FILE].read_json())
 
 
 def load_first_whole(
@@ -248,33 +222,3 @@ def _read_manifest(directory: Path, step: int) -> dict[str, Any]:
         if not has_hash or type(entry.get("bytes")) is not int or entry["bytes"] < 0:
             raise ArtefactError(f"{path}: {name}: no size or hash")
     return files
-
-
-def read_header(path: Path, handle: IO[bytes], size: int) -> dict[str, TensorSpec]:
-    """Read the type and shape of each tensor from the header of an open safetensors file of `size` bytes.
-
-    The file begins with the length of the header in eight bytes. The header is JSON, and says for each tensor where it
-    lies in the rest of the file: https://huggingface.co/docs/safetensors. Anything else raises ArtefactError.
-    """
-    length = int.from_bytes(handle.read(8), "little")
-    if length > min(size, LARGEST_JSON_BYTES):
-        raise ArtefactError(f"{path}: not a safetensors file")
-    header = parse_json(path, handle.read(length))
-    header.pop("__metadata__", None)
-    try:
-        return {
-            name: TensorSpec(str(entry["dtype"]), tuple(map(operator.index, entry["shape"])))
-            for name, entry in header.items()
-        }
-    except (KeyError, TypeError):
-        raise ArtefactError(f"{path}: not a safetensors file") from None
-
-
-def parse_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
-    """Return the tensors in the bytes of a safetensors file, by name; raises ArtefactError if it is not such a file."""
-    import safetensors.torch
-
-    try:
-        return dict(safetensors.torch.load(data))
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{path}: not a safetensors file: {str(error)[:100]}") from None

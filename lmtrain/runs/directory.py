@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -22,8 +23,9 @@ from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, ConfigError, StorageError
 from lmtrain.runs import checkpoint
 from lmtrain.runs.checkpoint import INFERENCE_FILES
+from lmtrain.system.console import Notify
 from lmtrain.system.files import read_json, read_text, reason_of, write_atomically
-from lmtrain.system.locks import hold_lock
+from lmtrain.system.locks import MARKER, hold_lock
 from lmtrain.system.version import __version__
 
 
@@ -40,7 +42,7 @@ class RunDirectory:
         return (self.path / "config.yaml").exists()
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, notify: Notify) -> Iterator[None]:
         """Be the only process that trains in this directory; raises StorageError if another one trains here."""
 
         def refuse(holder: str) -> None:
@@ -48,7 +50,7 @@ class RunDirectory:
 
         with ExitStack() as stack:
             try:
-                stack.enter_context(hold_lock(self.path / ".lock", refuse))
+                stack.enter_context(hold_lock(self.path / ".lock", refuse, notify))
             except OSError as error:
                 raise StorageError(f"{self.path / '.lock'}: can't be locked: {reason_of(error)}") from None
             yield
@@ -91,10 +93,11 @@ class RunDirectory:
         What a link points to could be read or overwritten, and a FIFO or a device could block.
         """
         for folder, names, files in os.walk(self.path):
-            for name in (*names, *files):
-                path = Path(folder, name)
-                if not stat.S_ISDIR(path.lstat().st_mode) and not stat.S_ISREG(path.lstat().st_mode):
-                    raise ArtefactError(f"{path}: not a regular file; a run directory holds nothing else")
+            for path in (Path(folder, name) for name in (*names, *files)):
+                with suppress(FileNotFoundError):  # a training that goes on here removes files
+                    mode = path.lstat().st_mode
+                    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+                        raise ArtefactError(f"{path}: not a regular file; a run directory holds nothing else")
 
     def config_and_tokenizer(self) -> tuple[Config, Tokenizer]:
         """Return the run's configuration and tokenizer, after every check that needs neither torch nor much time.
@@ -162,7 +165,8 @@ def refuse_read_only(path: str | Path) -> None:
     """Raise StorageError if no run can be written at this path; call it before anything that takes long."""
     existing = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK):
-        why = "read-only file system" if os.statvfs(existing).f_flag & os.ST_RDONLY else "permission denied"
+        read_only = sys.platform != "win32" and os.statvfs(existing).f_flag & os.ST_RDONLY
+        why = "read-only file system" if read_only else "permission denied"
         raise StorageError(f"{existing}: {why}: the run can't be written there; name another directory")
 
 
@@ -176,7 +180,7 @@ def refuse_nonempty(run_dir: str | Path) -> None:
 
 def _is_unused(path: Path) -> bool:
     """Tell whether a directory is empty, or holds only what a run has written before its config."""
-    early_files = {".lock", "checkpoints", "tokenizer.json", "environment.json"}
+    early_files = {".lock", f".lock{MARKER}", "checkpoints", "tokenizer.json", "environment.json"}
     names = {entry.name for entry in path.iterdir() if not (entry.name.startswith(".") and entry.suffix == ".new")}
     return names <= early_files and not list(path.glob("checkpoints/*")) and (not names or ".lock" in names)
 
@@ -192,10 +196,11 @@ def find_resumable(config: Config, run_dir: str | None) -> RunDirectory | None:
 
 def _numbers(config: Config) -> list[int]:
     """List the numbers of the existing directories `name`, `name-2`, `name-3` ...; `name` itself is number 1."""
-    names = [path.name for path in Path(config.runs_dir).glob("*")]
-    suffixes = (name.removeprefix(f"{config.name}-") for name in names if name.startswith(f"{config.name}-"))
-    numbers = [int(suffix) for suffix in suffixes if re.fullmatch("[1-9][0-9]{0,8}", suffix)]
-    return [*numbers, 1] if config.name in names else numbers
+    pattern = re.compile(re.escape(config.name) + "(?:-([1-9][0-9]{0,8}))?", re.IGNORECASE)
+    found = (pattern.fullmatch(path.name) for path in Path(config.runs_dir).glob("*"))
+    numbers = {int(match[1] or 1) for match in found if match}
+    # in another case it is the same directory on Windows and macOS, and another one elsewhere
+    return [number for number in numbers if _numbered(config, number).exists()]
 
 
 def _numbered(config: Config, number: int) -> Path:

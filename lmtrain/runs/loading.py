@@ -1,5 +1,7 @@
 """Loads the trained model of a run directory, with the configuration and the tokenizer that belong to it."""
 
+from typing import Any
+
 import torch
 
 from lmtrain.config import Config
@@ -7,10 +9,11 @@ from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.runs import checkpoint
-from lmtrain.runs.checkpoint import INFERENCE_FILES, MODEL_FILE, Checkpoint, TensorSpec
+from lmtrain.runs.checkpoint import INFERENCE_FILES, MODEL_FILE, STATE_FILE
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.ngram_counts import COUNTS_FILE, read_counts
-from lmtrain.runs.weights import build_model, check_finite, check_weights, load_weights, weight_specs
+from lmtrain.runs.tensor_file import SavedFile, TensorSpec
+from lmtrain.runs.weights import build_empty_model, check_weights, named_weights, weight_specs
 from lmtrain.system.console import Notify
 
 
@@ -28,38 +31,41 @@ def load_run(run: RunDirectory, device: torch.device, notify: Notify) -> tuple[C
     """
     config, tokenizer = run.config_and_tokenizer()
     specs = weight_specs(config, tokenizer.vocab_size)
-    saved = checkpoint.load_first_whole(
-        run.candidates(), lambda step: read_weights(run, tokenizer, step, specs), notify
-    )
-    if saved is None:
+
+    def read(step: int) -> tuple[LanguageModel, dict[str, Any], int]:
+        files, state = open_weights(run, tokenizer, step, specs, INFERENCE_FILES)
+        model = build_empty_model(config, tokenizer.vocab_size)
+        files[MODEL_FILE].read_tensors(named_weights(model), finite="")
+        return model, state, step
+
+    loaded = checkpoint.load_first_whole(run.candidates(), read, notify)
+    if loaded is None:
         raise ArtefactError(f"{run.path}: no checkpoint yet; train the run further with --resume")
-    model = build_model(config, tokenizer.vocab_size)
-    load_weights(model, saved.model)
+    model, state, step = loaded
     if config.model.ngram_counts is not None:
-        model.load_counts(read_counts(run.path / COUNTS_FILE, saved.state.get("counts"), config, tokenizer))
-    return config, tokenizer, model.to(device).eval(), saved.step
+        model.load_counts(read_counts(run.path / COUNTS_FILE, state.get("counts"), config, tokenizer))
+    return config, tokenizer, model.to(device).eval(), step
 
 
-def read_weights(run: RunDirectory, tokenizer: Tokenizer, step: int, specs: dict[str, TensorSpec]) -> Checkpoint:
-    """Read the weights and the state of a checkpoint, and check that they belong to the run.
-
-    Their shapes are checked before memory is taken for them.
+def open_weights(
+    run: RunDirectory, tokenizer: Tokenizer, step: int, specs: dict[str, TensorSpec], parts: tuple[str, ...]
+) -> tuple[dict[str, SavedFile], dict[str, Any]]:
+    """Check that the weights and the state of a checkpoint belong to the run, before memory is taken for the weights.
 
     Args:
         specs: the weights that the run's configuration asks for, from `weight_specs`.
+        parts: the files of the checkpoint that are wanted.
 
     Returns:
-        The checkpoint without its training tensors.
+        These files, whose tensors are not read yet, and the state.
 
     Raises:
         ArtefactError: a file is damaged, or belongs to another configuration or tokenizer.
     """
-    directory = checkpoint.directory_of(run.checkpoints, step)
-    weights_file = str(directory / MODEL_FILE)
-    headers = checkpoint.read_headers(run.checkpoints, step, INFERENCE_FILES)
-    check_weights(headers[MODEL_FILE], specs, weights_file)
-    saved = checkpoint.load(run.checkpoints, step, INFERENCE_FILES)
-    check_finite(saved.model, weights_file)
-    if saved.state.get("tokenizer") != tokenizer.fingerprint():
+    files = checkpoint.read_headers(run.checkpoints, step, parts)
+    check_weights(files[MODEL_FILE].specs, specs, str(files[MODEL_FILE].path))
+    state = files[STATE_FILE].read_json()
+    if state.get("tokenizer") != tokenizer.fingerprint():
+        directory = checkpoint.directory_of(run.checkpoints, step)
         raise ArtefactError(f"{directory}: was trained with another tokenizer than the run's tokenizer.json")
-    return saved
+    return files, state

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lmtrain.config import Config
@@ -17,50 +16,96 @@ from lmtrain.data.store.token_store import TokenStore
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError, ConfigError
 from lmtrain.model.ngrams.counts import LARGEST_TOKENS, PARTS, count_ngrams
-from lmtrain.runs.checkpoint import parse_tensors, read_header
-from lmtrain.system.files import LARGEST_JSON_BYTES, hash_of, open_regular, read_bytes
+from lmtrain.runs.tensor_file import parse_tensors, read_header
+from lmtrain.system.console import Notify
+from lmtrain.system.files import LARGEST_JSON_BYTES, hash_of, open_regular, read_bytes, write_atomically
 
 COUNTS_FILE = "ngram_counts.safetensors"
 
 
-def check_countable(config: Config, store: TokenStore) -> None:
-    """Raise ConfigError if the configuration asks for n-gram counts of a text that is too large to count."""
-    if config.model.ngram_counts is not None and len(store.tokens) > LARGEST_TOKENS:
+def check_countable(config: Config, tokens: int, about: str = "") -> None:
+    """Raise ConfigError if the configuration asks for n-gram counts of a text that is too large to count.
+
+    Args:
+        tokens: tokens of the training text, start and end tokens included.
+        about: what the message says before an estimate.
+    """
+    if config.model.ngram_counts is not None and tokens > LARGEST_TOKENS:
         raise ConfigError(
-            f"model.ngram_counts: {len(store.tokens):,} tokens are too many to count in memory (at most "
+            f"model.ngram_counts: {about}{tokens:,} tokens are too many to count in memory (at most "
             f"{LARGEST_TOKENS:,}); set model.ngram_counts: null"
         )
 
 
-def count_text(config: Config, store: TokenStore, tokenizer: Tokenizer) -> dict[str, Tensor] | None:
+def read_or_count(
+    run: Path, digest: object, config: Config, store: TokenStore, tokenizer: Tokenizer, notify: Notify
+) -> tuple[dict[str, Tensor], str]:
+    """Read the counts of a run, or count its text and write the file if there is none that can be used.
+
+    Args:
+        digest: the file's SHA-256, from a checkpoint; None for a run without a checkpoint.
+        notify: is called with a line if the text is counted.
+
+    Returns:
+        What `count_text` returns, and the SHA-256 of the file.
+
+    Raises:
+        ArtefactError: the file is missing or damaged, and the file that would be written is another one.
+    """
+    path, fault = run / COUNTS_FILE, ""
+    if digest is not None:
+        try:
+            return read_counts(path, digest, config, tokenizer), str(digest)
+        except ArtefactError as error:
+            fault = f"{error}; "
+    notify(f"{fault}counting n-grams of up to {config.model.ngram_counts} tokens")
+    counts = count_text(config, store, tokenizer)
+    data = dump_counts(counts)
+    written = hash_of(data)
+    if digest not in (None, written):
+        raise ArtefactError(f"{fault}this lmtrain would write another one; put the file back, or train a new run")
+    write_atomically(path, data)
+    return counts, written
+
+
+def count_text(
+    config: Config, store: TokenStore, tokenizer: Tokenizer, most_tokens: int | None = None
+) -> dict[str, Tensor]:
     """Count the n-grams of the training text, in each direction in which the model reads it.
 
-    The same text always gives the same counts.
+    The same text always gives the same counts. A sequence is counted as a whole, also where training cuts it into rows
+    of `batching.max_length` tokens. A row begins without history, so the first events after a cut are predicted from
+    shorter n-grams, all of which were counted with these events.
+
+    Args:
+        most_tokens: count only the first sequences, of about this many tokens; None: all.
 
     Returns:
         What `LanguageModel.load_counts` takes: for example `of_forward.2.contexts` (C,) int64, `of_forward.2.pairs`
-        (J,) int64 and `of_forward.2.counts` (J,) int32. None if the configuration asks for no counts.
+        (J,) int64 and `of_forward.2.counts` (J,) int32.
     """
     order = config.model.ngram_counts
-    if order is None:
-        return None
+    assert order is not None
     directions = ("forward", "backward") if config.model.bidirectional else ("forward",)
     counts = {}
     for direction in directions:
-        tokens, positions = _in_reading_order(store, tokenizer.eos_id, backward=direction == "backward")
+        backward = direction == "backward"
+        tokens, positions = _in_reading_order(store, tokenizer.eos_id, backward, most_tokens)
         for name, part in count_ngrams(tokens, positions, order, tokenizer.vocab_size).items():
             counts[f"of_{direction}.{name}"] = part
     return counts
 
 
-def _in_reading_order(store: TokenStore, eos_id: int, backward: bool) -> tuple[Tensor, Tensor]:
-    """Return all tokens (T,) in the order in which one direction reads them, and the position (T,) of each in its
-    sequence, counted from 0 in that direction."""
-    tokens: NDArray[np.int64] = np.asarray(store.tokens).astype(np.int64)
+def _in_reading_order(store: TokenStore, eos_id: int, backward: bool, most_tokens: int | None) -> tuple[Tensor, Tensor]:
+    """Return tokens (T,) in the order in which one direction reads them, and the position (T,) of each in its
+    sequence, counted from 0 in that direction: those of the first sequences, with about `most_tokens`, or all."""
     if store.counts.stream:  # a stream is one sequence, and its first token is predicted from an end token
-        tokens = np.concatenate([[eos_id], tokens])
+        tokens = np.concatenate([[eos_id], np.asarray(store.tokens[:most_tokens]).astype(np.int64)])
         return torch.from_numpy(tokens), torch.arange(len(tokens))
     offsets = np.asarray(store.offsets).astype(np.int64)
+    if most_tokens is not None:
+        offsets = offsets[: max(2, np.searchsorted(offsets, most_tokens, "right"))]
+    tokens = np.asarray(store.tokens[: offsets[-1]]).astype(np.int64)
     lengths = np.diff(offsets)
     positions = np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
     if backward:

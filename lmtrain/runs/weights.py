@@ -11,7 +11,9 @@ from torch.overrides import TorchFunctionMode
 from lmtrain.config import Config
 from lmtrain.errors import ArtefactError
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.runs.checkpoint import TensorSpec
+from lmtrain.runs.tensor_file import TensorSpec
+
+CHECKED_AT_ONCE = 1 << 21  # values
 
 
 def build_model(config: Config, vocab_size: int) -> LanguageModel:
@@ -33,7 +35,8 @@ def named_weights(model: LanguageModel) -> dict[str, Tensor]:
 class _SkipInitialisation(TorchFunctionMode):
     """While this mode is active, the functions of `torch.nn.init` do nothing.
 
-    For weights without memory PyTorch imports its compiler to compute start values, which takes seconds.
+    For weights without memory PyTorch imports its compiler to compute start values, which takes seconds. Weights that
+    are not set take no memory yet: with `model.tie_weights` the output layer's own are thrown away again.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,6 +44,13 @@ class _SkipInitialisation(TorchFunctionMode):
         if getattr(function, "__module__", None) == "torch.nn.init":
             return keywords["tensor"] if "tensor" in keywords else args[0]
         return function(*args, **keywords)
+
+
+def build_empty_model(config: Config, vocab_size: int) -> LanguageModel:
+    """Build the model that a configuration describes for saved weights, which are to be copied into it. The random
+    state of the program stays as it is."""
+    with torch.random.fork_rng(devices=[]), _SkipInitialisation():  # a few start values are drawn all the same
+        return build_model(config, vocab_size)
 
 
 def weight_specs(config: Config, vocab_size: int) -> dict[str, TensorSpec]:
@@ -69,15 +79,6 @@ def check_weights(saved: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSp
             raise ArtefactError(f"{path}: tensor {name!r} is {saved[name]}, the run's config and tokenizer need {spec}")
 
 
-def check_finite(tensors: Mapping[str, Tensor], path: str) -> None:
-    """Raise ArtefactError, with the file's path, if a saved weight is infinite or NaN."""
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ArtefactError(f"{path}: tensor {name!r} holds values that are not finite")
-
-
-@torch.no_grad()
-def load_weights(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
-    """Copy saved weights, which `check_weights` has checked, into a model."""
-    for name, parameter in named_weights(model).items():
-        parameter.copy_(tensors[name])
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds no infinity and no NaN; piece by piece, since the comparison needs memory, too."""
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.detach().flatten().split(CHECKED_AT_ONCE))

@@ -1,10 +1,16 @@
 """Reads and writes single files: a write is whole or does nothing, a read has a size limit and follows no link."""
 
+import atexit
+import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
-from collections.abc import Iterator
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +19,7 @@ from lmtrain.errors import ArtefactError, StorageError
 
 LARGEST_JSON_BYTES = 16 << 20
 LARGEST_TEXT_BYTES = 256 << 20
+RETRIED_AFTER_S = (0.01, 0.1, 1.0)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -23,7 +30,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")  # two processes may write the same cache file
     try:
         write_synced(temporary, content)
-        temporary.rename(path)
+        move(temporary, path)
         sync_directory(path.parent)
     except OSError as error:
         with suppress(OSError):
@@ -35,20 +42,78 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_synced(path: Path, content: bytes) -> None:
     """Write a new file to the disk itself, in place of an old one or of a link; raises OSError."""
+    write_pieces(path, [content])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write a file piece by piece, as `write_synced`; returns its size in bytes and its SHA-256; raises OSError."""
+    digest, size = hashlib.sha256(), 0
     path.unlink(missing_ok=True)
     with open(path, "xb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
+        for piece in pieces:
+            digest.update(piece)
+            size += handle.write(piece)
+        sync_file(handle)
+    return size, digest.hexdigest()
+
+
+def sync_file(handle: IO[Any]) -> None:
+    """Write an open file to the disk itself, so that its content survives a power cut; raises OSError."""
+    handle.flush()
+    if sys.platform == "darwin":  # whose fsync leaves the content in the drive's own memory
+        import fcntl
+
+        with suppress(OSError):  # a file system of the network has only fsync
+            fcntl.fcntl(handle.fileno(), fcntl.F_FULLFSYNC)
+            return
+    os.fsync(handle.fileno())
 
 
 def sync_directory(path: Path) -> None:
-    """Write a directory to the disk itself, so that renames in it survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    """Write a directory to the disk itself, so that renames in it survive a power cut; raises OSError.
+
+    Windows and some file systems of the network do so by themselves, and have no such call.
+    """
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file, in place of an old one of that name, or a directory to a name that is free; raises OSError.
+
+    Windows refuses to rename what another program has open, and a virus scanner opens each new file for a moment.
+    There it is tried again for a second.
+    """
+    for wait_s in RETRIED_AFTER_S if sys.platform == "win32" else ():
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(wait_s)
+    os.replace(source, target)
+
+
+@contextmanager
+def scratch_directory(parent: Path | None = None) -> Iterator[Path]:
+    """A new directory that is removed at the end; `parent` is the system's choice if it is None.
+
+    Windows removes no file that is mapped into memory. What it keeps is removed when the process ends.
+    """
+    path = Path(tempfile.mkdtemp(prefix="lmtrain-", dir=parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            atexit.register(shutil.rmtree, path, ignore_errors=True)
 
 
 def reason_of(error: OSError) -> str:
@@ -59,10 +124,9 @@ def reason_of(error: OSError) -> str:
 def space_note(directory: Path, needed: int) -> str:
     """Return how many bytes a write needs and how many are free, for use in a message."""
     try:
-        system = os.statvfs(directory)
+        return f"; {needed:,} bytes are needed, {shutil.disk_usage(directory).free:,} are free"
     except OSError:
         return f"; {needed:,} bytes are needed"
-    return f"; {needed:,} bytes are needed, {system.f_bavail * system.f_frsize:,} are free"
 
 
 def dump_json(value: Any) -> bytes:

@@ -70,9 +70,11 @@ class SingleProcess:
         """Return the value that rank 0 gives, which can be anything that JSON can hold."""
         return value
 
-    def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors (of any shape) that rank 0 gives; in the other processes they lie on the CPU."""
-        return tensors
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors (of any shape) that rank 0 gives, one by one; in the other processes they lie on the CPU.
+
+        Every process takes all of them."""
+        yield from tensors.items()
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensor of each process, by rank; all have the shape of this one and lie where it lies."""
@@ -193,20 +195,17 @@ class ProcessGroup(SingleProcess):
     def broadcast(self, value: Any) -> Any:
         return self._gather_json(value if self.rank == 0 else None)[0]
 
-    def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         import torch
         import torch.distributed as distributed
 
-        sent = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if self.rank == 0}
-        specs = self.broadcast(
-            {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in sent.items()}
-        )
-        received = {}
-        for name, (dtype, shape) in specs.items():
-            received[name] = sent[name] if self.rank == 0 else torch.empty(shape, dtype=getattr(torch, dtype))
+        own = tensors if self.rank == 0 else {}
+        specs = {name: [str(each.dtype).removeprefix("torch."), list(each.shape)] for name, each in own.items()}
+        for name, (dtype, shape) in self.broadcast(specs).items():
+            sent = own[name].detach().cpu().contiguous() if own else torch.empty(shape, dtype=getattr(torch, dtype))
             with self.communicating():
-                distributed.broadcast(received[name], 0)
-        return received
+                distributed.broadcast(sent, 0)
+            yield name, sent
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
         import torch

@@ -10,9 +10,12 @@ from types import FrameType
 def noted_signals() -> Iterator[list[int]]:
     """Within this context, SIGINT, SIGTERM and SIGHUP do not end the process; the yielded list gets their numbers.
 
-    The training loop looks at the list after each step. A second signal changes nothing.
+    The training loop looks at the list after each step, and between the batches of a validation. A second signal
+    changes nothing, so that no save is broken off.
     """
     received: list[int] = []
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
@@ -21,7 +24,7 @@ def noted_signals() -> Iterator[list[int]]:
     with suppress(ValueError):  # not the main thread: the host program handles signals
         handlers = {
             number: signal.signal(number, note)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            for number in numbers
             if signal.getsignal(number) is not signal.SIG_IGN  # nohup ignores SIGHUP, and that stays so
         }
     try:

@@ -2,18 +2,20 @@
 
 If there is little work, or only one processor core, the same interface does the work in this process.
 
-A worker is a plain Python process at the other end of a connection. It is no `ProcessPoolExecutor`, for two reasons.
+A worker is a plain Python process, to whose standard input messages are written, and whose answers are read from its
+standard output: every system has these pipes. It is no `ProcessPoolExecutor`, for two reasons.
 An executor waits forever for a worker that is killed while it sends a result (seen in Python 3.11.2 and 3.13.0), since
 it keeps the worker's end of the pipe open. And `multiprocessing` runs the user's script again in each process that it
 starts, so a script would have to guard its call of `lmtrain.train` with `if __name__ == "__main__"`.
 
-Messages are pickled. That is safe here: both ends are processes of this lmtrain, and the connection has no name by
-which another program could open it.
+Messages are pickled. That is safe here: both ends are processes of this lmtrain, and a pipe has no name by which
+another program could open it.
 """
 
 import errno
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -22,7 +24,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
 from typing import IO, Any, Generic, Protocol, TypeVar
 
@@ -40,6 +41,8 @@ ITEMS_AHEAD = 3  # items per worker that are read before their results are wante
 OUT_OF_MEMORY = (
     "out of memory while text was read; fewer processor cores (taskset -c 0) or a smaller vocabulary take less"
 )
+KILLED = -9  # the exit code after SIGKILL, a name that Windows lacks
+ENDED = (EOFError, OSError, pickle.UnpicklingError)  # the other end has ended, perhaps in the middle of a message
 MEMORY_SIGNS = ("memory", "MemoryError", "Resource temporarily unavailable", "failed to map segment")
 
 
@@ -155,31 +158,31 @@ class _Worker:
 
     def __init__(self) -> None:
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
-        self._connection, other_end = Pipe()
         # -P and PYTHONPATH: the worker imports this lmtrain, and no file of the working directory that has its name
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
-        descriptor = other_end.fileno()
-        with other_end:  # only the worker's copy stays open, so the connection ends with the worker
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from {__name__} import _serve; _serve({descriptor})"],
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=self._output,
-                env={**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path},
-                pass_fds=[descriptor],
-            )
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from {__name__} import _serve; _serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._output,
+            env={**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path},
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._requests, self._answers = self.process.stdin, self.process.stdout
 
     def send(self, message: Any) -> None:
-        with suppress(ConnectionError):  # the worker has ended; `ask` says why
-            self._connection.send(message)
+        with suppress(OSError):  # the worker has ended; `ask` says why
+            pickle.dump(message, self._requests)
+            self._requests.flush()
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Call a method of the worker's task; raises its LmtrainError, or why the worker has ended."""
         self.send((method, arguments))
         try:
-            error_type, answer = self._connection.recv()
-        except (EOFError, OSError):  # OSError: in the middle of a message
+            error_type, answer = pickle.load(self._answers)  # noqa: S301  # from a process of ours
+        except ENDED:
             raise self._reason_of_end() from None
         if error_type is not None:
             raise error_type(*answer)
@@ -189,7 +192,7 @@ class _Worker:
         code = self.process.wait()
         self._output.seek(0)
         output = self._output.read().decode(errors="replace")
-        if code == -signal.SIGKILL or any(sign in output for sign in MEMORY_SIGNS):
+        if code == KILLED or any(sign in output for sign in MEMORY_SIGNS):
             return OutOfMemoryError(OUT_OF_MEMORY)
         if code < 0:
             name = signal.Signals(-code).name
@@ -198,33 +201,36 @@ class _Worker:
 
     def close(self) -> None:
         self.process.wait()
-        self._connection.close()
-        self._output.close()
+        for stream in (self._requests, self._answers, self._output):
+            with suppress(OSError):  # a message that could not be written
+                stream.close()
 
 
-def _serve(descriptor: int) -> None:
-    """Work in a worker process until the parent closes the connection or ends."""
+def _serve() -> None:
+    """Work in a worker process until the parent closes the pipe or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent, which ends its workers
     gc.disable()  # tasks make no reference cycles, and each collection would visit millions of words
-    with Connection(descriptor) as parent:
-        if (make_task := _receive(parent)) is None:
-            return
-        task = make_task()
-        while (message := _receive(parent)) is not None:
-            method, arguments = message
-            answer: tuple[type[LmtrainError] | None, Any]  # a fault's type and its lines, or None and a result
-            try:
-                answer = None, getattr(task, method)(*arguments)
-            except LmtrainError as error:
-                answer = type(error), error.faults
-            except MemoryError:
-                answer = OutOfMemoryError, (OUT_OF_MEMORY,)
-            with suppress(ConnectionError):  # the parent has ended
-                parent.send(answer)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints belongs to the messages of faults, not among the answers
+    if (make_task := _receive()) is None:
+        return
+    task = make_task()
+    while (message := _receive()) is not None:
+        method, arguments = message
+        answer: tuple[type[LmtrainError] | None, Any]  # a fault's type and its lines, or None and a result
+        try:
+            answer = None, getattr(task, method)(*arguments)
+        except LmtrainError as error:
+            answer = type(error), error.faults
+        except MemoryError:
+            answer = OutOfMemoryError, (OUT_OF_MEMORY,)
+        with suppress(OSError):  # the parent has ended
+            pickle.dump(answer, answers)
+            answers.flush()
 
 
-def _receive(parent: Connection) -> Any:
-    """Return the next message; None if the parent has closed the connection or ended."""
-    with suppress(EOFError, ConnectionError):
-        return parent.recv()
+def _receive() -> Any:
+    """Return the parent's next message; None if it has closed the pipe or ended."""
+    with suppress(*ENDED):
+        return pickle.load(sys.stdin.buffer)  # noqa: S301  # from the process that started this one
     return None

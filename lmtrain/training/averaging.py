@@ -77,9 +77,11 @@ class Averaging:
         for name, weight in averaged_weights(self.model).items():
             weight.copy_(tensors[name])
 
-    def load(self, averages: Mapping[str, Tensor], steps: int) -> None:
-        """Restore an average of `steps` optimizer steps that was saved."""
-        self.averages = {
-            name: averages[name].to(weight.device, copy=True) for name, weight in averaged_weights(self.model).items()
-        }
-        self.steps = steps
+    def resume(self, steps: int | None) -> None:
+        """Take up an average of `steps` optimizer steps that was saved; its tensors are then copied into `averages`.
+        None: there was none."""
+        if steps is None:
+            self.averages = {}
+        elif not self.active:
+            self.begin()
+        self.steps = steps or 0

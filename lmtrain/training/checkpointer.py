@@ -1,6 +1,6 @@
 """Saves the checkpoints of a run, and restores the run from them as if it had never been stopped."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -11,16 +11,15 @@ from lmtrain.config import Config
 from lmtrain.data.preparation import Corpora
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError
 from lmtrain.runs import checkpoint
+from lmtrain.runs.checkpoint import MODEL_FILE, TRAINING_FILE
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
-from lmtrain.runs.ngram_counts import COUNTS_FILE, dump_counts
-from lmtrain.runs.weights import load_weights, named_weights
-from lmtrain.system.device import random_state, seed_of, set_random_state
-from lmtrain.system.files import hash_of, write_atomically
+from lmtrain.runs.weights import is_finite, named_weights
+from lmtrain.system.device import random_state, seed_generators, seed_of, set_random_state
 from lmtrain.system.processes import SingleProcess
 from lmtrain.training.averaging import averaged_weights
 from lmtrain.training.optimization import optimizer_tensors, set_optimizer_tensors
-from lmtrain.training.state import LoadedCheckpoint, TrainingState, part_of, read_saved
+from lmtrain.training.state import SavedCheckpoint, TrainingState, open_checkpoint, part_of
 from lmtrain.training.step import TrainingStep
 
 # what may differ when a run is resumed: where it ends, what it shows and keeps, where things lie
@@ -34,9 +33,11 @@ MAY_CHANGE = (
 class Checkpointer:
     """The checkpoints of one run: what is saved in them, which are kept, and how the run is restored.
 
-    Args:
-        counts: the counted n-grams of the model, if it has any.
+    Attributes:
+        counts_digest: SHA-256 of the file of counted n-grams, if the model has any; set it before the first save.
     """
+
+    counts_digest: str | None = None
 
     def __init__(
         self,
@@ -45,20 +46,9 @@ class Checkpointer:
         corpora: Corpora,
         config: Config,
         processes: SingleProcess,
-        counts: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.run, self.step, self.corpora, self.config, self.processes = run, step, corpora, config, processes
         self.model, self.device = step.model, step.device
-        self._counts = None if counts is None or processes.rank else dump_counts(counts)
-        self.counts_digest = None if self._counts is None else hash_of(self._counts)
-
-    def write_counts(self) -> None:
-        """Write the file of counted n-grams if it is missing or damaged, once nothing prevents the run from
-        starting."""
-        path = self.run.path / COUNTS_FILE
-        if self._counts is not None and not (path.is_file() and hash_of(path.read_bytes()) == self.counts_digest):
-            write_atomically(path, self._counts)
-        self._counts = None
 
     def save(self, state: TrainingState, lengths: dict[str, int], begun_in: dict[str, Any]) -> None:
         """Save the run as it stands, then remove checkpoints that are neither among the newest `keep` nor the best.
@@ -80,7 +70,7 @@ class Checkpointer:
             "environment": begun_in,
             **({} if self.counts_digest is None else {"counts": self.counts_digest}),
         }
-        if not all(bool(torch.isfinite(weight).all()) for weight in named_weights(self.model).values()):
+        if not all(map(is_finite, named_weights(self.model).values())):
             raise DivergedError(f"step {state.step}: a weight is not finite; try a lower optimizer.lr")
         carried = {} if self.step.carried is None else self.step.carried.tensors()
         carried = {name: torch.cat(self.processes.gather_tensor(part.cpu())) for name, part in carried.items()}
@@ -112,98 +102,126 @@ class Checkpointer:
             self.run.write_pointer("best", {"step": state.best_step, "valid_loss": state.best_loss})
         self.run.write_pointer("last", {"step": state.step})
 
-    def restore(self, notify: Callable[[str], None]) -> LoadedCheckpoint | None:
+    def restore(self, notify: Callable[[str], None]) -> SavedCheckpoint | None:
         """Restore the run from its newest whole checkpoint; returns it, or None if there is no checkpoint.
 
         Raises:
             DataError: the training text has changed.
             ArtefactError: there are checkpoints, but none is whole and of this run.
         """
-        saved = self._read_and_share(lambda: self._newest(notify))
-        if saved is None:
+        loaded = self._load_and_share(lambda: self._newest(notify))
+        if loaded is None:
             return None
-        self._load(saved)
+        saved, tensors = loaded
         carried = self.step.carried
         try:
             if carried is not None:
                 rows = slice(self.processes.rank * carried.columns, (self.processes.rank + 1) * carried.columns)
-                tensors = part_of(saved.training, "carried")
-                carried.load({name: part[rows] for name, part in tensors.items()}, self.device)
-            self._restore_random_state(saved)
+                parts = part_of(tensors, "carried")
+                carried.load({name: part[rows] for name, part in parts.items()}, self.device)
+            self._restore_random_state(saved.state.step, tensors)
         except (KeyError, RuntimeError, TypeError, ValueError):
-            raise ArtefactError(f"{saved.name}/training.safetensors: not of this run") from None
+            raise _foreign(saved) from None
         if self.processes.rank == 0:
             self._point(saved.state)  # a run that was killed between a save and its pointers catches up here
         self._note_differences(saved.environment, notify)
         notify(f"resumed from step {saved.state.step}")
         return saved
 
-    def _newest(self, notify: Callable[[str], None]) -> LoadedCheckpoint | None:
-        """The newest whole checkpoint of this run and of its text; raises as `restore`."""
-        checkpoint.remove_leftovers(self.run.checkpoints)
-        saved = checkpoint.load_first_whole(
-            checkpoint.steps(self.run.checkpoints),
-            lambda step: read_saved(self.run, self.config, self.corpora.tokenizer, step),
-            notify,
-        )
-        if saved is None:
-            return None
-        for path in sorted(saved.data.keys() | self.corpora.hashes.keys()):
-            if self.corpora.hashes.get(path) != saved.data.get(path):
-                raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
-        if saved.counts != self.counts_digest:
-            raise ArtefactError(f"{saved.name}: was trained with other n-gram counts than this lmtrain makes")
-        return saved
-
-    def _read_and_share(self, read: Callable[[], LoadedCheckpoint | None]) -> LoadedCheckpoint | None:
-        """Read a checkpoint in rank 0 and give it to every process: others may be on machines that can't see the run
-        directory."""
-        processes = self.processes
-        saved = processes.run_in_all(lambda: read() if processes.rank == 0 else None, rank_0_first=True)
-        facts = None if saved is None else [saved.name, asdict(saved.state), saved.environment]
-        if (shared := processes.broadcast(facts)) is None:
-            return None
-        name, state, begun_in = shared
-        model = processes.broadcast_tensors({} if saved is None else saved.model)
-        training = processes.broadcast_tensors({} if saved is None else saved.training)
-        return saved or LoadedCheckpoint(name, model, training, TrainingState.from_json(state), {}, begun_in, {})
-
-    def _restore_random_state(self, saved: LoadedCheckpoint) -> None:
-        """Restore this process's random state; a rank that saved none gets a seed that no other process has."""
-        rank = self.processes.rank
-        if rank == 0:
-            set_random_state(saved.training, self.device)
-        elif f"cpu/{rank}" in saved.training:
-            names = {name: f"{name}/{rank}" for name in random_state(self.device)}  # a run on the CPU saved no device's
-            own = {name: saved.training[key] for name, key in names.items() if key in saved.training}
-            set_random_state(own, self.device)
-        else:
-            torch.manual_seed(seed_of(self.config.seed, saved.state.step, rank))
-
-    def _load(self, saved: LoadedCheckpoint) -> None:
-        """Load the weights, their average and the state of the optimizers."""
-        weights, averaged_steps = saved.model, saved.state.averaged_steps
-        try:
-            if averaged_steps is not None:
-                weights = saved.model | part_of(saved.training, "weights")
-                self.step.averaging.load(saved.model, averaged_steps)
-            load_weights(self.model, weights)
-            set_optimizer_tensors(self.step.optimizers, self.model, part_of(saved.training, "optimizer"))
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            raise ArtefactError(f"{saved.name}/training.safetensors: not of this run") from None
-
     def roll_back(self, step: int, notify: Callable[[str], None]) -> None:
         """Load the weights, their average and the optimizer state that were saved at a step; nothing else changes."""
 
-        def read() -> LoadedCheckpoint | None:
+        def read() -> tuple[SavedCheckpoint, dict[str, Tensor]] | None:
             try:
-                return read_saved(self.run, self.config, self.corpora.tokenizer, step)
+                saved = open_checkpoint(self.run, self.config, self.corpora.tokenizer, step)
+                saved.read_tensors({})  # all is checked before a weight changes
             except ArtefactError as error:
                 notify(f"warning: continuing with the weights as they are: {error}")
                 return None
+            return saved, self._load(saved)
 
-        if (saved := self._read_and_share(read)) is not None:
-            self._load(saved)
+        self._load_and_share(read)
+
+    def _newest(self, notify: Callable[[str], None]) -> tuple[SavedCheckpoint, dict[str, Tensor]] | None:
+        """Load the newest whole checkpoint of this run and of its text, as `_load`; raises as `restore`."""
+
+        def read(step: int) -> tuple[SavedCheckpoint, dict[str, Tensor]]:
+            saved = open_checkpoint(self.run, self.config, self.corpora.tokenizer, step)
+            return saved, self._load(saved)
+
+        checkpoint.remove_leftovers(self.run.checkpoints)
+        loaded = checkpoint.load_first_whole(checkpoint.steps(self.run.checkpoints), read, notify)
+        if loaded is None:
+            return None
+        saved, _ = loaded
+        for path in sorted(saved.data.keys() | self.corpora.hashes.keys()):
+            if self.corpora.hashes.get(path) != saved.data.get(path):
+                raise DataError(f"{path}: changed since the run was begun; put it back, or train a new run")
+        return loaded
+
+    def _load(self, saved: SavedCheckpoint) -> dict[str, Tensor]:
+        """Read the weights and their average in place, and all other tensors beside them; returns all, by name.
+
+        Raises:
+            ArtefactError: the checkpoint is damaged; then the weights are not to be used.
+        """
+        tensors = self._places(saved.state.averaged_steps)
+        specs = saved.files[MODEL_FILE].specs | saved.files[TRAINING_FILE].specs
+        if not tensors.keys() <= specs.keys():
+            raise _foreign(saved)
+        tensors |= {name: spec.empty(self.device) for name, spec in specs.items() if name not in tensors}
+        saved.read_tensors(tensors)
+        return tensors
+
+    def _places(self, averaged_steps: int | None) -> dict[str, Tensor]:
+        """Return where the saved weights and their average go, by the names of `SavedCheckpoint.read_tensors`. The
+        optimizers give up their state, so that there is memory for the saved one."""
+        for optimizer in self.step.optimizers:
+            optimizer.state.clear()
+        averaging = self.step.averaging
+        averaging.resume(averaged_steps)
+        places = named_weights(self.model)
+        if averaging.active:
+            beside = {f"weights/{name}": weight for name, weight in averaged_weights(self.model).items()}
+            places = places | beside | averaging.averages
+        return {name: place.detach() for name, place in places.items()}
+
+    def _load_and_share(
+        self, load: Callable[[], tuple[SavedCheckpoint, dict[str, Tensor]] | None]
+    ) -> tuple[SavedCheckpoint, dict[str, Tensor]] | None:
+        """Load a checkpoint in rank 0, and give it to every process: others may be on machines that can't see the run
+        directory. Then the optimizers have their state, and what the tensors are named is as in `_load`."""
+        processes = self.processes
+        loaded = processes.run_in_all(lambda: load() if processes.rank == 0 else None, rank_0_first=True)
+        saved, tensors = loaded or (None, {})
+        facts = None if saved is None else [saved.name, asdict(saved.state), saved.environment]
+        if (shared := processes.broadcast(facts)) is None:
+            return None
+        if saved is None:
+            name, state, begun_in = shared
+            saved = SavedCheckpoint(name, {}, TrainingState.from_json(state), {}, begun_in, {})
+            tensors = self._places(saved.state.averaged_steps)
+        for name, tensor in processes.broadcast_tensors(tensors):
+            if name not in tensors:
+                tensors[name] = tensor
+            elif processes.rank:
+                tensors[name].copy_(tensor)
+        try:
+            set_optimizer_tensors(self.step.optimizers, self.model, part_of(tensors, "optimizer"))
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise _foreign(saved) from None
+        return saved, tensors
+
+    def _restore_random_state(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Restore this process's random state; a rank that saved none gets a seed that no other process has."""
+        rank = self.processes.rank
+        if rank == 0:
+            set_random_state(tensors, self.device)
+        elif f"cpu/{rank}" in tensors:
+            names = {name: f"{name}/{rank}" for name in random_state(self.device)}  # a run on the CPU saved no device's
+            set_random_state({name: tensors[key] for name, key in names.items() if key in tensors}, self.device)
+        else:
+            seed_generators(seed_of(self.config.seed, step, rank), self.device)
 
     def _note_differences(self, begun_in: dict[str, Any], notify: Callable[[str], None]) -> None:
         """Say what differs from the environment in which the run was begun."""
@@ -214,6 +232,10 @@ class Checkpointer:
                     f"note: {key} is {here[key]}, was {begun_in.get(key)}: the result is no longer bit-identical to an "
                     "uninterrupted run's"
                 )
+
+
+def _foreign(saved: SavedCheckpoint) -> ArtefactError:
+    return ArtefactError(f"{saved.name}/{TRAINING_FILE}: not of this run")
 
 
 def check_unchanged(saved: Config, config: Config) -> None:

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,26 @@ from torch.optim import Optimizer
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.training.muon import Muon
 
-# When the first optimizer is made, PyTorch imports its compiler, which takes two seconds, only to switch it off. It
-# skips the import if this attribute, PyTorch's own cache, is set. `optimizer_step` avoids a second such import.
-_add_group = inspect.unwrap(Optimizer.add_param_group)
-_add_group.__dynamo_disable = _add_group
-
 WEIGHT_SHAPED = (torch.optim.AdamW, torch.optim.SGD, torch.optim.SparseAdam, Muon)
 """Optimizers whose state for a weight is tensors of the weight's shape, and a count of steps."""
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Within this context, making an optimizer does not import PyTorch's compiler.
+
+    That takes two seconds, and PyTorch does it only to switch the compiler off. It skips the import if this attribute,
+    PyTorch's own cache, is set. `optimizer_step` avoids a second such import.
+    """
+    add_group = inspect.unwrap(Optimizer.add_param_group)
+    cached = hasattr(add_group, "__dynamo_disable")
+    if not cached:
+        add_group.__dynamo_disable = add_group
+    try:
+        yield
+    finally:
+        if not cached:
+            del add_group.__dynamo_disable
 
 
 def has_sparse_embedding(model: LanguageModel, name: str, weight_decay: float) -> bool:
@@ -31,6 +45,7 @@ def has_sparse_embedding(model: LanguageModel, name: str, weight_decay: float) -
     return name == "sgd" and weight_decay == 0 and not tied
 
 
+@without_compiler()
 def build_optimizers(
     model: LanguageModel,
     *,
@@ -233,7 +248,8 @@ def optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel) -> 
 
 
 def set_optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel, tensors: dict[str, Tensor]) -> None:
-    """Restore what `optimizer_tensors` returned. An optimizer's state may have any shape, as factored state has.
+    """Restore what `optimizer_tensors` returned. An optimizer's state may have any shape, as factored state has. The
+    optimizers keep these tensors themselves, no copies.
 
     Raises:
         KeyError: a weight that the model does not have, or that no optimizer moves.
@@ -251,4 +267,4 @@ def set_optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel,
             raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(wanted)}")
         # a step counter stays where the fused optimizer wants it: beside its weight
         integer = isinstance(optimizer, torch.optim.SparseAdam) and key == "step"
-        optimizer.state[parameter][key] = int(value) if integer else value.to(parameter.device).clone()
+        optimizer.state[parameter][key] = int(value) if integer else value.to(parameter.device)

@@ -6,7 +6,7 @@ tokens of all processes, so gradients are summed, not averaged.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from lmtrain.model.objectives import Layout, Losses, Objective
 from lmtrain.model.states import ModelState
 from lmtrain.system.device import random_state, set_random_state
 from lmtrain.system.processes import SingleProcess
+from lmtrain.training.graphs import BatchGraphs
 
 
 class _Loss(nn.Module):
@@ -33,13 +34,23 @@ class _Loss(nn.Module):
 
 
 class Gradients:
-    """Forward and backward passes of one process, whose gradients are summed over all processes."""
+    """Forward and backward passes of one process, whose gradients are summed over all processes.
 
-    def __init__(self, model: LanguageModel, processes: SingleProcess) -> None:
+    Args:
+        carries_state: the state at the end of a batch is the start of the next one.
+    """
+
+    def __init__(self, model: LanguageModel, processes: SingleProcess, carries_state: bool = False) -> None:
+        """Args:
+        carries_state: the state at the end of a batch is the start of the next one.
+        """
         self.model, self.processes = model, processes
         self.complete_s = 0.0  # when this process had computed its last gradient, by `time.perf_counter`
         self._loss, self._parallel = _Loss(model), None
+        self._graphs = None
         if not processes.under_torchrun:
+            if BatchGraphs.suit(model):
+                self._graphs = BatchGraphs(model, carries_state)
             return
         from torch.nn.parallel import DistributedDataParallel
 
@@ -49,12 +60,18 @@ class Gradients:
             *([model.embedding.weight] if model.embedding.sparse else []),
         ]
         names = {name for name, weight in self._loss.named_parameters() if any(weight is own for own in self._sparse)}
+        names |= {name for name, _ in self._loss.named_buffers()}  # every process has made the same ones
         self._loss._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
         with processes.communicating():
-            self._parallel = DistributedDataParallel(self._loss, gradient_as_bucket_view=True, broadcast_buffers=False)
+            self._parallel = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
         self._parallel.register_comm_hook(None, lambda state, bucket: self._sum_bucket(bucket))
 
     _parallel: Any
+
+    @property
+    def lay_out(self) -> Callable[..., Layout]:
+        """What lays out a batch for `add`, with the arguments of `LanguageModel.lay_out`."""
+        return self.model.lay_out if self._graphs is None else self._graphs.lay_out
 
     def _sum_bucket(self, bucket: Any) -> Any:
         if bucket.is_last():
@@ -78,6 +95,8 @@ class Gradients:
             precision: the context in which the matrix products run.
             last: whether this is the last batch of the step; only then are gradients summed over the processes.
         """
+        if self._graphs is not None and layout is not None:
+            return self._graphs.add(layout, weights, state, precision)
         run = self._loss if self._parallel is None else self._parallel
         alone = nullcontext() if self._parallel is None or last else self._parallel.no_sync()
         with self.processes.communicating(), alone:

@@ -1,12 +1,9 @@
 """From a configuration to a training run: a new one, or one that is resumed."""
 
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from lmtrain.config import Config, load_config
 from lmtrain.data.batches.loader import training_batches
@@ -15,9 +12,9 @@ from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ConfigError, DataError, out_of_memory
 from lmtrain.runs.directory import RunDirectory, create_run, find_resumable, refuse_nonempty, refuse_read_only
-from lmtrain.runs.environment import environment
+from lmtrain.runs.environment import device_of, environment
 from lmtrain.runs.ngram_counts import check_countable
-from lmtrain.system.device import choose_device, keep_freed_memory
+from lmtrain.system.device import scoped_settings
 from lmtrain.system.processes import SingleProcess, join_processes, require_equal
 from lmtrain.system.progress import NullProgress, Progress
 from lmtrain.system.signals import noted_signals
@@ -35,6 +32,10 @@ def train(
 ) -> TrainingResult:
     """Train the model that a configuration describes, together with all processes that torchrun started for it.
 
+    What PyTorch keeps for the whole process (random state, threads, determinism) is as before at the end. The command
+    line also changes what can't be set back: see `lmtrain.system.variables`, and `keep_freed_memory` in
+    `lmtrain.system.device`, which makes steps on the CPU faster.
+
     Args:
         config: a configuration, the path of its file, or a function that loads it.
         run_dir: the run directory, new or empty; default `runs_dir/name`, with -2, -3 ... if that is taken.
@@ -47,7 +48,6 @@ def train(
         StoppedError: a signal ended the training; its state is saved.
         PeerError: another process has a fault and reports it.
     """
-    start_s = time.monotonic()
     named = None if run_dir is None else str(run_dir)
     with join_processes() as processes:
         settings = processes.run_in_all(lambda: _settings(config, processes))
@@ -55,7 +55,7 @@ def train(
         require_equal(processes, flatten_keys(settings.model_dump()), differs, ConfigError)
         shown = progress if progress is not None and processes.rank == 0 else NullProgress()
         try:
-            return _train(settings, named, resume, stop_at_step, shown, start_s, processes)
+            return _train(settings, named, resume, stop_at_step, shown, processes)
         finally:
             shown.close()
 
@@ -80,32 +80,32 @@ def _train(
     resume: bool,
     stop_at_step: int | None,
     progress: Progress,
-    start_s: float,
     processes: SingleProcess,
 ) -> TrainingResult:
     """Find or make the run directory, prepare the data, and train while the run is locked."""
     first = processes.rank == 0
     begun = processes.run_in_all(lambda: _find_begun(config, named, resume, progress, processes) if first else None)
     run, tokenizer = begun or (None, None)
-    device = processes.run_in_all(lambda: choose_device(config.training.device))
-    keep_freed_memory()
-    if (threads := config.training.num_threads or processes.threads()) is not None:
-        torch.set_num_threads(threads)
+    device = processes.run_in_all(lambda: device_of(config, progress.note, run))
     corpora = _prepare(config, progress, tokenizer, processes)  # before the run directory: its faults leave nothing
-    processes.run_in_all(lambda: check_countable(config, corpora.train))
+    processes.run_in_all(lambda: check_countable(config, len(corpora.train.tokens)))
     batches = processes.run_in_all(lambda: training_batches(config, corpora.train, corpora.tokenizer.eos_id))
     new = run is None and first
     if new:
         run = create_run(config, named)
     path = processes.broadcast(None if run is None else str(run.path))
     run = run or RunDirectory(Path(path))
-    with run.locked() if first else nullcontext():
+    threads = config.training.num_threads or processes.threads()
+    with (
+        run.locked(progress.note) if first else nullcontext(),
+        scoped_settings(device, threads),
+        ExitStack() as opened,
+    ):
         if new:
             refuse_nonempty(run.path)  # another process may have been quicker
             run.write_start(config, corpora.tokenizer, environment(device, processes.world_size, processes.launch))
-        trainer = None
         try:
-            trainer = Trainer(config, run, corpora, batches, device, progress, start_s, processes)
+            trainer = Trainer(config, run, corpora, batches, device, progress, processes, opened)
             if first and not new:
                 run.write_config(config)  # some of its keys may change in a resume
             with noted_signals() as stopped_by:
@@ -118,9 +118,6 @@ def _train(
             if (memory := out_of_memory(error, f"lower batching.{size} or model.hidden_size")) is not None:
                 raise memory from None
             raise
-        finally:
-            if trainer is not None:
-                trainer.close()
 
 
 def _find_begun(

@@ -15,10 +15,11 @@ from lmtrain.config import Config
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError
 from lmtrain.runs import checkpoint
-from lmtrain.runs.checkpoint import TRAINING_FILE, TensorSpec
+from lmtrain.runs.checkpoint import FILES, MODEL_FILE, TRAINING_FILE
 from lmtrain.runs.directory import RunDirectory
-from lmtrain.runs.loading import read_weights
-from lmtrain.runs.weights import check_finite, weight_specs
+from lmtrain.runs.loading import open_weights
+from lmtrain.runs.tensor_file import SavedFile, TensorSpec
+from lmtrain.runs.weights import weight_specs
 from lmtrain.training.figures import Window
 
 FACTS = TypeAdapter(tuple[dict[str, int], dict[str, Any], dict[str, str]])
@@ -56,42 +57,51 @@ class TrainingState:
         return found
 
 
-class LoadedCheckpoint(NamedTuple):
-    """A checkpoint that is whole and belongs to this run."""
+class SavedCheckpoint(NamedTuple):
+    """A checkpoint that belongs to this run: its state, and its files, whose tensors are not read yet."""
 
     name: str
-    model: dict[str, Tensor]
-    training: dict[str, Tensor]  # `PART/NAME`: optimizer, carried state, weights beside their average; random state
+    files: dict[str, SavedFile]
     state: TrainingState
     lengths: dict[str, int]  # bytes of each metric file
     environment: dict[str, Any]  # the environment in which the run was begun
     data: dict[str, str]  # SHA-256 of each file
     counts: Any = None  # SHA-256 of the run's counted n-grams
 
+    def read_tensors(self, places: Mapping[str, Tensor]) -> None:
+        """Copy the tensors to their places, by name, and check the files, as `SavedFile.read_tensors`.
 
-def read_saved(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: int) -> LoadedCheckpoint:
-    """Read a checkpoint. Its tensors are compared with the configuration before memory is taken for them.
+        A weight, or its average where there is one, has the weight's name; the rest of a training is named `PART/NAME`,
+        with the parts `optimizer`, `carried` (hidden states) and `weights` (beside their average); random states have
+        the names of `random_state`, with `/RANK` for all ranks but 0.
+
+        Raises:
+            ArtefactError: a file is damaged, or a weight is not finite.
+        """
+        self.files[MODEL_FILE].read_tensors(places, finite="")
+        self.files[TRAINING_FILE].read_tensors(places, finite="weights/")
+
+
+def open_checkpoint(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: int) -> SavedCheckpoint:
+    """Read the state of a checkpoint, and compare its tensors with the configuration before memory is taken for them.
 
     Raises:
         ArtefactError: damaged, or not of this run.
     """
     home = str(checkpoint.directory_of(run.checkpoints, step))
     wanted = weight_specs(config, tokenizer.vocab_size)
-    saved = read_weights(run, tokenizer, step, wanted)
-    for name, spec in checkpoint.read_headers(run.checkpoints, step, (TRAINING_FILE,))[TRAINING_FILE].items():
+    files, saved = open_weights(run, tokenizer, step, wanted, FILES)
+    for name, spec in files[TRAINING_FILE].specs.items():
         if not _belongs(name, spec, wanted, config):
             raise ArtefactError(f"{home}/training.safetensors: tensor {name[:100]!r} is not of this run")
-    training = checkpoint.load(run.checkpoints, step, (TRAINING_FILE,)).training
-    check_finite(part_of(training, "weights"), f"{home}/{TRAINING_FILE}")
     try:
-        state = TrainingState.from_json(saved.state["training"])
-        lengths, begun_in, data = FACTS.validate_python([saved.state[k] for k in ("lengths", "environment", "data")])
+        state = TrainingState.from_json(saved["training"])
+        lengths, begun_in, data = FACTS.validate_python([saved[k] for k in ("lengths", "environment", "data")])
         if state.step != step or min(lengths.values(), default=0) < 0:
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise ArtefactError(f"{home}/state.json: not a training state") from None
-    counts = saved.state.get("counts")
-    return LoadedCheckpoint(home, saved.model, training, state, lengths, begun_in, data, counts)
+    return SavedCheckpoint(home, files, state, lengths, begun_in, data, saved.get("counts"))
 
 
 def _belongs(name: str, spec: TensorSpec, wanted: Mapping[str, TensorSpec], config: Config) -> bool:
@@ -100,15 +110,16 @@ def _belongs(name: str, spec: TensorSpec, wanted: Mapping[str, TensorSpec], conf
     match part:
         case "weights":
             return spec == wanted.get(rest)
-        case "optimizer":  # any shape passes here: `set_optimizer_tensors` checks it
-            return rest.partition("/")[2] in wanted
+        case "optimizer":  # `set_optimizer_tensors` checks the shape; here it is only no larger than the weight's
+            weight = wanted.get(rest.partition("/")[2])
+            return weight is not None and prod(spec.shape) <= max(1, prod(weight.shape))
         case "carried":
             model, rows = config.model, config.batching.batch_size
             sizes = [*(model.layer_sizes or [model.hidden_size]), *model.ngram_embeddings, model.ngram_counts or 0]
             known = rest == "history" or re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
             return known and len(spec.shape) == 2 and spec.shape[0] == rows and spec.shape[1] <= max(sizes)
         case _:
-            random = part in ("cpu", "cuda") and re.fullmatch("[0-9]{0,6}", rest) is not None  # one per process
+            random = re.fullmatch("[a-z]{2,20}/?[0-9]{0,6}", name) is not None  # a type of device, a rank
             return random and spec.dtype == "U8" and prod(spec.shape) <= LARGEST_RANDOM_STATE
 
 

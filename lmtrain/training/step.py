@@ -73,12 +73,12 @@ class TrainingStep:
         self.processes = processes = processes or SingleProcess()
         self.model, self.device = model, model.embedding.weight.device
         self.precision, self.synchronised_s = "fp32", 0.0
-        self.lay_out = None if self.device.type == "cpu" else model.lay_out
         self.clip_grad_norm = config.optimizer.clip_grad_norm
         model.embedding.sparse = has_sparse_embedding(model, config.optimizer.name, config.optimizer.weight_decay)
         self.optimizers = build_optimizers(model, **config.optimizer.model_dump(exclude={"clip_grad_norm"}))
         self.averaging = Averaging(model, name=config.averaging.name, decay=config.averaging.decay)
-        self.gradients = Gradients(model, processes)
+        self.gradients = Gradients(model, processes, columns is not None)
+        self.lay_out = None if self.device.type == "cpu" else self.gradients.lay_out
         self.carried = None if columns is None else CarriedState(columns // processes.world_size)
         weights = config.training.loss_weights.model_dump()
         self.loss_weights: LossWeights = {objective: weights[objective] for objective in model.objectives}
@@ -118,7 +118,7 @@ class TrainingStep:
                 carried.store(each.order, losses.state)
             if not each.idle:
                 padded_tokens += batch.tokens.numel()
-            own_nats += [torch.zeros_like(part) if each.idle else part for part in losses.nats.values()]
+            own_nats += [torch.zeros_like(part) if each.idle else part.clone() for part in losses.nats.values()]
 
         # 3. Exchange: every process gets the nats of all processes. Only to fetch them, and the norm of the gradient,
         # does a step wait for the device.

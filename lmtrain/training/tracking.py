@@ -12,13 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 from torch.utils.tensorboard.summary import histogram, hparams, scalar, text
 
 from lmtrain.errors import StorageError
-from lmtrain.system.files import reason_of
+from lmtrain.system.files import reason_of, sync_file
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.out.tfevents*"
@@ -45,7 +46,7 @@ class Tracker:
                     path.unlink(missing_ok=True)
                 elif path.exists() and path.stat().st_size > lengths[path.name]:
                     os.truncate(path, lengths[path.name])
-            self.metrics = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115  # until `close`
+            self.metrics = open(run / METRICS, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  # until `close`
         except OSError as error:
             raise self._fault(error) from None
         if self.metrics.tell() < lengths.get(METRICS, 0):
@@ -73,9 +74,10 @@ class Tracker:
         self._on_board(lambda board: board.write(step, _summaries(values)))
 
     def histograms(self, step: int, model: nn.Module) -> None:
-        """Write the distribution of every weight."""
-        weights = ((name, weight.detach().cpu().numpy()) for name, weight in model.named_parameters())
-        summaries = (histogram(name, values, HISTOGRAM_BINS) for name, values in weights)
+        """Write the distribution of every weight. A weight with values that are not finite has none, and is left out:
+        such a run ends at its next save."""
+        weights = ((name, weight.detach().cpu().double().numpy()) for name, weight in model.named_parameters())
+        summaries = (histogram(name, values, HISTOGRAM_BINS) for name, values in weights if np.isfinite(values).all())
         self._on_board(lambda board: board.write(step, summaries))
 
     def hyperparameters(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
@@ -99,8 +101,7 @@ class Tracker:
     def lengths(self) -> Lengths:
         """Return the bytes of each metric file, once all rows are on the disk itself."""
         try:
-            self.metrics.flush()
-            os.fsync(self.metrics.fileno())
+            sync_file(self.metrics)
             return {path.name: path.stat().st_size for path in [self.run / METRICS, *self.run.glob(EVENTS)]}
         except OSError as error:
             raise self._fault(error) from None

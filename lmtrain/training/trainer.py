@@ -7,6 +7,7 @@ for bit as if it had never been stopped.
 import math
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
-from lmtrain.runs.ngram_counts import count_text
+from lmtrain.runs.ngram_counts import read_or_count
 from lmtrain.runs.weights import build_model
-from lmtrain.system.device import autocast, choose_precision, seed_of
+from lmtrain.system.device import choose_precision, seed_generators, seed_of
 from lmtrain.system.processes import SingleProcess
 from lmtrain.system.progress import Progress
 from lmtrain.training.checkpointer import Checkpointer, flatten_keys
@@ -43,7 +44,11 @@ class TrainingResult:
 
 
 class Trainer:
-    """One training run, from a fresh start or from its last good checkpoint to its end."""
+    """One training run, from a fresh start or from its last good checkpoint to its end.
+
+    Args:
+        opened: closes the metric files and ends the loader's thread when the training ends, or fails to start.
+    """
 
     def __init__(
         self,
@@ -53,26 +58,20 @@ class Trainer:
         batches: TrainingBatches,
         device: torch.device,
         progress: Progress,
-        start_s: float,
         processes: SingleProcess,
+        opened: ExitStack,
     ) -> None:
         self.config, self.run, self.corpora = config, run, corpora
-        self.device, self.progress, self.start_s, self.processes = device, progress, start_s, processes
-        torch.manual_seed(config.seed)
+        self.device, self.progress, self.processes, self.opened = device, progress, processes, opened
+        seed_generators(config.seed, device)
         self.model = build_model(config, corpora.tokenizer.vocab_size)
-        if config.model.ngram_counts is not None:
-            progress.note(f"counting n-grams of up to {config.model.ngram_counts} tokens")
-        counts = processes.run_in_all(lambda: count_text(config, corpora.train, corpora.tokenizer))
-        if counts is not None:
-            self.model.load_counts(counts)
         self.model.to(device)
         if processes.rank:  # the weights are equal, but each process draws a dropout of its own
-            torch.manual_seed(seed_of(config.seed, 0, processes.rank))
+            seed_generators(seed_of(config.seed, 0, processes.rank), device)
         self.step = TrainingStep(config, self.model, batches.columns, processes)
         self.validation = Validation(config, corpora, self.model, self.step.loss_weights, processes)
-        self.checkpointer = Checkpointer(run, self.step, corpora, config, processes, counts)
+        self.checkpointer = Checkpointer(run, self.step, corpora, config, processes)
         self._restore_or_begin()
-        self.checkpointer.write_counts()
         self.step.precision = self.state.precision
         self._open_loader(batches)
         self.window_start_s = time.monotonic()
@@ -86,7 +85,7 @@ class Trainer:
         if restored is not None:
             self.state, self.begun_in = restored.state, restored.environment
         else:
-            chosen = choose_precision(self.config.training.precision, self.device, self.config.model.hidden_size)
+            chosen = choose_precision(self.config.training.precision, self.device, self.config.model.largest_layer)
             precision, why = self.processes.broadcast(chosen)
             if self.device.type != "cpu":
                 why = f"{why}; {self.model.stack('forward').describe_precision(precision, self.device)}"
@@ -100,6 +99,22 @@ class Trainer:
             if rank == 0:
                 self.run.write_environment(self.begun_in)
         self.tracker = NullTracker() if rank else Tracker(self.run.path, lengths, self.progress.note)
+        self.opened.callback(self.tracker.close)
+        if self.config.model.ngram_counts is not None:
+            self._load_counts(None if restored is None else restored.counts)
+
+    def _load_counts(self, digest: object) -> None:
+        """Give the model its counted n-grams. Rank 0 reads or counts them, and sends them to the other processes, which
+        may be on machines that can't see the run directory."""
+
+        def of_rank_0() -> tuple[dict[str, torch.Tensor], str] | None:
+            tokenizer, text = self.corpora.tokenizer, self.corpora.train
+            if self.processes.rank:
+                return None
+            return read_or_count(self.run.path, digest, self.config, text, tokenizer, self.progress.note)
+
+        counts, self.checkpointer.counts_digest = self.processes.run_in_all(of_rank_0, rank_0_first=True) or ({}, None)
+        self.model.load_counts(dict(self.processes.broadcast_tensors(counts)))
 
     def _open_loader(self, batches: TrainingBatches) -> None:
         """Begin to load batches from the state's position on, and make several processes ready to train."""
@@ -108,6 +123,7 @@ class Trainer:
         self.loader = BatchLoader(
             batches, pad_id, accumulate, self.state.epoch, self.state.next_batch, shard, self.step.lay_out
         )
+        self.opened.callback(self.loader.close)
         first = self.loader.peek()
         self.epoch_batches = first.epoch_batches
         self.step.warm_up(first.batches[0])
@@ -132,13 +148,15 @@ class Trainer:
     def run_to_end(self, stopped_by: list[int], stop_at_step: int | None) -> TrainingResult:
         """Train until the configured end, a signal, or `stop_at_step`."""
         self.model.train()
-        self.elapsed_before_s, self.stopped_by = self.state.elapsed_s, stopped_by
+        self.elapsed_before_s, self.start_s, self.stopped_by = self.state.elapsed_s, time.monotonic(), stopped_by
         self._synchronise()
         self.saved_s = self.elapsed_s
         if self.state.finished and self._ended():
             self.progress.note(f"the run ended at step {self.state.step} already; nothing to do")
             return self._result()
         self.state.finished = False
+        if self.state.validated_step != self.state.step and self._validation_due():  # a signal broke it off
+            self._end_step()
         while not self._ended():
             batches = self.loader.take()
             rate, number = self._learning_rate(batches), self.state.step + 1
@@ -148,26 +166,34 @@ class Trainer:
             if self.state.step % self.config.logging.every_steps == 0:
                 self._log_window()
             self.progress.update(self.state.step, self._progress(), self.figures)
-            improved = self._validate() if self._validation_due() else False
-            stop = self.signalled is not None or self.state.step == stop_at_step
-            if improved or stop or self._save_due():
-                self._save()
-            if self.signalled is not None:
-                raise StoppedError(
-                    self.signalled,
-                    f"stopped at step {self.state.step} by {signal.Signals(self.signalled).name}; the state is saved: "
-                    f"lmtrain train {self.run.path}/config.yaml --run-dir {self.run.path} --resume continues",
-                )
+            stop = self.state.step == stop_at_step
+            self._end_step(stop)
             if stop:
                 return self._result()
         return self._finish()
+
+    def _end_step(self, stop: bool = False) -> None:
+        """Validate and save if it is time to; raises StoppedError if a signal has come."""
+        improved = self._validate() if self._validation_due() else False
+        if improved or stop or self.signalled is not None or self._save_due():
+            self._save()
+        self._check_signals()
+
+    def _check_signals(self) -> None:
+        """Raise StoppedError if a signal has come; the state is saved then."""
+        if self.signalled is not None:
+            raise StoppedError(
+                self.signalled,
+                f"stopped at step {self.state.step} by {signal.Signals(self.signalled).name}; the state is saved: "
+                f"lmtrain train {self.run.path}/config.yaml --run-dir {self.run.path} --resume continues",
+            )
 
     def _ended(self) -> bool:
         training, state = self.config.training, self.state
         return (
             state.epoch >= training.max_epochs
             or (training.max_steps is not None and state.step >= training.max_steps)
-            or (training.max_minutes is not None and self.elapsed_s >= 60 * training.max_minutes)
+            or (training.max_minutes is not None and state.step > 0 and self.elapsed_s >= 60 * training.max_minutes)
             or (training.patience is not None and state.bad_validations >= training.patience)
         )
 
@@ -247,35 +273,42 @@ class Trainer:
         return self.state.next_batch == 0 if every is None else self.state.step % every == 0
 
     def _validate(self) -> bool:
-        """Validate, let the model write samples, and log both; True if the loss is the best so far."""
-        started_s = time.monotonic()
-        state, improved = self.state, False
-        state.validated_step = state.step
+        """Validate, let the model write samples, and log both; True if the loss is the best so far.
+
+        A signal breaks it off, and nothing has changed then: the resumed run repeats it.
+        """
+        started_s, state, improved = time.monotonic(), self.state, False
         self.model.eval()
         with self.step.averaging.applied():
-            with autocast(state.precision, self.device):
-                values = self.validation.figures()
-            samples = [] if self.processes.rank else self.validation.samples()
-            self.tracker.log(state.step, self._epoch(), {**values, "samples": samples})
-            if self.config.logging.histograms:
-                self.tracker.histograms(state.step, self.model)
-        if values:
-            loss = values["valid/loss"]
-            if not math.isfinite(loss):
-                raise DivergedError(
-                    f"step {state.step}: the validation loss is not finite (learning rate "
-                    f"{self.last.learning_rate:g}); try a lower optimizer.lr; the weights saved last are sound"
-                )
-            improved = state.best_loss is None or loss < state.best_loss
-            if improved:
-                state.best_loss, state.best_step, state.best_figures = loss, state.step, values
-            state.bad_validations = 0 if improved else state.bad_validations + 1
-            best = " (best)" if improved else ""
-            self.progress.note(f"step {state.step}: validation {describe_figures(values)}{best}")
-            self._react(loss, improved)
+            done = self.validation.run(self.stopped_by, state.precision)
+            if done is not None:
+                values, samples = done
+                self.tracker.log(state.step, self._epoch(), {**values, "samples": samples})
+                if self.config.logging.histograms:
+                    self.tracker.histograms(state.step, self.model)
+        if done is not None:
+            state.validated_step = state.step
+            improved = self._count_validation(values) if values else False
         self.model.train()
         self._synchronise()
         self.window_start_s += time.monotonic() - started_s  # not part of the training's tokens per second
+        return improved
+
+    def _count_validation(self, values: dict[str, float]) -> bool:
+        """Take a validation's metrics into the state of the run; True if the loss is the best so far."""
+        state, loss = self.state, values["valid/loss"]
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"step {state.step}: the validation loss is not finite (peak learning rate "
+                f"{self.config.optimizer.lr:g}); try a lower optimizer.lr; the weights saved last are sound"
+            )
+        improved = state.best_loss is None or loss < state.best_loss
+        if improved:
+            state.best_loss, state.best_step, state.best_figures = loss, state.step, values
+        state.bad_validations = 0 if improved else state.bad_validations + 1
+        best = " (best)" if improved else ""
+        self.progress.note(f"step {state.step}: validation {describe_figures(values)}{best}")
+        self._react(loss, improved)
         return improved
 
     def _react(self, loss: float, improved: bool) -> None:
@@ -310,6 +343,9 @@ class Trainer:
         """Validate and save for the last time, and write the hyperparameters for TensorBoard."""
         if self.state.validated_step != self.state.step:
             self._validate()
+        if self.state.validated_step != self.state.step:  # a signal broke it off
+            self._save()
+            self._check_signals()
         flat = flatten_keys(self.config.model_dump())
         figures = {f"hparam/{tag.replace('/', '_')}": value for tag, value in self._figures().items()}
         self.tracker.hyperparameters(flat, figures)
@@ -324,8 +360,3 @@ class Trainer:
 
     def _result(self) -> TrainingResult:
         return TrainingResult(self.run.path, self.state.step, self._figures(), self.state.best_step)
-
-    def close(self) -> None:
-        """Close the metric files and end the loader's thread."""
-        self.tracker.close()
-        self.loader.close()

@@ -1,15 +1,18 @@
 """Validation of a model in training: its figures and its samples."""
 
 import math
+from collections.abc import Sequence
+from itertools import takewhile
 
 from lmtrain.config import Config
 from lmtrain.data.batches.loader import RankShard, evaluation_batches
 from lmtrain.data.preparation import Corpora
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import PromptCodec
-from lmtrain.inference.scoring import evaluate
+from lmtrain.inference.scoring import Evaluation, evaluate
 from lmtrain.metrics import Tally
 from lmtrain.model.language_model import LanguageModel
+from lmtrain.system.device import autocast
 from lmtrain.system.processes import SingleProcess
 from lmtrain.training.figures import LossWeights, validation_figures
 
@@ -23,29 +26,50 @@ class Validation:
         self.config, self.corpora, self.model, self.weights = config, corpora, model, weights
         self.processes = processes
 
-    def figures(self) -> dict[str, float]:
-        """Return a row of validation metrics over the whole validation set; empty if there is none.
+    def run(self, stopped_by: Sequence[int], precision: str) -> tuple[dict[str, float], list[dict[str, str]]] | None:
+        """Return a row of validation metrics over the whole validation set, and the model's samples.
 
-        Each process reads its part of the set, and the sums are exchanged.
+        The model is in evaluation mode, and nothing of it changes. Each process reads its part of the set, and the sums
+        are exchanged; rank 0 writes the samples.
+
+        Args:
+            stopped_by: gets the numbers of signals while this runs, and breaks it off.
+            precision: precision of the matrix products, `fp32` or `bf16`.
+
+        Returns:
+            The metrics by tag, empty if there is no validation set, and the samples, empty except in rank 0; None in
+            every process if a signal to one of them broke the validation off.
         """
+        samples = [] if self.processes.rank else self._samples(stopped_by)
+        with autocast(precision, self.model.embedding.weight.device):
+            result = self._evaluation(stopped_by)
+        own = [value for tally in result.tallies.values() for value in (tally.nats, tally.tokens, tally.correct)]
+        broken_off, *sums = map(math.fsum, zip(*self.processes.gather([bool(stopped_by), *own]), strict=True))
+        if broken_off:
+            return None
+        if not result.tallies:
+            return {}, samples
+        each = iter(sums)
+        result.tallies = {name: Tally(next(each), int(next(each)), int(next(each))) for name in result.tallies}
+        return validation_figures(result, self.weights), samples
+
+    def _evaluation(self, stopped_by: Sequence[int]) -> Evaluation:
+        """The sums over this process's part of the validation set; no sums if there is no set."""
         if self.corpora.valid is None:
-            return {}
+            return Evaluation({})
         columns, shard = self.config.validation.columns, RankShard(self.processes.rank, self.processes.world_size)
         store, tokenizer = self.corpora.valid, self.corpora.tokenizer
         batches, carried = evaluation_batches(self.config, store, tokenizer, columns, shard=shard)
-        result = evaluate(self.model, batches, carried)
-        own = [value for tally in result.tallies.values() for value in (tally.nats, tally.tokens, tally.correct)]
-        sums = iter([math.fsum(values) for values in zip(*self.processes.gather(own), strict=True)])
-        result.tallies = {name: Tally(next(sums), int(next(sums)), int(next(sums))) for name in result.tallies}
-        return validation_figures(result, self.weights)
+        return evaluate(self.model, takewhile(lambda _: not stopped_by, batches), carried)
 
-    def samples(self) -> list[dict[str, str]]:
-        """Return the model's greedy continuations of the sample prompts."""
+    def _samples(self, stopped_by: Sequence[int]) -> list[dict[str, str]]:
+        """The model's greedy continuations of the sample prompts."""
         prompts = self.config.logging.sample_prompts
         if not prompts:
             return []
         codec = PromptCodec(self.corpora.tokenizer, stream=self.config.batching.mode == "stream")
-        written = generate(self.model, codec, prompts, max_tokens=self.config.generation.max_tokens)
+        most = self.config.generation.max_tokens
+        written = generate(self.model, codec, prompts, max_tokens=most, broken_off=lambda: bool(stopped_by))
         return [{"prompt": each.prompt, "text": each.text} for each in written]
 
 

@@ -16,12 +16,14 @@ import torch
 
 from lmtrain.check import configuration, cost
 from lmtrain.check.configuration import describe_configuration, describe_duration
-from lmtrain.check.cost import Measured, measure_cost, why_not_measured
+from lmtrain.check.cost import Counting, Measured, measure_cost, why_not_measured
 from lmtrain.config import load_config
 from lmtrain.data.preparation import prepare
 from lmtrain.data.store.token_store import ARRAYS
 from lmtrain.data.text import excerpts
-from lmtrain.errors import DataError
+from lmtrain.errors import ConfigError, DataError
+from lmtrain.model.ngrams.counts import COUNTING_BYTES
+from lmtrain.runs import ngram_counts
 from lmtrain.training.start import train
 from lmtrain.training.step import TrainingStep
 
@@ -173,6 +175,7 @@ def test_small_files_are_reported_as_they_are_with_the_cost_of_training(small, c
         ["batching.mode=stream", "batching.bptt=9", "model.bidirectional=false", "training.accumulate=2"],
         ["batching.carry_state=true", "model.bidirectional=false", "optimizer.name=muon", "averaging.name=ema"],
         ["batching.max_tokens=50", "model.ngram_embeddings=[2, 3]", "training.sampled_tokens=4"],
+        ["model.ngram_counts=4"],
     ],
 )
 def test_the_steps_that_are_measured_are_those_of_training_and_leave_no_trace(small, monkeypatch, overrides):
@@ -187,7 +190,7 @@ def test_the_steps_that_are_measured_are_those_of_training_and_leave_no_trace(sm
     torch.manual_seed(3)
     with monkeypatch.context() as patch:
         patch.setattr(cost, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
-        measured = measure_cost(config, corpora.tokenizer, batches)
+        measured = measure_cost(config, corpora.tokenizer, corpora.train, batches)
     assert torch.rand(3).equal(wanted)
     assert torch.get_num_threads() == 1
     assert not Path("runs").exists()
@@ -201,6 +204,31 @@ def test_the_steps_that_are_measured_are_those_of_training_and_leave_no_trace(sm
     assert measured.tokens_per_second == sum(each.events["forward"] for each in figures[1:]) / measured.steps
 
 
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_a_text_too_large_to_count_is_refused_as_train_does(large, monkeypatch, size):
+    if size == "large":
+        (large / "train.txt").write_text("\n".join(lines(9000)))
+    monkeypatch.setattr(ngram_counts, "LARGEST_TOKENS", 300 if size == "small" else 120_000)
+    config = load_config("config.yaml", ["model.ngram_counts=3"])
+    message, about = r"[\d,]+ tokens are too many to count in memory", "about 1[45]" if size == "large" else "3"
+    with pytest.raises(ConfigError, match=rf"^model\.ngram_counts: {about}{message}"):
+        next(describe_configuration(config, print))
+    with pytest.raises(ConfigError, match=rf"^model\.ngram_counts: {message}"):
+        train(config, "run")
+
+
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_counting_is_in_the_figures(small, scale):
+    """The peak is that of training with all tables, or that of counting if it takes more."""
+    counting = Counting(tokens=1000, took_s=0.5, kept_bytes=80_000)
+    measured = Measured(50.0, 7, 3_000_000, torch.device("cpu"), "fp32", start_bytes=1_000_000, counting=counting)
+    config, tokens = small("model.ngram_counts=4"), 1000 * scale
+    assert measured.count_s(tokens) == 0.5 * scale
+    assert measured.peak_bytes(tokens) == {1: 3_000_000, 1000: 1_000_000 + COUNTING_BYTES * tokens}[scale]
+    said = "\n".join(describe_configuration(config, print))
+    assert re.search(r"^counting n-grams: about [\d.]+ s, once, with about \d[\d,.]* MB$", said, re.MULTILINE)
+
+
 PEAKS = """
 from lmtrain.check.configuration import count_weights, training_batches
 from lmtrain.check.cost import measure_cost
@@ -210,7 +238,7 @@ for size in (8, 8, 512):
     config = load_config("config.yaml", [f"model.hidden_size={size}", "model.output=full"])
     corpora = prepare(config, lambda line: None)
     batches = training_batches(config, corpora.train, corpora.tokenizer.eos_id)
-    measured = measure_cost(config, corpora.tokenizer, batches)
+    measured = measure_cost(config, corpora.tokenizer, corpora.train, batches)
     print(count_weights(config, corpora.tokenizer.vocab_size), measured.memory_bytes)
 """
 

@@ -1,14 +1,11 @@
 """The command line as a user sees it: real processes, their output and their exit codes."""
 
-import fcntl
 import json
 import os
-import pty
 import re
 import struct
 import subprocess
 import sys
-import termios
 import time
 import unicodedata
 
@@ -32,6 +29,34 @@ def lmtrain(*arguments, **settings):
 @pytest.fixture
 def run(small):
     return train(small("training.max_steps=3")).run
+
+
+PROMPT = "é 나는 \U0001f389"
+
+
+@pytest.mark.parametrize("encoding", ["cp949", "ascii", "utf-8"])
+def test_json_is_json_in_every_encoding_of_the_console(run, corpus, encoding):
+    (corpus / "prompts.txt").write_text(PROMPT, encoding="utf-8")
+    said = subprocess.run(
+        [*COMMAND, "generate", "--prompts", "prompts.txt", "--json"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert json.loads(said.stdout.decode(encoding))["prompt"] == PROMPT
+    assert said.stderr.decode(encoding).startswith("note: prompt 'é" if encoding == "utf-8" else "note: prompt ")
+    assert said.returncode == 0
+
+
+def test_piped_text_is_utf8_whatever_the_locale(run, corpus):
+    (corpus / "prompts.txt").write_text(PROMPT, encoding="utf-8")
+    said = subprocess.run(
+        [*COMMAND, "generate", "--prompts", "prompts.txt"],
+        capture_output=True,
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )
+    assert (said.stdout.decode(), said.returncode) == (lmtrain("generate", "--prompts", "prompts.txt").stdout, 0)
+    assert said.stdout.decode().startswith(PROMPT)
+    assert b"Traceback" not in said.stderr
 
 
 def test_train_then_generate_and_evaluate(corpus, shell):
@@ -139,6 +164,7 @@ def test_a_lost_terminal_does_not_end_training(corpus, stream):
 
 
 def test_on_a_terminal_there_is_a_bar_and_no_control_character_out_of_the_model(corpus):
+    pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))  # Windows lacks them
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     process = subprocess.Popen([*COMMAND, "train", "config.yaml"], stderr=terminal, stdout=subprocess.DEVNULL)

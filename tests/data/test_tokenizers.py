@@ -1,12 +1,14 @@
 """Text to ids and back, for every kind."""
 
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.data.tokenizers.learning import train_tokenizer
+from lmtrain.data.tokenizers.library import as_artefact_errors, discard_panics
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.data.tokenizers.subword import SubwordTokenizer
 from lmtrain.errors import ArtefactError, DataError
@@ -149,6 +151,15 @@ def test_what_is_not_a_tokenizer_is_an_artefact_error(content):
 def test_a_bad_library_file_is_an_artefact_error_and_no_panic(content):
     with pytest.raises(ArtefactError, match=r"theirs\.json"):
         SubwordTokenizer(content, name="theirs.json")
+
+
+def test_only_the_command_line_discards_what_a_panic_writes():
+    ours = os.fstat(2).st_ino
+    with as_artefact_errors("theirs"):
+        assert os.fstat(2).st_ino == ours  # so other threads of the host process can go on writing to it
+    with discard_panics(), as_artefact_errors("theirs"):
+        assert os.fstat(2).st_ino != ours
+    assert os.fstat(2).st_ino == ours
 
 
 def test_a_newer_format_says_upgrade():

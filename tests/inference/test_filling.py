@@ -13,6 +13,7 @@ from lmtrain.errors import ConfigError
 from lmtrain.inference.filling import fill_blank
 from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.scoring import score
+from lmtrain.model.language_model import LanguageModel
 from tests.inference.conftest import untrained_model
 
 IDS = IdsTokenizer(6, 0)
@@ -60,6 +61,28 @@ def test_a_narrow_beam_finds_the_best_filling_most_of_the_time(monkeypatch):
         (found,) = fill_blank(model, IDS, "1 ____ 2 3", top=1, tokens=3)
         hits += found.text == best.text
     assert hits >= 6
+
+
+@pytest.mark.parametrize("ngrams", [[], [2, 3]])
+def test_a_wide_search_reads_its_candidates_in_blocks(ngrams, monkeypatch):
+    model, sizes, forward = (
+        untrained_model(IDS, 3, bidirectional=True, ngram_embeddings=ngrams),
+        [],
+        LanguageModel.forward,
+    )
+
+    def watched(model, *inputs):
+        logits, state = forward(model, *inputs)
+        sizes.append(logits.numel())
+        return logits, state
+
+    whole = fill_blank(model, IDS, "1 ____ 2 3", top=20, tokens=3)
+    monkeypatch.setattr("lmtrain.inference.filling.LOGITS_AT_ONCE", 50)
+    monkeypatch.setattr(LanguageModel, "forward", watched)
+    blocks = fill_blank(model, IDS, "1 ____ 2 3", top=20, tokens=3)
+    assert [each.text for each in blocks] == [each.text for each in whole]
+    assert [each.probability for each in blocks] == pytest.approx([each.probability for each in whole])
+    assert 40 < max(sizes) <= 50
 
 
 @pytest.mark.parametrize("kind", ["char", "word", "bpe", "byte"])

@@ -37,8 +37,9 @@ def test_sampling_out_of_range_is_refused(settings, said):
     [
         ((0,), "beams: should be from 1"),
         ((1 << 17,), "beams: should be from 1 to 65536"),
-        ((2, -1.0), "length_penalty: should be 0"),
-        ((2, math.nan), "length_penalty: should be 0"),
+        ((2, -1.0), "length_penalty: should be from 0 to 10"),
+        ((2, math.nan), "length_penalty: should be from 0"),
+        ((2, 1e300), "length_penalty: should be from 0 to 10, not 1e\\+300"),
     ],
 )
 def test_beams_out_of_range_are_refused(settings, said):
@@ -94,6 +95,7 @@ def test_the_command_line_refuses_them_before_torch_is_imported(tmp_path):
         ["generate", "run", "--beams", "2", "--stop", "x"],
         ["generate", "run", "--temperature", "-1"],
         ["generate", "run", "--beams", "0"],
+        ["generate", "run", "--beams", "2", "--length-penalty", "1e300"],
         ["generate", "run", "--stop", ""],
         ["embed", "run", "-o", "mine.npz"],
         ["export", "run", "-o", "mine.npz"],

@@ -11,11 +11,17 @@ from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
 from lmtrain.inference.generation import generate, stream
 from lmtrain.inference.options import Sampling
 from lmtrain.inference.prompts import PromptCodec
-from lmtrain.inference.sampling import draw_tokens, penalise, random_generator, token_probabilities
+from lmtrain.inference.sampling import Candidates, choose_candidates, draw_tokens, penalise, random_generator
 from tests.inference.conftest import untrained_model
 
 IDS = IdsTokenizer(9, 0)
 DRAWN = 20_000
+
+
+def token_probabilities(sampling, logits, seen=None):
+    """The distribution over the whole vocabulary, (B, V) float64."""
+    tokens, probabilities = choose_candidates(sampling, logits, seen)
+    return torch.zeros(logits.shape, dtype=torch.float64).scatter_(1, tokens, probabilities)
 
 
 def test_what_is_drawn_is_distributed_as_the_model_has_it():
@@ -62,6 +68,86 @@ def test_what_is_left_out_is_never_drawn_and_the_rest_keeps_its_proportions(seed
             assert before[kept].min() >= before[~kept].max()
 
 
+def plain_probabilities(sampling, logits):
+    """Each setting over the whole vocabulary, in float64, in the words of `Sampling`."""
+    probabilities = (logits.double() / sampling.temperature).softmax(-1)
+    if sampling.top_k is not None:
+        best, tokens = probabilities.topk(sampling.top_k)
+        probabilities = torch.zeros_like(probabilities).scatter_(1, tokens, best)
+        probabilities = probabilities / probabilities.sum(1, keepdim=True)
+    if sampling.top_p < 1:
+        ordered, tokens = probabilities.sort(descending=True, stable=True)
+        ordered[ordered.cumsum(1) - ordered >= sampling.top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter_(1, tokens, ordered)
+        probabilities = probabilities / probabilities.sum(1, keepdim=True)
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(1, keepdim=True)
+        probabilities = probabilities.where(probabilities >= least, 0.0)
+        probabilities = probabilities / probabilities.sum(1, keepdim=True)
+    return probabilities
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_most_probable_are_taken_first_and_the_draws_are_those_from_the_whole_vocabulary(ties):
+    chance = torch.Generator().manual_seed(7)
+    for number in range(200):
+        logits = 3 * torch.randn(20, 500, generator=chance)
+        logits = logits.round() if ties else logits
+        logits[:, 0] = -math.inf
+        settings = Sampling(
+            temperature=[1.0, 0.7, 0.05, 3.0][number % 4],
+            top_k=[None, 1, 7, 40, 499][number % 5],
+            top_p=[1.0, 0.9, 0.3][number % 3],
+            min_p=[0.0, 0.05][number % 2],
+        )
+        plain, found = plain_probabilities(settings, logits), choose_candidates(settings, logits)
+        if settings.top_k is None:
+            assert torch.equal(found.probabilities, plain)
+        else:
+            assert found.probabilities.shape == (20, settings.top_k)
+            torch.testing.assert_close(token_probabilities(settings, logits), plain, rtol=1e-12, atol=0)
+        whole = Candidates(torch.arange(500).expand(20, 500), plain)
+        draws = [
+            draw_tokens(each, [random_generator(number, [row], 0) for row in range(20)]) for each in (whole, found)
+        ]
+        assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-200, 1e-310, 5e-324])
+def test_a_temperature_near_nothing_is_greedy(temperature):
+    logits = torch.tensor([[3e38, -3e38, 1.0, -math.inf], [1e-38, 1.1e-38, -math.inf, 0.0], [-4.0, -4.0, 2.0, 2.0]])
+    for settings in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}):
+        found = token_probabilities(Sampling(temperature=temperature, **settings), logits)
+        assert found[0].tolist() == [1, 0, 0, 0]
+        assert temperature > 1e-100 or found[1].tolist() == [0, 1, 0, 0]
+        assert set(found[2].tolist()) <= {0.0, 0.5, 1.0}
+    model, codec = untrained_model(IDS, 4), PromptCodec(IDS)
+    drawn = generate(model, codec, ["1", "2 2"], max_tokens=15, sampling=Sampling(temperature=temperature))
+    assert drawn == generate(model, codec, ["1", "2 2"], max_tokens=15)
+
+
+def test_a_high_temperature_still_takes_the_most_probable_first():
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    found = token_probabilities(Sampling(temperature=1e300, top_k=2), logits)
+    assert found.tolist() == [[0.0, 0.0, 0.5, 0.5]]
+
+
+def test_memory_has_a_bound_whatever_the_vocabulary(monkeypatch):
+    """Rows that are written together, and what of their logits becomes float64."""
+    model, sizes = untrained_model(IDS, 4), []
+    monkeypatch.setattr("lmtrain.inference.generation.LOGITS_AT_ONCE", 5 * IDS.vocab_size)
+
+    def watched(logits, seen, penalty):
+        sizes.append(logits.numel())
+        return penalise(logits, seen, penalty)
+
+    monkeypatch.setattr("lmtrain.inference.sampling.penalise", watched)
+    results = generate(model, PromptCodec(IDS), ["1"] * 12, max_tokens=4, sampling=Sampling(top_k=3, seed=1))
+    assert len(results) == 12
+    assert max(sizes) == 5 * IDS.vocab_size
+    assert choose_candidates(Sampling(top_k=3), torch.randn(2, 1000)).probabilities.shape == (2, 3)
+
+
 def test_each_setting_takes_what_the_one_before_has_left():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     found = token_probabilities(Sampling(top_k=3, top_p=0.6), logits)  # of 0.526, 0.316, 0.158 the first two
@@ -79,7 +165,8 @@ def test_a_draw_never_takes_what_has_no_probability():
     probabilities = torch.tensor([[0.0, 0.1, 0.0, 0.9, 0.0]], dtype=torch.float64)
     edges = {0.0: 1, 0.0999: 1, 0.1: 3, 1 - 2**-53: 3}
     for number, token in edges.items():
-        assert draw_tokens(probabilities, [Edge(number)]).tolist() == [token]
+        candidates = Candidates(torch.arange(10, 15).unsqueeze(0), probabilities)
+        assert draw_tokens(candidates, [Edge(number)]).tolist() == [10 + token]
     assert random_generator(1, [2], 0).random() == random_generator(1, [2], 0).random()
     different = [(1, [2], 0), (2, [2], 0), (1, [3], 0), (1, [2], 1)]
     assert len({random_generator(*each).random() for each in different}) == 4

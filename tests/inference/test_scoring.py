@@ -1,5 +1,6 @@
 """Scores of lines and evaluation: sums that agree with each other and do not depend on what stands beside a line."""
 
+import json
 import math
 import subprocess
 import sys
@@ -192,3 +193,16 @@ def test_validation_in_training_is_evaluation_afterwards(small):
     assert figures["perplexity"] == pytest.approx(result.figures["valid/perplexity"], rel=1e-6)
     assert figures["backward_perplexity"] == pytest.approx(result.figures["valid/backward_perplexity"], rel=1e-6)
     assert figures["fill_accuracy"] == result.figures["valid/fill_accuracy"]
+
+
+def test_ids_are_no_text_with_bits_per_character(corpus, small, shell):
+    for name in ("train.txt", "valid.txt"):
+        text = (corpus / name).read_text()
+        (corpus / name).write_text("".join(str(1 + "abcdefgh".find(each)) if each > " " else each for each in text))
+    ids = ("tokenizer.kind=ids", "tokenizer.vocab_size=9", "tokenizer.pad_id=0", "logging.sample_prompts=['']")
+    run = train(small("training.max_steps=3", *ids)).run
+    figures = json.loads(shell("evaluate", run, "--json").stdout)
+    for name in ("bits_per_character", "bits_per_byte", "backward_bits_per_character"):
+        assert figures[name] is None
+    assert figures["perplexity"] > 1
+    assert "bits per" not in shell("evaluate", run).stdout

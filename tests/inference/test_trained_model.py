@@ -1,6 +1,8 @@
 """`lmtrain.load`: which run is taken, and what a trained run can do without its corpus."""
 
 import doctest
+import os
+import tempfile
 
 import numpy
 import pytest
@@ -27,6 +29,21 @@ def test_a_run_works_without_its_corpus(small, corpus, tmp_path):
     assert model.evaluate(["kept.txt"]).figures() == figures
     with pytest.raises(DataError, match="the run's own file, sought from this directory"):
         model.evaluate()
+
+
+def test_evaluation_needs_no_system_directory_for_temporary_files_and_leaves_nothing(small, corpus, monkeypatch):
+    """That is often a directory in memory, where the token store of a large text does not fit."""
+    model = load(train(small("training.max_steps=3")).run)
+    figures = model.evaluate().figures()
+    monkeypatch.setattr(tempfile, "tempdir", str(corpus / "none"))
+    monkeypatch.delenv("TMPDIR", raising=False)
+    before = sorted(corpus.rglob("*"))
+    assert model.evaluate().figures() == figures
+    assert sorted(corpus.rglob("*")) == before
+    if os.access("/var/tmp", os.W_OK):
+        (corpus / "cache").rename(corpus / "elsewhere")  # as if the run had been copied to another machine
+        assert model.evaluate().figures() == figures
+        assert not (corpus / "cache").exists()
 
 
 def test_evaluation_reads_the_held_out_fraction(small):

@@ -28,9 +28,9 @@ def results(stack, inputs, rows, state):
     return [output, *last, inputs.grad, *(part.grad for part in state), *(p.grad for p in stack.parameters())]
 
 
-def pair(cell, num_layers, dtype, device="cpu"):
-    packed = RecurrentStack(cell, 6, [8] * num_layers, backend="packed").to(device, dtype)
-    stock = RecurrentStack(cell, 6, [8] * num_layers, backend="torch").to(device, dtype)
+def pair(cell, num_layers, dtype):
+    packed = RecurrentStack(cell, 6, [8] * num_layers, backend="packed").to(dtype)
+    stock = RecurrentStack(cell, 6, [8] * num_layers, backend="torch").to(dtype)
     with torch.no_grad():
         for parameter in packed.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.4)
@@ -38,12 +38,12 @@ def pair(cell, num_layers, dtype, device="cpu"):
     return packed, stock
 
 
-def both_results(cell, num_layers, lengths, dtype, device):
+def both_results(cell, num_layers, lengths, dtype):
     """The results of lmtrain's kernels, each with PyTorch's."""
     torch.manual_seed(1)
-    packed, stock = pair(cell, num_layers, dtype, device)
-    inputs = torch.randn(sum(lengths), 6, dtype=dtype, device=device)
-    rows = pack_rows(torch.tensor(lengths)).to(inputs.device)
+    packed, stock = pair(cell, num_layers, dtype)
+    rows = pack_rows(torch.tensor(lengths))
+    inputs = torch.randn(sum(lengths), 6, dtype=dtype)
     state = tuple(tuple(part.normal_() for part in layer) for layer in packed.zero_state(len(lengths), inputs))
     return zip(results(packed, inputs, rows, state), results(stock, inputs, rows, state), strict=True)
 
@@ -53,19 +53,32 @@ def both_results(cell, num_layers, lengths, dtype, device):
 @pytest.mark.parametrize("cell", IN_TORCH)
 def test_values_and_gradients_equal_torch(cell, num_layers, lengths):
     for dtype, rtol, atol in ((torch.float64, 1e-9, 1e-11), (torch.float32, 1e-5, 1e-5)):
-        for ours, theirs in both_results(cell, num_layers, lengths, dtype, "cpu"):
+        for ours, theirs in both_results(cell, num_layers, lengths, dtype):
             torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("without_tf32")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("cell", IN_TORCH)
-def test_values_and_gradients_equal_cudnn(cell, num_layers, lengths):
-    for ours, theirs in both_results(cell, num_layers, lengths, torch.float32, "cuda"):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()  # one element may be a small difference of large ones
+@pytest.mark.parametrize("cell", CELLS)
+def test_values_and_gradients_on_cuda_equal_those_on_cpu(cell, num_layers, lengths):
+    """cuDNN's and those of lmtrain's own kernel there, in fp32, against fp64."""
+    torch.manual_seed(1)
+    exact = RecurrentStack(cell, 6, [8] * num_layers, backend="packed").double()
+    rows, inputs = pack_rows(torch.tensor(lengths)), torch.randn(sum(lengths), 6, dtype=torch.float64)
+    state = tuple(tuple(part.normal_() for part in layer) for layer in exact.zero_state(len(lengths), inputs))
+    wanted = results(exact, inputs, rows, state)
+    for backend in ("auto", "packed", "torch"):
+        stack = RecurrentStack(cell, 6, [8] * num_layers, backend=backend)
+        stack.load_state_dict(exact.state_dict())
+        stack.cuda()
+        of_device = [tuple(part.float().cuda() for part in layer) for layer in state]
+        found = results(stack, inputs.float().cuda(), rows.to(torch.device("cuda")), of_device)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.device.type == "cuda"
+            # as a whole: one element may be a small difference of large ones
+            assert (ours.cpu().double() - theirs).norm() <= 1e-4 * theirs.norm(), backend
 
 
 @pytest.mark.parametrize("cell", CELLS)

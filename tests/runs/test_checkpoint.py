@@ -1,13 +1,21 @@
 """Checkpoints: what is damaged is never loaded, what was saved is never lost."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import lmtrain
+from lmtrain.data.preparation import prepare
 from lmtrain.errors import ArtefactError
 from lmtrain.runs import checkpoint
-from lmtrain.runs.weights import named_weights
+from lmtrain.runs.directory import RunDirectory
+from lmtrain.runs.weights import build_model, named_weights
+from lmtrain.system.processes import SingleProcess
+from lmtrain.training.checkpointer import Checkpointer
 from lmtrain.training.start import train
+from lmtrain.training.step import TrainingStep
 from tests.notes import Notes
 from tests.oracle import digest
 
@@ -101,3 +109,44 @@ def test_tied_weights_are_saved_once(small, tmp_path):
     model = lmtrain.load(run).model
     assert model.output.weight is model.embedding.weight
     assert all(torch.equal(saved[name], tensor) for name, tensor in named_weights(model).items())
+
+
+def test_each_manifest_is_read_twice_for_a_resume_and_for_a_load(small, tmp_path):
+    """Once before PyTorch is imported, and once with the tensors."""
+    run = train(small("training.max_steps=3", "data.valid=null"), tmp_path / "run").run
+    read = []
+
+    def note(event, given):
+        if event == "open" and str(given[0]).startswith(str(run)):  # a hook stays for good, but the run does not
+            read.append(Path(given[0]).name)
+
+    sys.addaudithook(note)
+    lmtrain.load(run)
+    assert read.count("manifest.json") == 2
+    read.clear()
+    train(small("training.max_steps=3", "data.valid=null"), run, resume=True)
+    assert read.count("manifest.json") == 2
+
+
+def test_a_checkpoint_is_checked_before_the_weights_are_rolled_back_to_it(small, tmp_path):
+    notes = Notes()
+    run, corpora = RunDirectory(tmp_path / "run"), prepare(small(), notes.note)
+    train(small(), run.path, stop_at_step=3)
+    step = TrainingStep(small(), build_model(small(), corpora.tokenizer.vocab_size))
+    checkpointer = Checkpointer(run, step, corpora, small(), SingleProcess())
+    assert checkpointer.restore(notes.note) is not None
+    wanted = [weight.clone() for weight in step.model.parameters()]
+    moments = [state["exp_avg"].clone() for state in step.optimizers[0].state.values()]
+    with torch.no_grad():
+        for weight in step.model.parameters():
+            weight.add_(1)
+    path = checkpoint.directory_of(run.checkpoints, 3) / "training.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    checkpointer.roll_back(3, notes.note)
+    assert notes.notes[-1].startswith("warning: continuing with the weights as they are: ")
+    assert all(map(torch.equal, step.model.parameters(), [weight + 1 for weight in wanted]))
+    path.write_bytes(good)
+    checkpointer.roll_back(3, notes.note)
+    assert all(map(torch.equal, step.model.parameters(), wanted))
+    assert all(map(torch.equal, [state["exp_avg"] for state in step.optimizers[0].state.values()], moments))

@@ -1,10 +1,12 @@
 """Run directories: which one a new run gets, and which one a resume finds."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
-from lmtrain.errors import ConfigError
+from lmtrain.errors import ArtefactError, ConfigError
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.training.start import train
 from tests.notes import Notes
@@ -49,3 +51,21 @@ def test_the_run_s_config_says_how_it_was_last_trained(small, tmp_path):
     train(small("training.max_steps=4", "generation.max_tokens=3"), tmp_path / "run", resume=True)
     config, _ = RunDirectory(tmp_path / "run").config_and_tokenizer()
     assert (config.training.max_steps, config.generation.max_tokens) == (4, 3)
+
+
+def test_a_file_that_vanishes_while_a_run_is_looked_through_is_no_fault(small, tmp_path, monkeypatch):
+    """A model is used while its training goes on, which renames and removes files."""
+    run = RunDirectory(train(small("training.max_steps=2"), tmp_path / "run").run)
+    walk = os.walk
+
+    def slow_walk(path):
+        for folder, names, files in walk(path):
+            passing = Path(folder, ".last.json.7.new")
+            passing.unlink(missing_ok=True)
+            yield folder, names, [*files, passing.name]
+
+    monkeypatch.setattr(os, "walk", slow_walk)
+    run.refuse_links()
+    (run.path / "link").symlink_to("config.yaml")
+    with pytest.raises(ArtefactError, match="link: not a regular file"):
+        run.refuse_links()

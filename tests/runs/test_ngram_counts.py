@@ -4,12 +4,16 @@ import hashlib
 import json
 
 import pytest
+import safetensors.torch
 import torch
 
 import lmtrain
-from lmtrain.errors import ConfigError, DataError
-from lmtrain.model.ngrams.counts import PARTS, count_ngrams
+from lmtrain.data.batches.rows import Rows
+from lmtrain.data.preparation import prepare
+from lmtrain.errors import ArtefactError, ConfigError, DataError
+from lmtrain.model.ngrams.counts import PARTS, context_keys, count_ngrams
 from lmtrain.runs import checkpoint, ngram_counts
+from lmtrain.runs.tensor_file import parse_tensors
 from lmtrain.training.start import train
 from tests.conftest import NO_FILE
 
@@ -45,7 +49,7 @@ def test_prompts_of_a_batch_are_continued_as_each_alone(trained):
 
 def rewrite(path, change):
     """Change the counts, and save checkpoints that ask for the changed file."""
-    tensors = checkpoint.parse_tensors(path, path.read_bytes())
+    tensors = parse_tensors(path, path.read_bytes())
     change(tensors)
     path.write_bytes(ngram_counts.dump_counts(tensors))
     checkpoints = path.parent / "checkpoints"
@@ -99,12 +103,53 @@ def test_counts_that_can_not_be_used_are_refused_in_a_line(trained, shell, name)
         assert done.stderr.count("\n") == 1
 
 
-def test_a_resume_counts_again_and_restores_the_file(trained, small):
-    whole = trained.read_bytes()
+def test_a_resume_reads_the_file_and_counts_only_if_it_is_missing_or_damaged(trained, small, monkeypatch):
+    config, whole, counted = small("training.max_steps=5", "model.ngram_counts=3"), trained.read_bytes(), []
+    monkeypatch.setattr(ngram_counts, "count_ngrams", lambda *given: counted.append(1) or count_ngrams(*given))
+    train(config, "run", resume=True)
+    assert not counted
     for name in ("missing", "cut short"):
         DAMAGES[name][0](trained)
-        train(small("training.max_steps=5", "model.ngram_counts=3"), "run", resume=True)
+        train(config, "run", resume=True)
         assert trained.read_bytes() == whole
+        assert [counted.pop(), counted.pop()] == [1, 1]  # a direction each
+
+
+def test_a_resume_does_not_ask_how_the_library_lays_out_its_files(trained, small, monkeypatch):
+    """A later safetensors may write the same tensors behind another header."""
+    save = safetensors.torch.save
+    monkeypatch.setattr(safetensors.torch, "save", lambda tensors: save(tensors, {"a later": "layout"}))
+    config = small("training.max_steps=6", "model.ngram_counts=3")
+    assert train(config, "run", resume=True).step == 6
+    trained.unlink()
+    with pytest.raises(ArtefactError, match=r"run/ngram_counts\.safetensors: .*put the file back"):
+        train(config, "run", resume=True)
+
+
+def test_what_a_cut_row_finds_was_counted_with_its_own_events(small):
+    """Sequences are counted whole, and rows of at most max_length tokens begin without history. A shortened history is
+    either not among the counts at all, or it is the one under which the event was counted."""
+    config, order = small("batching.max_length=3", "model.bidirectional=false", "model.ngram_counts=4"), 4
+    corpora = prepare(config, lambda line: None)
+    counts, store = ngram_counts.count_text(config, corpora.train, corpora.tokenizer), corpora.train
+    rows, tokens, shortened = Rows(store, 3), store.tokens.astype(int), 0
+    begins = [int(store.offsets[store.offsets <= start][-1]) for start in rows.starts]  # of each row's sequence
+    assert rows.split_sequences > 9
+
+    def keys(first, event):
+        """The keys of the histories of an event, from a token on."""
+        history = [0] * (order - 1) + (tokens[first:event] + 1).tolist()
+        return [int(key) for key in context_keys(torch.tensor([history[len(history) - order + 1 :]]))]
+
+    for begin, start, length in zip(begins, rows.starts.tolist(), rows.row_lengths.tolist(), strict=True):
+        for event in range(start + 1, start + length):
+            of_row, of_sequence = keys(start, event), keys(begin, event)
+            for number, (found, counted) in enumerate(zip(of_row, of_sequence, strict=True), 1):
+                contexts = counts[f"of_forward.{number}.contexts"]
+                assert counted in contexts
+                assert found == counted or found not in contexts
+                shortened += found != counted
+    assert shortened > 50
 
 
 def test_a_text_too_large_to_count_is_refused(small, tmp_path, monkeypatch):

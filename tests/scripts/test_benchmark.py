@@ -67,11 +67,12 @@ def test_a_ratio_is_the_median_of_pairs(monkeypatch):
             self.side = side
 
         def hear(self):
-            return {"threads": 2}
+            return {"threads": 2, "device": "cpu"}
 
         def burst(self, seconds):
             speed = next(speeds[self.side])
-            return {"tokens_per_second": speed, "precision": "fp32", "rate": 3 * speed, "product_rate": 240.0}
+            rates = {"tokens_per_second": speed, "rate": 3 * speed, "product_rate": 240.0}
+            return {"precision": "fp32", "device_mb": 0} | rates
 
         def close(self):
             pass

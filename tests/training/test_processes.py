@@ -146,6 +146,24 @@ def test_a_run_of_three_processes_is_resumed_bit_for_bit_and_by_one_or_two(groun
         assert rows_of(place.directory / f"again-{count}")[-1]["step"] == steps
 
 
+def test_a_signal_to_one_process_breaks_off_the_validation_of_all(ground):
+    """Rank 0 is writing samples then, for seconds."""
+    stream = ["batching.mode=stream", ONE_DIRECTION]  # without an end token
+    place = ground(*stream, "validation.every_steps=2", "generation.max_tokens=4000", "training.max_steps=4")
+    codes, said = ended(place.together(2, run="whole"))
+    assert codes == [0] * 2, said
+    stopped = place.together(2)
+    place.under_way(stopped[0], 2)
+    stopped[0].signal(signal.SIGTERM)
+    codes, said = ended(stopped)
+    assert codes == [143] * 2, said
+    assert sum(text.count("stopped at step 2 by SIGTERM; the state is saved") for text in said) == 1
+    assert not [row for row in rows_of(place.run) if "valid/loss" in row]
+    codes, said = ended(place.together(2))
+    assert codes == [0] * 2, said
+    assert digest(place.run) == digest(place.directory / "whole")
+
+
 BAD = {
     "columns": (["batching.mode=stream", "batching.batch_size=8", ONE_DIRECTION], {}, 2,
                 "batching.batch_size: 8 columns can't be divided among 3 processes; use 9"),

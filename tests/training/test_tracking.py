@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from lmtrain.errors import DivergedError
 from lmtrain.inference.trained_model import load
 from lmtrain.training.start import train
 from lmtrain.training.tracking import Tracker
@@ -133,3 +134,10 @@ def test_samples_are_written_at_each_validation(small):
     assert len(samples) == 2
     assert [sample["prompt"] for sample in samples[-1]] == ["", "a b"]
     assert samples[-1][1]["text"] == load(run).generate(["a b"])[0].text
+
+
+def test_weights_that_are_not_finite_have_no_histogram_and_end_the_run_in_a_line(small, tmp_path):
+    settings = ["logging.histograms=true", "optimizer.lr=1e40", "schedule.warmup_steps=0"]
+    for number, more in enumerate(["validation.every_steps=1", "data.valid=null"]):
+        with pytest.raises(DivergedError, match="step 1: "):
+            train(small(*settings, more, "training.max_steps=1"), tmp_path / f"run-{number}")

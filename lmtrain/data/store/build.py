@@ -5,7 +5,6 @@ each array are safe on the disk, with their checksums, the sums so far, and the 
 continues. Bytes of an array after the safe ones are cut off. The builder holds the lock `.building-KEY.lock`.
 """
 
-import os
 import shutil
 import time
 import zlib
@@ -20,7 +19,7 @@ from lmtrain.data.store.encoding import BlockResult
 from lmtrain.data.text.reading import RawBlock
 from lmtrain.errors import ArtefactError, DataError
 from lmtrain.system.console import Notify
-from lmtrain.system.files import read_sealed, sealed, sync_directory, write_atomically
+from lmtrain.system.files import read_sealed, sealed, sync_directory, sync_file, write_atomically
 from lmtrain.system.locks import hold_lock
 
 ARRAYS = ("tokens", "offsets", "hashes")
@@ -107,8 +106,7 @@ class Build:
 
     def _sync(self) -> None:
         for handle in self._files.values():
-            handle.flush()
-            os.fsync(handle.fileno())
+            sync_file(handle)
 
     def finish(self, counts: dict[str, Any]) -> None:
         """Complete the store: write its counts beside the arrays."""
@@ -150,7 +148,8 @@ def locked(cache: Path, key: str, notify: Notify) -> Iterator[Path]:
         finally:
             if not (directory / PROGRESS).exists():
                 shutil.rmtree(directory, ignore_errors=True)
-                lock.unlink(missing_ok=True)
+                with suppress(PermissionError):  # Windows removes it when it is released
+                    lock.unlink(missing_ok=True)
 
 
 def remove_abandoned(cache: Path, but: str) -> None:

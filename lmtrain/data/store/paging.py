@@ -1,10 +1,12 @@
 """Requests the pages of a memory-mapped array before they are read, and releases them afterwards.
 
 The pages that a process has read of a map count as its memory until it releases them, although the system could take
-them back at any time. They stay in the system's cache. Both functions leave an array that is not mapped as it is.
+them back at any time. They stay in the system's cache. Both functions leave an array that is not mapped as it is, and
+do nothing on Windows, which has no such calls.
 """
 
 import mmap
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,17 +16,16 @@ from numpy.typing import NDArray
 
 def prefetch_pages(array: NDArray[Any], ranges: Iterable[tuple[int, int]]) -> None:
     """Ask the system to read these ranges, (first, end) in elements, while this process continues."""
-    if (found := _find_map(array)) is None:
-        return
-    mapped, before_bytes = found
-    for first, end in ranges:
-        start = (before_bytes + first * array.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_WILLNEED, start, before_bytes + end * array.itemsize - start)
+    if sys.platform != "win32" and (found := _find_map(array)) is not None:
+        mapped, before_bytes = found
+        for first, end in ranges:
+            start = (before_bytes + first * array.itemsize) // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, start, before_bytes + end * array.itemsize - start)
 
 
 def release_pages(array: NDArray[Any]) -> None:
     """Release all pages of the array's file; those that are read again are mapped again."""
-    if (found := _find_map(array)) is not None:
+    if sys.platform != "win32" and (found := _find_map(array)) is not None:
         found[0].madvise(mmap.MADV_DONTNEED)
 
 

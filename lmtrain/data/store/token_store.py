@@ -30,7 +30,7 @@ from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError, DataError, StorageError
 from lmtrain.system.console import Notify
-from lmtrain.system.files import read_sealed, reason_of
+from lmtrain.system.files import move, read_sealed, reason_of
 from lmtrain.system.workers import open_workers
 
 COMPARED = 1 << 20  # sequences that are compared at once
@@ -151,7 +151,7 @@ def open_store(
             was_continued = _write(source, tokenizer, directory, notify, watch)
             source.check_at_rest(digests)
             shutil.rmtree(home, ignore_errors=True)  # a broken store
-            directory.rename(home)
+            move(directory, home)
     except OSError as error:
         raise StorageError(f"{cache}: the token store can't be written: {reason_of(error)}") from None
     try:

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO, NamedTuple
 
 from lmtrain.config import Config
@@ -14,6 +13,7 @@ from lmtrain.data.text.formats.base import Format
 from lmtrain.data.text.formats.table import FORMATS, format_of
 from lmtrain.data.text.reading import LONGEST_LINE_BYTES, expand_patterns, open_text, too_long
 from lmtrain.errors import DataError
+from lmtrain.system.files import scratch_directory
 
 PARTS = ("train", "valid", "test")
 EXCERPT_BYTES = 8 << 20  # taken from all files of a corpus together
@@ -60,10 +60,10 @@ def excerpts_of(config: Config) -> Iterator[Excerpts]:
     """Take excerpts into a directory that is removed afterwards; raises DataError if files can't be read."""
     data, taken, faults = config.data, dict[str, Excerpt](), list[str]()
     name = "ids" if config.tokenizer.kind == "ids" else data.format
-    with TemporaryDirectory(prefix="lmtrain-check-") as folder:
+    with scratch_directory() as folder:
         for part in PARTS:
             if (paths := getattr(data, part)) is not None:
-                (home := Path(folder) / part).mkdir()
+                (home := folder / part).mkdir()
                 try:
                     formats = {file: format_of(file, name, data.field) for file in expand_patterns(paths)}
                     taken[part] = _take(formats, home)
@@ -71,7 +71,7 @@ def excerpts_of(config: Config) -> Iterator[Excerpts]:
                     faults += error.faults
         if faults:
             raise DataError(*dict.fromkeys(faults))
-        update = {part: excerpt.files for part, excerpt in taken.items()} | {"cache_dir": str(Path(folder) / "cache")}
+        update = {part: excerpt.files for part, excerpt in taken.items()} | {"cache_dir": str(folder / "cache")}
         if name != "auto" and not FORMATS[name].lines_are_records:
             update["format"] = "jsonl"  # which `_first_records` writes
         if data.valid_fraction is not None:

@@ -43,6 +43,10 @@ class Tokenizer(ABC):
     def state(self) -> dict[str, Any]:
         """Return the content of a run's tokenizer.json beside the kind and the format."""
 
+    def may_change(self, token: int) -> bool:
+        """Tell whether the whole text of a token may still change with the token after it."""
+        return False
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text, without `<bos>` and `<eos>`."""
         return [int(i) for i in self.encode_texts([text])[0]]

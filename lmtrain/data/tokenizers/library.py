@@ -2,23 +2,49 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
 from lmtrain.errors import ArtefactError
 
 _REDIRECTING = Lock()  # all threads of the process have the same standard error
+_panics_are_discarded = False
+
+
+@contextmanager
+def discard_panics() -> Iterator[None]:
+    """Within this context, what the library writes to standard error when it panics is discarded.
+
+    While the library works, nothing else in this process can write to standard error either. So only the command line
+    does this, which shows one line for a fault.
+    """
+    global _panics_are_discarded
+    _panics_are_discarded = True
+    try:
+        yield
+    finally:
+        _panics_are_discarded = False
 
 
 @contextmanager
 def as_artefact_errors(what: str) -> Iterator[None]:
-    """Raise an ArtefactError for anything that the tokenizers library raises.
+    """Raise an ArtefactError for anything that the tokenizers library raises. Its message begins with `what`.
 
-    The library's panics are no `Exception`, and it writes them to standard error itself. Standard error is discarded
-    meanwhile, so that the user sees only our one line, which begins with `what`.
+    The library's panics are no `Exception`, and it writes them to standard error itself.
     """
-    with _REDIRECTING, open(os.devnull, "w") as nowhere:
+    with _without_standard_error() if _panics_are_discarded else nullcontext():
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # noqa: BLE001
+            raise ArtefactError(f"{what}: {first_line(error)}") from None
+
+
+@contextmanager
+def _without_standard_error() -> Iterator[None]:
+    with _REDIRECTING, open(os.devnull, "wb") as nowhere:
         try:
             standard_error = os.dup(2)
         except OSError:  # it was closed by whoever started this process
@@ -26,10 +52,6 @@ def as_artefact_errors(what: str) -> Iterator[None]:
         os.dup2(nowhere.fileno(), 2)
         try:
             yield
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as error:  # noqa: BLE001
-            raise ArtefactError(f"{what}: {first_line(error)}") from None
         finally:
             os.dup2(standard_error, 2)
             os.close(standard_error)

@@ -1,6 +1,7 @@
 """Tokenizers of the `tokenizers` library: byte pair encoding, unigram, or a tokenizer.json of the user's own."""
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -64,6 +65,11 @@ class SubwordTokenizer(Tokenizer):
         with as_artefact_errors(f"{self.name}: can't decode these tokens"):
             text: str = self.library.decode([int(i) - FIRST for i in ids if i >= FIRST], skip_special_tokens=False)
         return text
+
+    def may_change(self, token: int) -> bool:
+        # the library's ByteFallback decoder takes a run of tokens for text only if all of their bytes together are it
+        name = self.library.id_to_token(token - FIRST) if token >= FIRST else None
+        return re.fullmatch("<0x[0-9A-F]{2}>", name or "") is not None
 
     def state(self) -> dict[str, Any]:
         return {"tokenizer": json.loads(self.library.to_str())}

@@ -14,7 +14,7 @@ from lmtrain.inference.export.onnx import onnx_model
 from lmtrain.inference.export.weights import torch_weights
 from lmtrain.inference.options import check_export, check_new
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.system.files import reason_of, space_note, write_synced
+from lmtrain.system.files import move, reason_of, space_note, write_synced
 
 
 def export_model(
@@ -56,7 +56,7 @@ def _write_folder(path: Path, tokenizer: Tokenizer, files: dict[str, bytes]) -> 
         unfinished.mkdir()
         for name, content in contents.items():
             write_synced(unfinished / name, content)
-        unfinished.rename(path)
+        move(unfinished, path)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         size = sum(map(len, contents.values()))

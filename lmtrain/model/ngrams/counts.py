@@ -24,7 +24,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-LARGEST_TOKENS = 1 << 24  # tokens of the longest text; counting takes some 200 bytes each, and frees half in the end
+LARGEST_TOKENS = 1 << 24  # tokens of the longest text
+COUNTING_BYTES = 200  # memory that counting takes for each token, about; most of it is free afterwards
 PARTS = ("contexts", "pairs", "counts")  # the tensors of one order, which `count_ngrams` returns
 GATE_SIZE = 64  # size of the gate's hidden layer
 LEAST_DISCOUNT, MOST_DISCOUNT = 0.05, 0.95

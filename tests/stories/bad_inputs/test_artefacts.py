@@ -335,7 +335,7 @@ DAMAGES = {
         lambda: forge(
             WEIGHTS, header(**{"embedding.weight": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}})
         ),
-        f"{WEIGHTS}: missing tensor 'output.bias'{UNUSABLE}",
+        f"{WEIGHTS}: not a safetensors file{UNUSABLE}",
     ),
     "weights that are a link": (
         lambda: aside(WEIGHTS),

@@ -21,7 +21,7 @@ TYPED = {
     ),
     "train: no such device": Row(
         "train c.yaml --device tpu",
-        ("lmtrain: {words}'--device'{words}'tpu'{words}'auto', 'cpu', 'cuda'{words} (lmtrain --help)"),
+        ("lmtrain: {words}'--device'{words}'tpu'{words}'auto', 'cpu', 'cuda', 'mps'{words} (lmtrain --help)"),
         2,
     ),
     "train: no value": Row("train c.yaml --run-dir", "lmtrain: {words}'--run-dir'{words} (lmtrain --help)", 2),
@@ -73,7 +73,7 @@ TYPED = {
     "check: no such option": Row("check c.yaml --run-dir x", "lmtrain: {words}--run-dir (lmtrain --help)", 2),
     "check: no such device": Row(
         "check c.yaml --device gpu",
-        ("lmtrain: {words}'--device'{words}'gpu'{words}'auto', 'cpu', 'cuda'{words} (lmtrain --help)"),
+        ("lmtrain: {words}'--device'{words}'gpu'{words}'auto', 'cpu', 'cuda', 'mps'{words} (lmtrain --help)"),
         2,
     ),
     "check: a run with an override": Row(
@@ -92,7 +92,7 @@ TYPED = {
     ),
     "generate: no such device": Row(
         "generate run --device tpu",
-        ("lmtrain: {words}'--device'{words}'tpu'{words}'auto', 'cpu', 'cuda'{words} (lmtrain --help)"),
+        ("lmtrain: {words}'--device'{words}'tpu'{words}'auto', 'cpu', 'cuda', 'mps'{words} (lmtrain --help)"),
         2,
     ),
     "generate: a negative length": Row(
@@ -369,7 +369,10 @@ TYPED = {
         "export run -o new --int4", "lmtrain: {words}--int4 {words}--int8{words} (lmtrain --help)", 2
     ),
 }
-NO_CUDA = "device cuda: PyTorch finds no CUDA device here; use cpu or auto"
+NO_DEVICE = {
+    "cuda": "device cuda: PyTorch finds no CUDA device here; use cpu or auto",
+    "mps": "device mps: PyTorch finds no GPU of Apple's here; use cpu or auto",
+}
 
 
 @pytest.mark.parametrize("name", TYPED)
@@ -379,7 +382,7 @@ def test_a_mistake_at_the_command_line(home, judge, name):
     judge(row.command, row.said, row.code)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("device", NO_DEVICE)
 @pytest.mark.parametrize(
     "command",
     [
@@ -393,8 +396,10 @@ def test_a_mistake_at_the_command_line(home, judge, name):
         "export run -o new",
     ],
 )
-def test_a_device_that_is_not_there(home, judge, command):
-    judge(f"{command} --device cuda", NO_CUDA, 2)
+def test_a_device_that_is_not_there(home, judge, command, device):
+    if torch.get_device_module(device).device_count():
+        pytest.skip(f"there is a {device} device")
+    judge(f"{command} --device {device}", NO_DEVICE[device], 2)
 
 
 # arguments that are not UTF-8, as only a process of its own can be given them
@@ -417,7 +422,7 @@ NO_TEXT = {
     ),
     "device": (
         ["train", "c.yaml", b"--device=\xff"],
-        "lmtrain: {words}'--device'{words}'\\udcff'{words}'auto', 'cpu', 'cuda'{words} (lmtrain --help)",
+        "lmtrain: {words}'--device'{words}'\\udcff'{words}'auto', 'cpu', 'cuda', 'mps'{words} (lmtrain --help)",
         2,
     ),
     "prompt": (

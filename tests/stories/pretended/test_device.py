@@ -91,13 +91,12 @@ def test_copies_to_the_device_are_counted():
 
 
 def test_a_line_of_lmtrain_is_named():
-    from lmtrain.training.optimization import clip_gradient
+    from lmtrain.runs.weights import check_finite
 
-    weight = torch.nn.Parameter(torch.ones(2, device=NAME))
-    weight.grad = torch.ones(2, device=NAME)
+    weight = torch.ones(2, device=NAME)
     waits.clear()
-    clip_gradient([weight], None)
-    assert [wait.line.partition(":")[0] for wait in waits] == ["training/optimization.py"]
+    check_finite({"weight": weight}, "")
+    assert [wait.line.partition(":")[0] for wait in waits] == ["runs/weights.py"]
     float(weight.sum())
     assert waits[-1].line == "?"
 
