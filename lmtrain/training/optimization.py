@@ -221,7 +221,7 @@ class _SummedRows:
 
     def __init__(self, weight: Tensor, gradient: Tensor) -> None:
         self.weight, unordered = weight, gradient._values()
-        rows, order = gradient._indices()[0].sort(stable=True)
+        rows, order = gradient._indices()[0].sort()  # as `coalesce` sorts them
         place = torch.cat([rows.new_zeros(1), rows.diff().ne(0).cumsum(0)])  # (N,) number of different rows before
         self.rows = torch.zeros_like(rows).scatter_(0, place, rows)  # those that have one place are equal
         self.values = torch.zeros_like(unordered).index_add_(0, place, unordered.index_select(0, order))
