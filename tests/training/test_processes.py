@@ -146,6 +146,33 @@ def test_a_run_of_three_processes_is_resumed_bit_for_bit_and_by_one_or_two(groun
         assert rows_of(place.directory / f"again-{count}")[-1]["step"] == steps
 
 
+COUNTS_IN_RANK_0 = """
+import os, sys
+from lmtrain.cli import main
+from lmtrain.runs import ngram_counts
+if os.environ["RANK"] == "1":
+    ngram_counts.count_ngrams = None  # to call it would raise
+sys.argv = ["lmtrain", *sys.argv[1:]]
+main()
+"""
+
+
+def test_only_rank_0_counts_ngrams_and_the_other_processes_receive_them(ground):
+    place = ground("model.ngram_counts=3", "training.max_steps=2")
+    assert [each.wait() for each in place.together(2, run="whole")] == [0, 0]
+    command = [sys.executable, "-c", COUNTS_IN_RANK_0, "train", "config.yaml", *place.settings, "--run-dir", "run"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        together = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    together |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(command, cwd=place.directory, env=os.environ | together | {"RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert digest(place.run) == digest(place.directory / "whole")
+
+
 def test_a_signal_to_one_process_breaks_off_the_validation_of_all(ground):
     """Rank 0 is writing samples then, for seconds."""
     stream = ["batching.mode=stream", ONE_DIRECTION]  # without an end token
