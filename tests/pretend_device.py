@@ -35,9 +35,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import backend_registration
 
 NAME = "pretend"
 DEVICE_INDEX = 0
+AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")  # PyTorch calls it experimental
 PACKAGE = str(Path(__file__).parent.parent / "lmtrain") + "/"
 
 
@@ -340,17 +342,10 @@ def _cast_products(library: torch.library.Library) -> None:
 
 
 def set_up() -> torch.device:
-    """Make the device known to PyTorch, before lmtrain is imported, once a process; returns the device.
-
-    Raises RuntimeError in words if this PyTorch can't do it.
-    """
-    try:
-        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as register
-    except ImportError:
-        raise RuntimeError(f"PyTorch {torch.__version__} takes no backend that is written in Python") from None
+    """Make the device known to PyTorch, before lmtrain is imported, once a process; returns the device."""
     # `no_grad` stands in for inference mode, which makes tensors that no wrapper can hold
     torch.inference_mode = lambda mode=True: torch.no_grad() if mode else torch.enable_grad()  # type: ignore
-    register(NAME, _Module(NAME))
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _Module(NAME))
     everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     everything.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
     everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")

@@ -169,6 +169,15 @@ def test_a_run_moves_from_the_cpu_to_the_device_and_back(train):
     torch.testing.assert_close(saved_by(moved), saved_by(whole), rtol=0, atol=0)
 
 
+def test_a_resumed_run_draws_the_devices_own_random_numbers(train):
+    pretend_device.generator.own(0)
+    whole = train("auto", "whole", *REGULARISED)
+    assert digest(train("auto", "again", *REGULARISED)) == digest(whole)  # the seed is the device's, too
+    train("auto", "cut", *REGULARISED, stop_at_step=2)
+    pretend_device.generator.own(99)
+    assert digest(train("auto", "cut", *REGULARISED, resume=True)) == digest(whole)
+
+
 @pytest.mark.slow
 def test_histograms_of_the_weights_are_written(train):
     run = train("auto", "there", "logging.histograms=true", "training.max_steps=1")
