@@ -1,7 +1,7 @@
 """Names that PyTorch and TensorBoard keep to themselves: each stands in one file of lmtrain, and does what it did.
 
 They may change with any new version. Where a test fails here, the file that the table names has to change. All of them
-are in PyTorch 2.11 to 2.13 and TensorBoard 2.18 to 2.21.
+are in PyTorch 2.11 to 2.13 and TensorBoard 2.21.
 """
 
 import ast

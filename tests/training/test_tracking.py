@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, and the same through TensorBoard's own reader and its real server."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -107,7 +108,12 @@ def test_a_real_tensorboard_serves_the_run(small):
     run = train(small()).run
     port = free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run.parent), "--port", str(port)]
-    server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [*command, "--host", "127.0.0.1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONWARNINGS": ""},  # TensorBoard's server imports what it calls deprecated itself
+    )
     try:
         address = f"http://127.0.0.1:{port}/data/plugin/scalars"
         for _ in range(120):
