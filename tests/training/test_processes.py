@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from lmtrain.data.batches.loader import RankShard
 from lmtrain.training.checkpointer import Checkpointer
 from lmtrain.training.optimization import clip_gradient
-from lmtrain.training.state import LoadedCheckpoint, TrainingState
 from tests.conftest import SMALL
 from tests.oracle import digest
 from tests.stories.faults.ground import Ground, until
@@ -307,9 +306,8 @@ def test_a_run_on_cpus_is_resumed_on_cuda_in_every_rank(monkeypatch):
     training = {"cpu": torch.get_rng_state()}
     torch.manual_seed(6)
     training["cpu/1"] = torch.get_rng_state()
-    saved = LoadedCheckpoint("step", {}, training, TrainingState(precision="fp32"), {}, {}, {})
     for rank, key in enumerate(training):
         step, processes = SimpleNamespace(model=None, device=device), SimpleNamespace(rank=rank)
-        Checkpointer(None, step, None, None, processes)._restore_random_state(saved)
+        Checkpointer(None, step, None, None, processes)._restore_random_state(7, training)
         assert torch.equal(torch.get_rng_state(), training[key])
     assert not restored
