@@ -1,4 +1,5 @@
 """Runs lmtrain in a process that lacks what other systems lack: `python other_system.py '[["train", ...], ...]'`.
+With a second argument, Ctrl-C comes after the first save.
 
 `test_other_systems.py` starts it. The libraries that lmtrain uses are imported first, since they ask the system which
 it is, and have other ways of their own on each. `filelock` is not: without fcntl it takes its soft locks.
@@ -57,6 +58,18 @@ def hide() -> None:
     os.open, ctypes.CDLL = hiding_os_open, cdll  # type: ignore[assignment,misc]
 
 
+def interrupt_after_first_save() -> None:
+    replace = os.replace
+
+    def replace_then_interrupt(source: Any, target: Any) -> None:
+        replace(source, target)
+        if os.path.basename(target) == "last.json":
+            os.replace = replace
+            signal.raise_signal(signal.SIGINT)
+
+    os.replace = replace_then_interrupt
+
+
 def main(commands: list[list[str]]) -> int:
     from lmtrain.cli import _run
 
@@ -69,4 +82,6 @@ def main(commands: list[list[str]]) -> int:
 
 if __name__ == "__main__":
     hide()
+    if sys.argv[2:]:
+        interrupt_after_first_save()
     sys.exit(main(json.loads(sys.argv[1])))
