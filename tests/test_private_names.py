@@ -25,6 +25,7 @@ from tests.conftest import ROOT
 PRIVATE = {
     "__dynamo_disable": "training/optimization.py",
     "_ddp_params_and_buffers_to_ignore": "training/parallel.py",
+    "_foreach_zero_": "training/graphs.py",
     "_indices": "training/optimization.py",
     "_is_mkldnn_bf16_supported": "model/products.py",
     "_linear_pointwise": "model/products.py",
@@ -118,9 +119,18 @@ def test_derivatives_write_to_a_buffer(function, backward):
 
 def test_a_sparse_tensor_gives_its_parts_before_its_rows_are_summed():
     """`_indices` and `_values`; the public `indices` and `values` refuse a tensor that is not coalesced."""
-    sparse = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2]]), torch.ones(3, 4), (5, 4), is_coalesced=False)
+    sparse = torch.sparse_coo_tensor(
+        torch.tensor([[2, 0, 2]]), torch.ones(3, 4), (5, 4), is_coalesced=False, check_invariants=False
+    )
     assert sparse._indices().tolist() == [[2, 0, 2]]
     assert torch.equal(sparse._values(), torch.ones(3, 4))
+
+
+def test_many_tensors_are_zeroed_at_once():
+    """`_foreach_zero_`, which PyTorch's own optimizers call."""
+    tensors = [torch.ones(3), torch.ones(2, 2)]
+    torch._foreach_zero_(tensors)
+    assert not any(tensor.any() for tensor in tensors)
 
 
 def test_distributed_data_parallel_leaves_named_weights_out():

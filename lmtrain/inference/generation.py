@@ -61,7 +61,7 @@ def generate(
     """Continue each prompt until its end token, one of the stop texts, or `max_tokens`; see `TrainedModel.generate`.
 
     Args:
-        broken_off: is called after each token; once it returns True, every text ends where it is.
+        broken_off: is called after each token; once it returns True, the texts are given up, and none is returned.
     """
     texts = [text for text in prompts for _ in range(count)]
     repetitions = defaultdict[str, Iterator[int]](numbers_from)
@@ -74,7 +74,7 @@ def generate(
         writer = _Writer(model, codec, part, numbers[block], sampling, stop)
         for _ in writer.steps(max_tokens):
             if broken_off():
-                break
+                return []
         results += [to_generation(codec, text, row, stop) for text, row in zip(part, writer.rows, strict=True)]
     return results
 

@@ -101,14 +101,15 @@ class Layout(NamedTuple):
 
     def clone(self) -> Layout:
         """Return the same layout with its tokens in memory of its own."""
-        own: dict[str, Any] = {name: tensor.clone() for name, tensor in self._tokens().items()}
+        own: dict[str, Any] = {name: tensor.clone() for name, tensor in self.tokens_and_places().items()}
         return self._replace(**own)
 
     def copy_(self, other: Layout) -> None:
         """Take over the tokens of a layout of the same shape."""
-        torch._foreach_copy_(list(self._tokens().values()), list(other._tokens().values()))
+        for name, tensor in self.tokens_and_places().items():
+            tensor.copy_(getattr(other, name))
 
-    def _tokens(self) -> dict[str, Tensor]:
+    def tokens_and_places(self) -> dict[str, Tensor]:
         """All that differs between two layouts of equally long rows and of one shape."""
         named = {
             name: getattr(self, name) for name in ("inputs", "backward_inputs", "targets", "fill_backward", "real")

@@ -5,14 +5,12 @@ from contextlib import suppress
 
 import torch
 
-STATUS, MEMORY, RESET = "/proc/self/status", "/proc/meminfo", "/proc/self/clear_refs"  # of Linux: proc(5)
-
 
 def reset_peak(device: torch.device) -> None:
     """Let `peak_bytes` begin anew. Only Linux forgets the peak of the process; elsewhere it is that since its start."""
     if device.type not in ("cpu", "mps"):
         torch.get_device_module(device).reset_peak_memory_stats(device)
-    with suppress(OSError), open(RESET, "wb") as handle:
+    with suppress(OSError), open("/proc/self/clear_refs", "wb") as handle:
         handle.write(b"5")
 
 
@@ -22,7 +20,7 @@ def peak_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
         module = torch.get_device_module(device)
         return int(module.driver_allocated_memory() if device.type == "mps" else module.max_memory_allocated(device))
-    with suppress(OSError), open(STATUS, encoding="utf-8") as lines:
+    with suppress(OSError), open("/proc/self/status", encoding="utf-8") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     try:
         import resource
@@ -40,6 +38,6 @@ def free_bytes(device: torch.device) -> int | None:
         if device.type == "mps":
             return int(module.recommended_max_memory() - module.driver_allocated_memory())
         return int(module.mem_get_info(device)[0])
-    with suppress(OSError), open(MEMORY, encoding="utf-8") as lines:
+    with suppress(OSError), open("/proc/meminfo", encoding="utf-8") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return None

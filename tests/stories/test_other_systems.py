@@ -38,7 +38,8 @@ def files(folder):
 def elsewhere(*commands, more=()):
     """Run lmtrain in a process that lacks what other systems lack; it runs the commands one after the other."""
     command = [sys.executable, str(ROOT / "tests/stories/other_system.py"), json.dumps(commands), *more]
-    return subprocess.run(command, capture_output=True, text=True)
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # as the tests' own process has
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | one_thread)
 
 
 def test_a_process_without_what_other_systems_lack_comes_to_the_same_bits(corpus, shell):

@@ -55,7 +55,7 @@ def pytest_runtest_makereport(item):
     return report
 
 
-def pytest_runtest_protocol(item):
+def pytest_runtest_protocol(item, nextitem):
     """Give a test of this folder the reports that it had in the process with the device."""
     if REPORTS is not None or item.path.parent != HERE or not pretend_device.AVAILABLE:
         return None
@@ -65,6 +65,7 @@ def pytest_runtest_protocol(item):
         report = hook.pytest_report_from_serializable(config=item.config, data=content)
         hook.pytest_runtest_logreport(report=report)
     hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    item.session._setupstate.teardown_exact(nextitem)  # what the item before has set up
     return True
 
 

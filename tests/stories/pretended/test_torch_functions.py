@@ -18,8 +18,12 @@ from lmtrain.training.step import TrainingStep
 from tests import pretend_device
 from tests.stories.pretended.test_waits import batches_of, step_of
 
-DEVICE = torch.device(pretend_device.NAME, pretend_device.DEVICE_INDEX)
 IN_TORCH = [name for name, cell in CELLS.items() if cell.torch_function is not None]
+
+
+def pretended():
+    """The device, which has its name only in the process in which the tests run."""
+    return torch.device(pretend_device.NAME, pretend_device.DEVICE_INDEX)
 
 
 @pytest.fixture(params=IN_TORCH)
@@ -48,7 +52,7 @@ def check(calls, dtype=torch.float32):
         for operand in (inputs, *states, *weights):
             assert operand.dtype == dtype
             assert operand.is_contiguous()
-            assert operand.device == DEVICE
+            assert operand.device == pretended()
         assert (has_biases, layers, dropout, bidirectional, batch_first) == (
             True,
             1,
@@ -71,7 +75,7 @@ def test_training_and_evaluation_give_cudnn_what_it_needs(called, dtype, monkeyp
     # what cuDNN answers where it takes bf16, and where it does not
     monkeypatch.setattr(recurrence, "_cudnn_takes_bf16", lambda *arguments: dtype == torch.bfloat16)
     options = {"cell": name, "bidirectional": True, "num_layers": 2, "weight_dropout": 0.2}
-    step = step_of(DEVICE, options, {})
+    step = step_of(pretended(), options, {})
     step.precision = "bf16"
     assert isinstance(step, TrainingStep)
     kinds = set()
@@ -82,7 +86,7 @@ def test_training_and_evaluation_give_cudnn_what_it_needs(called, dtype, monkeyp
     assert kinds == {True, False}
     batch = make_batch([[1, 4, 5, 6, 2], [1, 7, 2]], 0)
     for precision, wanted in (("fp32", torch.float32), ("bf16", dtype)):
-        with autocast(precision, DEVICE):
+        with autocast(precision, pretended()):
             evaluate(step.model.eval(), [batch])
             check(calls, wanted)
             encoded = step.model.read(*batch[:2])
@@ -92,7 +96,7 @@ def test_training_and_evaluation_give_cudnn_what_it_needs(called, dtype, monkeyp
 
 def test_dynamic_evaluation_asks_for_a_backward_pass(called):
     name, calls = called
-    model = LanguageModel(20, embedding_size=8, hidden_size=8, cell=name).to(DEVICE).eval()
+    model = LanguageModel(20, embedding_size=8, hidden_size=8, cell=name).to(pretended()).eval()
     evaluate_dynamically(model, [make_batch([[1, 4, 5, 6, 2]], 0), make_batch([[2, 7, 8, 2]], 0)], Dynamic(0.1))
     assert all(arguments[-3] for arguments, *_ in calls)  # the training flag, before two directions and time first
     check(calls)
