@@ -20,6 +20,7 @@ from lmtrain.system.console import Notify
 from lmtrain.system.processes import launched_by_torchrun
 from lmtrain.system.variables import CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES
 
+LEAST_TIMED_SIZE, QUEUED_PRODUCTS = 1024, 20  # on a GPU, which is asked for many products before it is waited for
 TIMED_STEPS = 16  # tokens of each row of the layer that is timed
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h of glibc: mallopt(3)
 
@@ -150,10 +151,11 @@ def choose_precision(name: str, device: torch.device, size: int) -> tuple[str, s
 
     Args:
         size: the hidden size H. The product that is timed computes the gates of an LSTM for 512 tokens,
-            (512, H) @ (H, 4H).
+            (512, H) @ (H, 4H); on a GPU, H is at least 1,024, since smaller products take less time than their launch.
     """
     if name != "auto":
         return name, "as configured"
+    size = size if device.type == "cpu" else max(size, LEAST_TIMED_SIZE)
     shapes = (512, size), (size, 4 * size)
     operands = [
         [torch.ones(shape, device=device, dtype=dtype) for shape in shapes] for dtype in (torch.float32, torch.bfloat16)
@@ -171,12 +173,14 @@ def choose_precision(name: str, device: torch.device, size: int) -> tuple[str, s
 
 
 def _product_seconds(device: torch.device, left: Tensor, right: Tensor) -> float:
+    count = 1 if device.type == "cpu" else QUEUED_PRODUCTS
     start_s = time.perf_counter()
-    product = left @ right
+    for _ in range(count):
+        product = left @ right
     synchronise(device)
     taken_s = time.perf_counter() - start_s
     del product
-    return taken_s
+    return taken_s / count
 
 
 def keep_freed_memory() -> None:
