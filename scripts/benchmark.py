@@ -44,7 +44,7 @@ from lmtrain.system.variables import set_variables
 from lmtrain.training.step import TrainingStep
 
 BOS, EOS = 1, 2
-BATCHES = 64  # of sentences, before they come again
+BATCHES = 64  # of sentences; after the last the first comes again
 ON_CUDA = 1.5  # there no row aims at more, since cuDNN is fast; `Row.at_least` is meant for a CPU with bf16
 
 
@@ -82,7 +82,7 @@ def zipf(random: np.random.Generator, vocab_size: int, count: int) -> np.ndarray
 def sentences(vocab_size: int, rows: int = 32) -> list[Batch]:
     """Rows as long as sentences: normal(22, 9)."""
     random = np.random.default_rng(1)
-    lengths = np.clip(random.normal(22, 9, (BATCHES, rows)).round(), 2, 60).astype(int)  # hardly two are alike
+    lengths = np.clip(random.normal(22, 9, (BATCHES, rows)).round(), 2, 60).astype(int)  # hardly two batches are alike
     return [make_batch([[BOS, *zipf(random, vocab_size, n), EOS] for n in each], 0) for each in lengths]
 
 

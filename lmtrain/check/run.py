@@ -31,7 +31,7 @@ def inspect_run(run: RunDirectory) -> Iterator[str]:
             saved = open_checkpoint(run, config, tokenizer, step)
             saved.read_tensors({})
         except ArtefactError as error:
-            if home.exists():  # else a training that goes on here has removed it
+            if home.exists():  # else a training that still runs here has removed it
                 faults.extend(error.faults)
             continue
         size = sum(file.size for file in saved.files.values())

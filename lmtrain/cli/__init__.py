@@ -65,7 +65,7 @@ def _run() -> int:
         )
     try:
         with discard_panics():
-            # Windows' shells leave patterns to the program; texts are no patterns, and where files are read, we expand
+            # Typer would expand patterns on Windows, texts included; lmtrain expands those of files itself
             code = app(standalone_mode=False, windows_expand_args=False)
         sys.stdout.flush()
         return int(code or 0)
@@ -89,7 +89,7 @@ def _run() -> int:
         if not isinstance(error, OSError):
             raise
         if sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None:
-            silence_stdout()  # so Windows says that the reader has gone
+            silence_stdout()  # Windows says so when the reader has gone
             return 0
         say(escape(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}", kept=""))
         silence_stdout()

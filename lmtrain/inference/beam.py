@@ -28,7 +28,7 @@ Floats = NDArray[np.float64]
 
 
 class _Hypotheses(NamedTuple):
-    """Texts of equal length, each of them one of the step before and one token more."""
+    """Texts of equal length, each of which extends a text of the step before by one token."""
 
     prompts: Ints  # (R,) place of the prompt in the batch, ascending
     parents: Ints  # (R,) index of the text that is extended, in the step before
@@ -70,13 +70,13 @@ def _rank(text: PartialText, length_penalty: float) -> float:
 def _search_batch(
     model: LanguageModel, codec: PromptCodec, prompts: list[list[int]], max_tokens: int, beams: Beams
 ) -> list[list[PartialText]]:
-    """Search from a batch of prompts; returns what was found to each, texts that have ended first."""
+    """Search from a batch of prompts; returns the texts found for each prompt, ended ones first."""
     batch, device = make_batch(prompts, codec.tokenizer.pad_id), model.embedding.weight.device
-    prompts_of = [prompts[prompt] for prompt in batch.order.tolist()]  # in the order of the batch
+    ordered_prompts = [prompts[prompt] for prompt in batch.order.tolist()]  # in the order of the batch
     found: list[list[PartialText]] = [[] for _ in prompts]
     room = np.full(len(prompts), beams.width)  # how many texts of each prompt may still run or end
-    first, nothing = np.arange(len(prompts)), np.zeros(len(prompts))
-    steps = [_Hypotheses(first, first, first, nothing, nothing)]
+    first, zeros = np.arange(len(prompts)), np.zeros(len(prompts))
+    steps = [_Hypotheses(first, first, first, zeros, zeros)]
     logits, state = model.read_prompts(batch.tokens.to(device), batch.lengths, codec.direction)
     candidates = _extend(codec, logits, steps[0], 0, beams.width)
     for step in range(max_tokens):
@@ -86,7 +86,7 @@ def _search_batch(
         best = best.take(rank < room[best.prompts])
         ends = best.tokens == (-1 if codec.end is None else codec.end)
         for index in np.flatnonzero(ends).tolist():
-            text = _rebuild(prompts_of, steps, best.parents[index])
+            text = _rebuild(ordered_prompts, steps, best.parents[index])
             text.log_probabilities.append(float(best.values[index]))
             text.finished = True
             found[best.prompts[index]].append(text)
@@ -96,7 +96,7 @@ def _search_batch(
             break
         candidates, state = _step(model, codec, steps[-1], state, beams.width)
     for index, prompt in enumerate(steps[-1].prompts.tolist()):
-        found[prompt].append(_rebuild(prompts_of, steps, index))
+        found[prompt].append(_rebuild(ordered_prompts, steps, index))
     return [found[place] for place in np.argsort(batch.order.numpy())]
 
 
@@ -115,7 +115,7 @@ def _rebuild(prompts: list[list[int]], steps: list[_Hypotheses], index: int) -> 
 def _step(
     model: LanguageModel, codec: PromptCodec, running: _Hypotheses, state: ModelState, width: int
 ) -> tuple[_Hypotheses, ModelState]:
-    """Read the last token of each running text; returns the texts that may come next, and the state.
+    """Read the last token of each running text; returns the texts that may come next, and the new state.
 
     The texts are read in blocks, so that memory for logits is bounded whatever the width and the vocabulary.
     """
@@ -141,9 +141,9 @@ def _extend(codec: PromptCodec, logits: Tensor, running: _Hypotheses, start: int
     best = log_probabilities.topk(min(width, logits.shape[1]), dim=1)
     values, tokens = (part.numpy() for part in to_cpu(*best))
     rows, ranks = np.nonzero(values > -np.inf)
-    parents, of_tokens = start + rows, values[rows, ranks].astype(np.float64)
-    totals = running.totals[parents] + of_tokens
-    return _Hypotheses(running.prompts[parents], parents, tokens[rows, ranks], of_tokens, totals)
+    parents, token_values = start + rows, values[rows, ranks].astype(np.float64)
+    totals = running.totals[parents] + token_values
+    return _Hypotheses(running.prompts[parents], parents, tokens[rows, ranks], token_values, totals)
 
 
 def _greatest(totals: Floats, count: int) -> NDArray[np.int64]:

@@ -120,8 +120,8 @@ def _propose(
     vocab_size = logits.shape[1]
 
     def extend(logits: Tensor, totals: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Return the best log-probabilities (width,) of R texts and one token more, and (number of the text) * V +
-        token for each; the first text's number is `start`, and `totals` (R, 1) are the texts' log-probabilities."""
+        """Extend R texts by one token. Return the best log-probabilities (width,), and for each the index: number of
+        the text * V + token. The first text has number `start`; `totals` (R, 1) are the texts' log-probabilities."""
         scores = totals + logits.log_softmax(-1).index_fill(1, excluded, -torch.inf)  # (R, V)
         best, indices = scores.flatten().topk(min(width, scores.numel() - len(scores) * len(excluded)))
         return best, indices + start * vocab_size
@@ -135,8 +135,8 @@ def _propose(
         if len(extended) > 1:
             best, order = best.topk(min(width, len(best)))
             indices = indices[order]
-        places = [divmod(index, vocab_size) for index in indices.tolist()]
-        running = [(token, *running[parent]) if backward else (*running[parent], token) for parent, token in places]
+        extensions = [divmod(index, vocab_size) for index in indices.tolist()]
+        running = [(token, *running[parent]) if backward else (*running[parent], token) for parent, token in extensions]
         proposed += running
         if length < tokens:
             extended, states = [], []

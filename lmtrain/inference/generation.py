@@ -56,12 +56,12 @@ def generate(
     sampling: Sampling | None = None,
     count: int = 1,
     stop: Sequence[str] = (),
-    broken_off: Callable[[], bool] = lambda: False,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[Generation]:
     """Continue each prompt until its end token, one of the stop texts, or `max_tokens`; see `TrainedModel.generate`.
 
     Args:
-        broken_off: is called after each token; once it returns True, the texts are given up, and none is returned.
+        stopped: is called after each token; once it returns True, no text is returned.
     """
     texts = [text for text in prompts for _ in range(count)]
     repetitions = defaultdict[str, Iterator[int]](numbers_from)
@@ -73,7 +73,7 @@ def generate(
         part = texts[block]
         writer = _Writer(model, codec, part, numbers[block], sampling, stop)
         for _ in writer.steps(max_tokens):
-            if broken_off():
+            if stopped():
                 return []
         results += [to_generation(codec, text, row, stop) for text, row in zip(part, writer.rows, strict=True)]
     return results
@@ -147,7 +147,7 @@ class _Writer:
     """Writes to one batch of prompts; rows that have reached their end leave the batch.
 
     Args:
-        follow: keep `texts`, the rows' texts while they are written; they are kept where there are stop texts, too.
+        follow: keep the rows' texts up to date in `texts` while they are written. Stop texts need that in any case.
     """
 
     def __init__(

@@ -65,8 +65,8 @@ class PromptCodec:
         return self.as_written(completion.removeprefix(" ") if self.follows_space(text) else completion)
 
     def as_written(self, text: str) -> str:
-        """Return a text in the order in which the model writes it: with backward its last character comes first. Of a
-        text in that order, return the text."""
+        """Return a text in the order in which the model writes it: with backward its last character comes first. Given
+        such a text, it returns the original."""
         return text if self.direction == "forward" else text[::-1]
 
     def spell(self, ids: Sequence[int]) -> str:
@@ -74,7 +74,7 @@ class PromptCodec:
         return self._decode(ids) if self.direction == "forward" else self._decode(ids[::-1])[::-1]
 
     def follows_space(self, text: str) -> bool:
-        """Tell whether a prompt has the space already that the tokenizer puts between it and what is written to it."""
+        """Tell whether a prompt ends in the space that the tokenizer would put between it and its completion."""
         return self.tokenizer.separator == " " and self.as_written(text)[-1:].isspace()
 
     def name(self, token: int) -> str:
@@ -109,7 +109,7 @@ class GrowingText:
         self.changed = 0  # index of the first character that the last token has added or changed
         self._after_space = codec.follows_space(text)
         self._ids = list(prompt[1:])  # the last tokens, in the order in which they are read and written
-        self._of_prompt = len(self._ids)  # how many of these belong to the prompt
+        self._prompt_count = len(self._ids)  # how many of these belong to the prompt
         self._decoded = codec.spell(self._ids)
         self._waiting = 0  # tokens that are not decoded yet
         self._shorten()
@@ -119,14 +119,14 @@ class GrowingText:
         self._ids.append(token)
         self._waiting += 1
         self.changed = len(self.characters)
-        if self._waiting * LONGEST_WINDOW < len(self._ids):  # a long run of tokens that only make sense together
+        if self._waiting * LONGEST_WINDOW < len(self._ids):  # a long run of tokens that only together are text
             return
         decoded = self.codec.spell(self._ids)
         pairs = enumerate(zip(self._decoded, decoded, strict=False))
         same = next((at for at, (old, new) in pairs if old != new), min(len(self._decoded), len(decoded)))
         self.changed -= len(self._decoded) - same
         if self.changed < 0:  # the prompt's own text would change: the completion is decoded by itself
-            self._ids, self._of_prompt = self._ids[self._of_prompt :], 0
+            self._ids, self._prompt_count = self._ids[self._prompt_count :], 0
             decoded, same, self.changed = self.codec.spell(self._ids), 0, 0
         added = decoded[same:]
         self.characters[self.changed :] = added.removeprefix(" ") if self._after_space and not self.changed else added
@@ -139,5 +139,5 @@ class GrowingText:
         ids = self._ids[-WINDOW:]
         decoded = self.codec.spell(ids)
         if decoded and self._decoded.endswith(decoded[len(decoded) // 2 :]):
-            self._of_prompt = max(0, self._of_prompt - (len(self._ids) - len(ids)))
+            self._prompt_count = max(0, self._prompt_count - (len(self._ids) - len(ids)))
             self._ids, self._decoded = ids, decoded

@@ -14,18 +14,18 @@ from torch import Tensor
 from lmtrain.inference.options import Sampling
 from lmtrain.model.output import argmax
 
-COLDEST = 1e-200  # a lower temperature is taken for this: float32 logits stay finite, and equal ones alone stay equal
+COLDEST = 1e-200  # lower temperatures are raised to this, so that logits divided by them stay finite
 
 
 class Candidates(NamedTuple):
-    """The tokens that may come next, with the probabilities that one is drawn by."""
+    """The tokens that may come next, with the probability that each is drawn."""
 
     tokens: Tensor  # (B, K) int64 on CPU, ascending in each row
     probabilities: Tensor  # (B, K) float64 on CPU, each row sums to 1; 0 for what the settings leave out
 
 
 def choose_candidates(sampling: Sampling, logits: Tensor, seen: Tensor | None = None) -> Candidates:
-    """Compute the distribution that the next token is drawn from.
+    """Compute the distribution from which the next token is drawn.
 
     Args:
         logits: (B, V) float32, -inf for tokens that never follow.
@@ -53,7 +53,7 @@ def choose_candidates(sampling: Sampling, logits: Tensor, seen: Tensor | None = 
 
 
 def to_cpu(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring float32 values and int64 tokens of one shape to the CPU; the device is waited for once."""
+    """Bring float32 values and int64 tokens of one shape to the CPU; this waits for the device once."""
     if values.device.type == "cpu":
         return values, tokens
     packed = torch.stack([values.view(torch.int32), tokens.int()]).cpu()

@@ -182,10 +182,12 @@ def _nats_of_tokens(
         batch = rows.batch(indices, pad_id)
         starts: Ints = rows.starts[indices][batch.order.numpy()]
         events = model.read(batch.tokens, batch.lengths).events
-        places = align(batch.lengths)
-        of_row = starts[places.rows.row.numpy()]
-        predicted = {"forward": places.rows.time + 1, "backward": places.backward_time - 1}
+        alignment = align(batch.lengths)
+        row_starts = starts[alignment.rows.row.numpy()]
+        predicted = {"forward": alignment.rows.time + 1, "backward": alignment.backward_time - 1}
         for direction in directions:
-            of_events = model.nats(direction, events[direction]).cpu().double().numpy()
-            nats[of_row + predicted[direction].numpy()] += of_events / len(directions)  # a row predicts a token once
+            event_nats = model.nats(direction, events[direction]).cpu().double().numpy()
+            nats[row_starts + predicted[direction].numpy()] += event_nats / len(
+                directions
+            )  # a row predicts a token once
     return nats

@@ -240,7 +240,7 @@ class TrainedModel:
                 "cache and dynamic evaluation need a state that is carried from line to line, and this run starts each "
                 "line anew; train with batching.mode: stream, or batching.carry_state: true"
             )
-        with scratch_directory(self._disk()) as scratch:
+        with scratch_directory(self._scratch_parent()) as scratch:
             store = open_store(self._source(paths), self.tokenizer, scratch)
             batches, columns = evaluation_batches(self.config, store, self.tokenizer, 1, batch_size)
             left_out = {"end_tokens": [self.tokenizer.eos_id]}
@@ -258,13 +258,13 @@ class TrainedModel:
                 result.adapted["dynamic"] = evaluate_dynamically(self.model, batches, dynamic)
             return result
 
-    def _disk(self) -> Path | None:
-        """Return a directory for a token store that is removed again: where the run's own stores are, if they are here,
-        or else `/var/tmp`, which is for large files. None, the system's choice, is often a directory in memory."""
+    def _scratch_parent(self) -> Path | None:
+        """Return the directory in which to make a temporary token store: where the run's own stores are, if they are
+        here, or else `/var/tmp`, which is for large files. None leaves it to the system, which often chooses memory."""
         cache = Path(self.config.data.cache_dir)
-        places = [cache] if any(cache.glob("*/store.json")) else []  # a run from elsewhere may name any directory
-        places += [] if "TMPDIR" in os.environ else [Path("/var/tmp")]
-        return next((place for place in places if os.access(place, os.W_OK)), None)
+        folders = [cache] if any(cache.glob("*/store.json")) else []  # a run from elsewhere may name any directory
+        folders += [] if "TMPDIR" in os.environ else [Path("/var/tmp")]
+        return next((folder for folder in folders if os.access(folder, os.W_OK)), None)
 
     def worst_lines(self, paths: Sequence[str] | None = None, count: int = 10) -> list[tuple[str, Score, str]]:
         """Find the `count` lines with the most nats per token, worst first: place of each, its score, its text.

@@ -231,7 +231,7 @@ class LanguageModel(nn.Module):
         return self.log_probabilities(direction, projected, history)  # these are logits, too
 
     def nats(self, objective: Objective, events: Events) -> Tensor:
-        """Return the negative log-likelihood of each target (N,) in nats, at least float32, outside the graph."""
+        """Return the negative log-likelihood of each target (N,) in nats, at least float32, without autograd."""
         with torch.no_grad():
             weights = torch.ones_like(events.targets, dtype=events.states.dtype)
             return self._mix_counts(objective, events, self.output.loss(events.states, events.targets, weights).nats)
@@ -261,8 +261,8 @@ class LanguageModel(nn.Module):
                 begins with the token before its first event.
             lengths: (B,) int64 on CPU, non-increasing, >= 2.
             order: (B,) int64 on CPU, the column whose state each row continues, see `CarriedState`.
-            padded_steps: let all rows run for this number of steps, >= L - 1, and score the padding with 0; the state
-                at the end of a padded row is then of no use. None: each row runs for as long as it is.
+            padded_steps: pad all rows to this number of steps, >= L - 1. The padding adds nothing to the loss, but the
+                state at the end of a padded row has read it and is of no use. None: rows keep their lengths.
         """
         device = self.embedding.weight.device
         layout = lay_out(tokens.cpu(), lengths, order, self.bidirectional, bool(self.history_size), padded_steps)
@@ -283,7 +283,7 @@ class LanguageModel(nn.Module):
         Args:
             tokens, lengths: as in `lay_out`.
             state: of the forward stack before the batch; None: nothing was read.
-            layout: from `lay_out`, if it is known already; the tokens and lengths are then not looked at.
+            layout: what `lay_out` returned; `tokens` and `lengths` are then ignored. None: `read` calls `lay_out`.
             lookups: the lookups of this batch, if the output layer shares them.
         """
         layout = self.lay_out(tokens, lengths) if layout is None else layout
@@ -336,8 +336,8 @@ class LanguageModel(nn.Module):
         """Compute the nats of each objective and their weighted sum; padding is never scored.
 
         With counted n-grams the nats are those of the mixture. The weighted sum then also holds the network's own nats,
-        from which alone the network learns. With a layout, and an output layer that samples nothing, this queues work
-        for the device without a copy to it and without waiting for it.
+        from which alone the network learns. Given a layout, this only queues work for the
+        device: it neither copies to the device nor waits for it, unless the output layer samples tokens.
 
         Args:
             tokens, lengths, state, layout: as in `read`.
@@ -348,14 +348,14 @@ class LanguageModel(nn.Module):
         events, end, penalties = self.read(tokens, lengths, state, layout, lookups)
         states = torch.cat([part.states for part in events.values()])
         factors = {name: 1.0 if weights is None else weights[name] for name in events}
-        of_events = torch.cat(
+        event_weights = torch.cat(
             [
                 factor.expand(size) if isinstance(factor, Tensor) else torch.full((size,), factor, device=states.device)
                 for factor, size in zip(factors.values(), layout.sizes, strict=True)
             ]
         )
         if layout.real is not None:
-            of_events = of_events * layout.real
+            event_weights = event_weights * layout.real
         if isinstance(self.output, FullOutput):
             tied = lookups.tied() if self.output.weight is self.embedding.weight else None
             smoothing = self.label_smoothing if self.training else 0.0
@@ -364,17 +364,17 @@ class LanguageModel(nn.Module):
                 sample = sample_vocabulary(
                     layout.cpu_targets, self.vocab_size, self.frequent_tokens, self.sampled_tokens, states.device
                 )
-            total, network_nats = self.output.loss(states, layout.targets, of_events, tied, smoothing, sample)
+            total, network_nats = self.output.loss(states, layout.targets, event_weights, tied, smoothing, sample)
         else:
-            total, network_nats = self.output.loss(states, layout.targets, of_events, layout.clusters)
+            total, network_nats = self.output.loss(states, layout.targets, event_weights, layout.clusters)
         if layout.real is not None:
             network_nats = network_nats * layout.real
         for direction, penalty in penalties.items():
             total = total + factors[direction] * penalty
         nats: dict[Objective, Tensor] = {}
-        for (objective, part), of_network in zip(events.items(), network_nats.split(layout.sizes), strict=True):
-            mixed = self._mix_counts(objective, part, of_network)
-            if mixed is not of_network:
+        for (objective, part), own_nats in zip(events.items(), network_nats.split(layout.sizes), strict=True):
+            mixed = self._mix_counts(objective, part, own_nats)
+            if mixed is not own_nats:
                 total = total + factors[objective] * mixed.sum()
             nats[objective] = mixed.detach().sum()
         return Losses(total, nats, end)

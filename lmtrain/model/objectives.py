@@ -32,7 +32,7 @@ class Losses(NamedTuple):
     """The loss of a batch."""
 
     total: Tensor  # () to differentiate: weighted nats of the network and (for the gate) of the mixture, and penalties
-    nats: dict[Objective, Tensor]  # () float32 each: the sum over the objective's events, outside the graph
+    nats: dict[Objective, Tensor]  # () float32 each: the sum over the objective's events, outside autograd's graph
     state: ModelState  # state of the forward stack at each row's end
 
 
@@ -76,7 +76,7 @@ class Layout(NamedTuple):
 
     rows: PackedRows  # of the steps of each stack: one fewer than a row has tokens
     targets: Tensor  # (N,), or (N + N + M,) of two directions: the targets of all objectives, one after the other
-    cpu_targets: Tensor  # the same
+    cpu_targets: Tensor  # the same, which stay on the CPU
     inputs: Tensor  # (N,) tokens that the forward stack reads
     order: Tensor | None  # (B,) column whose state each row continues, see `CarriedState`; None: not known
     real: Tensor | None = None  # as `targets`: 1, or 0 for a target in the padding of rows; None: no row is padded
@@ -101,23 +101,23 @@ class Layout(NamedTuple):
 
     def clone(self) -> Layout:
         """Return the same layout with its tokens in memory of its own."""
-        own: dict[str, Any] = {name: tensor.clone() for name, tensor in self.tokens_and_places().items()}
+        own: dict[str, Any] = {name: tensor.clone() for name, tensor in self.varying_tensors().items()}
         return self._replace(**own)
 
     def copy_(self, other: Layout) -> None:
-        """Take over the tokens of a layout of the same shape."""
-        for name, tensor in self.tokens_and_places().items():
+        """Copy the tokens of a layout of the same shape into this one."""
+        for name, tensor in self.varying_tensors().items():
             tensor.copy_(getattr(other, name))
 
-    def tokens_and_places(self) -> dict[str, Tensor]:
-        """All that differs between two layouts of equally long rows and of one shape."""
+    def varying_tensors(self) -> dict[str, Tensor]:
+        """Return, by field, the tensors that differ between two layouts of equally long rows and of one shape."""
         named = {
             name: getattr(self, name) for name in ("inputs", "backward_inputs", "targets", "fill_backward", "real")
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device) -> Layout:
-        """Return the same layout with its tensors on a device; they get there in one copy."""
+        """Return the same layout with its tensors on a device; all of them move in one copy."""
         if self.inputs.device == device:
             return self
         plain = self._asdict()
@@ -130,11 +130,13 @@ class Layout(NamedTuple):
 
 
 def align_padded(lengths: Tensor, steps: int) -> tuple[Alignment, Tensor, Tensor]:
-    """As `align`, but all rows run for the same number of steps, some of them beyond their end, and all N packed rows
-    stand for an inner token, whether they are one or not.
+    """Do what `align` does for rows that are all padded to the same number of steps.
+
+    Every packed row is listed as an inner token, so that N and M are equal whatever the rows' own lengths.
 
     Returns:
-        The alignment, and 1 for what is real, else 0: each packed row (N,), and each inner token (N,).
+        The alignment; for each packed row (N,) 1 if its row predicts a token there, 0 in the padding; and for each
+        inner token (N,) likewise.
     """
     rows = pack_rows(torch.full_like(lengths, steps))
     own_steps = (lengths - 1)[rows.row]
@@ -161,8 +163,8 @@ def lay_out(
         alignment, real = align(lengths), None
     else:
         tokens = F.pad(tokens, (0, 0, 0, padded_steps + 1 - len(tokens)))
-        alignment, of_rows, of_inner = align_padded(lengths, padded_steps)
-        real = torch.cat([of_rows, of_rows, of_inner]) if bidirectional else of_rows
+        alignment, real_rows, real_inner = align_padded(lengths, padded_steps)
+        real = torch.cat([real_rows, real_rows, real_inner]) if bidirectional else real_rows
     rows, backward_time, fill_forward, fill_backward = alignment
     time, row = rows.time, rows.row
     targets, whole = tokens[time + 1, row], tokens if with_ngrams else None

@@ -37,7 +37,7 @@ class OutputLoss(NamedTuple):
     """The loss of N events."""
 
     total: Tensor  # () the weighted sum of the nats, to differentiate
-    nats: Tensor  # (N,) of each target, at least float32, outside the graph
+    nats: Tensor  # (N,) of each target, at least float32, outside autograd's graph
 
 
 class FullOutput(nn.Linear):
@@ -112,7 +112,7 @@ class Clusters(NamedTuple):
     """Where the targets of N events lie in an adaptive output layer."""
 
     in_head: Tensor  # (N,) column of the head: the target itself if it is frequent, else that of its cluster
-    inside: list[Tensor]  # indices of the events whose target lies in each cluster of rare tokens, (events of it,)
+    inside: list[Tensor]  # for each cluster of rare tokens, the indices (any number,) of the events with a target in it
 
 
 class AdaptiveOutput(nn.Module):
@@ -129,7 +129,7 @@ class AdaptiveOutput(nn.Module):
         self.clusters = nn.AdaptiveLogSoftmaxWithLoss(output_size, vocab_size, cutoffs, div_value, head_bias=True)
 
     def sort_targets(self, targets: Tensor) -> Clusters:
-        """Find the cluster of each target (N,). How many lie in each is data: on a device this waits for it."""
+        """Find the cluster of each target (N,). The result's shapes depend on values, so on a device this waits."""
         cutoffs = self.clusters.cutoffs[:-1]
         cluster = torch.bucketize(targets, torch.tensor(cutoffs, device=targets.device), right=True)  # (N,) 0: short
         in_head = torch.where(cluster > 0, self.clusters.shortlist_size + cluster - 1, targets)
@@ -141,13 +141,13 @@ class AdaptiveOutput(nn.Module):
     ) -> OutputLoss:
         """As `FullOutput.loss`; a rare target costs the nats of its cluster plus its nats within the cluster.
 
-        `sorted_targets` are those of `sort_targets`, if they are known already.
+        `sorted_targets` is what `sort_targets` returned for the targets; None: it is called here.
         """
         clusters = self.clusters
-        in_head, of_clusters = self.sort_targets(targets) if sorted_targets is None else sorted_targets
+        in_head, rare_events = self.sort_targets(targets) if sorted_targets is None else sorted_targets
         total, nats = _softmax_loss(states, clusters.head.weight, clusters.head.bias, in_head, weights)
         tails = cast(list[tuple[nn.Module, nn.Linear]], clusters.tail)
-        for cutoff, inside, (smaller, tail) in zip(clusters.cutoffs[:-1], of_clusters, tails, strict=True):
+        for cutoff, inside, (smaller, tail) in zip(clusters.cutoffs[:-1], rare_events, tails, strict=True):
             # an empty cluster is computed too: every weight then has a gradient for several processes to sum
             projected, in_tail = smaller(states.index_select(0, inside)), targets[inside] - cutoff
             tail_total, tail_nats = _softmax_loss(projected, tail.weight, None, in_tail, weights[inside])
@@ -284,8 +284,8 @@ class _Chunks:
         """The exponentials (R, W) of each chunk, 0 at the targets (an empty list unless `keep`); their sum over the
         vocabulary (R,); the targets' logits (R,); the sum with the targets' exponentials (R,).
 
-        All logits are shifted by their row's greatest if a sum would leave the range of floats. On the CPU that is
-        found by the sums; on a device, where looking at them would mean to wait for it, by each row's greatest logit.
+        Logits are shifted by their row's greatest one where a sum would leave the range of floats. On the CPU the sums
+        themselves show that. A program would have to wait for a device's sums, so there the greatest logits decide.
         """
         rounded = inputs.to(self.dtype)
         kept, others, of_target = self._exponentials(rounded, inputs.dtype, targets, None, keep)

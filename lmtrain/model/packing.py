@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class PackedRows(NamedTuple):
-    """The layout of B rows: first all tokens of step 0, then all of step 1, as in PyTorch's `PackedSequence`.
+    """How B rows are packed: first all tokens of step 0, then all of step 1, as in PyTorch's `PackedSequence`.
 
     For example, rows of lengths 3, 1 have batch_sizes 2, 1, 1, and their N = 4 packed rows have time 0, 0, 1, 2 and row
     0, 1, 0, 0. The tensors are int64. `pack_rows` makes them on the CPU; `to` moves them to a model's device.
@@ -51,7 +51,7 @@ class PackedRows(NamedTuple):
         return self.starts[time] + row
 
     def to(self, device: torch.device) -> PackedRows:
-        """Return the same layout with its tensors on a device."""
+        """Return the same packing with its tensors on a device."""
         return PackedRows(self.batch_sizes, self.offsets, *move_together(self.tensors, device))
 
 
@@ -76,17 +76,17 @@ def states_before(rows: PackedRows) -> Tensor:
 
 
 def move_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Return int64 tensors (any shapes) on a device, which get there in one copy.
+    """Move int64 tensors (any shapes) to a device in one copy, and return them there.
 
-    On CUDA the copy is made from page-locked memory, so that the program does not wait for it, nor for anything that
-    the device has still to do: PyTorch keeps that memory until the copy is made. What is queued later on the same
-    stream, by this or another thread, finds the tensors complete.
+    On CUDA the copy is made from pinned memory, so the program waits neither for the copy nor for earlier work of the
+    device; PyTorch keeps that memory until the copy is made. Work that any thread queues later on the same stream
+    finds the tensors complete.
     """
     if all(tensor.device == device for tensor in tensors):
         return list(tensors)
     sizes = [tensor.numel() for tensor in tensors]
-    locked = device.type == "cuda"
-    buffer = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=locked)
+    pinned = device.type == "cuda"
+    buffer = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=pinned)
     torch.cat([tensor.reshape(-1) for tensor in tensors], out=buffer)
-    moved = buffer.to(device, non_blocking=locked).split(sizes)
+    moved = buffer.to(device, non_blocking=pinned).split(sizes)
     return [part.view(tensor.shape) for part, tensor in zip(moved, tensors, strict=True)]

@@ -77,11 +77,9 @@ class RecurrentStack(nn.Module):
                 bias_ih[gate * size : (gate + 1) * size] = value
 
     def describe_precision(self, precision: str, device: torch.device) -> str:
-        """Say in which precision a device runs these layers if products have this one, `fp32` or `bf16`."""
-        wanted, by_torch = (
-            {"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
-            self.cell.torch_function is not None,
-        )
+        """Say in words in which precision a device runs these layers, if matrix products run in `precision`."""
+        wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        by_torch = self.cell.torch_function is not None
         if self.backend == "packed" or not by_torch or recurrence_dtype(self.cell, wanted, device) != torch.float32:
             return f"recurrent layers in {precision}"
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
@@ -152,7 +150,7 @@ class RecurrentStack(nn.Module):
 
         Under autocast, PyTorch's wrapper of cuDNN casts to float16, whatever autocast's dtype is, and gradients of
         states are below the normal numbers of float16. So on a device the function runs without autocast, and its
-        operands are cast here. cuDNN's backward pass needs `train`; dropout is 0, so `train` does nothing else.
+        operands are cast here. cuDNN has a backward pass only with `train`; dropout is 0, so `train` changes no number.
         """
         device, sizes = inputs.device, rows.batch_sizes
         if device.type == "cpu":
@@ -186,18 +184,18 @@ def _call_torch(
 
 
 def recurrence_dtype(cell: Cell, wanted: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype in which PyTorch's function of a cell runs on a device: the wanted one, or float32 instead of
-    bf16 where cuDNN does not take that (or it is not cuDNN that runs the function)."""
-    by_cudnn = wanted != torch.bfloat16 or _cudnn_takes_bf16(cell.torch_function, cell.gates, len(cell.states), device)
-    return wanted if by_cudnn else torch.float32
+    """Return the dtype in which PyTorch's function of a cell runs on a device: `wanted`, but float32 where `wanted` is
+    bf16 and cuDNN does not run the function in bf16."""
+    possible = wanted != torch.bfloat16 or _cudnn_takes_bf16(cell.torch_function, cell.gates, len(cell.states), device)
+    return wanted if possible else torch.float32
 
 
 @cache
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _cudnn_takes_bf16(function: Any, gates: int, states: int, device: torch.device) -> bool:
-    """Tell whether cuDNN runs a cell's function in bf16 here, by calling it once. Otherwise PyTorch would raise, or run
-    it slowly by single operations."""
+    """Tell whether cuDNN runs a cell's function in bf16 here, by calling it once. Where it does not, PyTorch raises, or
+    runs the function slowly as single operations."""
     if device.type != "cuda":
         return False
     size = 8
@@ -215,11 +213,11 @@ def _cudnn_takes_bf16(function: Any, gates: int, states: int, device: torch.devi
 def in_one_buffer(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """Return a layer's weights in a dtype and in one piece of memory, one after the other, as cuDNN reads them.
 
-    They are copied only if they are not so already: `nn.LSTM` keeps its weights so, but a dropped weight or a deep copy
-    lies elsewhere. Otherwise PyTorch would warn and copy them at each call, which takes longer than this.
+    Those of `nn.LSTM` lie that way already and are not copied. A weight with dropout, or a deep copy, lies elsewhere:
+    PyTorch would warn and copy the weights at each call, which takes longer than the copy here.
     """
     in_a_row = all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in itertools.pairwise(weights))
-    # neighbours may still be pieces of their own, which were allocated one after the other
+    # neighbours in memory may still be separate allocations
     if (
         weights[0].dtype == dtype
         and in_a_row

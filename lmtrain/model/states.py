@@ -37,7 +37,7 @@ def join(states: Sequence[ModelState]) -> ModelState:
 
 
 class CarriedState:
-    """Carries the state of each column of a text from one batch to the next, outside the graph.
+    """Carries the state of each column of a text from one batch to the next, outside autograd's graph.
 
     A batch may hold the columns in any order, and fewer of them at the text's end. For example, after a batch whose
     `order` is [2, 0], `store` keeps its first row's state for column 2 and its second row's for column 0; `of` a later

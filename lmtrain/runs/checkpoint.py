@@ -140,7 +140,7 @@ def read_headers(checkpoints: Path, step: int, parts: tuple[str, ...] = FILES) -
     """Check the sizes of the named files of a checkpoint, and read what their headers say.
 
     Returns:
-        What is known of each file, by its name.
+        The size, hash and tensor headers of each file, by its name.
 
     Raises:
         ArtefactError: the manifest is damaged, or a file has another size, or is not a safetensors file.

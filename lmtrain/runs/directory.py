@@ -94,7 +94,7 @@ class RunDirectory:
         """
         for folder, names, files in os.walk(self.path):
             for path in (Path(folder, name) for name in (*names, *files)):
-                with suppress(FileNotFoundError):  # a training that goes on here removes files
+                with suppress(FileNotFoundError):  # a training that still runs here removes files
                     mode = path.lstat().st_mode
                     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
                         raise ArtefactError(f"{path}: not a regular file; a run directory holds nothing else")

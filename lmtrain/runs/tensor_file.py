@@ -1,4 +1,4 @@
-"""Files of tensors in the safetensors format, written and read piece by piece, so that neither needs memory for a file.
+"""Files of tensors in the safetensors format, written and read piece by piece, so neither needs a whole file in memory.
 
 Such a file begins with the length of its header in eight bytes. The header is JSON, and says of each tensor its type,
 its shape and where it lies in the rest of the file: https://huggingface.co/docs/safetensors. The safetensors library
@@ -42,7 +42,7 @@ class TensorSpec(NamedTuple):
     def of(cls, tensor: Tensor) -> TensorSpec:
         """Return the type and shape of a tensor in memory."""
         name = str(tensor.dtype).removeprefix("torch.")
-        return cls(next(each for each, (known, _) in TYPES.items() if known == name), tuple(tensor.shape))
+        return cls(next(dtype for dtype, (known, _) in TYPES.items() if known == name), tuple(tensor.shape))
 
     def __str__(self) -> str:
         return f"{self.shape} {self.dtype}"
@@ -80,8 +80,8 @@ def header_of(specs: Mapping[str, TensorSpec]) -> bytes:
 
 
 def pieces_of(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of the file that holds these tensors. Of a tensor on a device a piece at a time comes to the
-    CPU."""
+    """Yield the bytes of the file that holds these tensors. A tensor on a device comes to the
+    CPU a piece at a time."""
     import torch
 
     specs = in_file_order(tensors)
@@ -116,13 +116,13 @@ def _parse_header(path: Path, data: bytes) -> dict[str, TensorSpec]:
     header.pop("__metadata__", None)
     specs, end = {}, 0
     try:
-        places = {name: tuple(map(operator.index, entry["data_offsets"])) for name, entry in header.items()}
-        for name in sorted(places, key=places.__getitem__):
+        offsets = {name: tuple(map(operator.index, entry["data_offsets"])) for name, entry in header.items()}
+        for name in sorted(offsets, key=offsets.__getitem__):
             spec = TensorSpec(header[name]["dtype"], tuple(map(operator.index, header[name]["shape"])))
             if len(spec.shape) > MOST_DIMENSIONS or min(spec.shape, default=0) < 0:
                 raise ValueError
             begin, end = end, end + spec.size_bytes
-            if places[name] != (begin, end):  # there is a gap, or two tensors are in one place
+            if offsets[name] != (begin, end):  # there is a gap, or two tensors overlap
                 raise ValueError
             specs[name] = spec
     except (KeyError, TypeError, ValueError):
@@ -145,30 +145,30 @@ class SavedFile(NamedTuple):
             raise self._damaged()
         return parse_json(self.path, data)
 
-    def read_tensors(self, places: Mapping[str, Tensor], finite: str | None = None) -> None:
-        """Copy the tensors to their places, by name, and check the whole file on the way.
+    def read_tensors(self, into: Mapping[str, Tensor], finite: str | None = None) -> None:
+        """Copy the tensors of the file into those of the same names, and check the whole file on the way.
 
-        The bytes that are copied are the bytes that are hashed, so a file that changes meanwhile is noticed. But it is
-        noticed at its end, when the places hold its values: after an error they are not to be used.
+        The bytes that are copied are the bytes that are hashed, so a file that changes while it is read is noticed. But
+        it is noticed only at the end of the file: after an error the tensors of `into` must not be used.
 
         Args:
-            places: tensors of the shapes and types of `specs`; tensors without a place are only checked.
-            finite: tensors whose name begins so must hold no infinity and no NaN.
+            into: tensors of the shapes and types of `specs`; those of the file that it does not name are only checked.
+            finite: tensors whose name begins with this must hold no infinity and no NaN; None: any may.
 
         Raises:
             ArtefactError: a byte is not as it was saved, or a value is not finite.
         """
         odd = None
         for name, first, values in self._pieces():
-            if name in places:
-                places[name].detach().view(-1)[first : first + len(values)].copy_(values)
+            if name in into:
+                into[name].detach().view(-1)[first : first + len(values)].copy_(values)
             if finite is not None and name.startswith(finite) and odd is None and not bool(values.isfinite().all()):
                 odd = name
         if odd is not None:
             raise ArtefactError(f"{self.path}: tensor {odd!r} holds values that are not finite")
 
     def _pieces(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Yield the name of a tensor, the index of a value in it, and some values from there on, (values,)."""
+        """Yield the tensors in pieces: the tensor's name, the index of the piece's first value, and the values (W,)."""
         import torch
 
         buffer = memoryview(bytearray(min(PIECE_BYTES, self.size)))

@@ -26,7 +26,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h of glibc: mallopt(3)
 
 
 class Layer(NamedTuple):
-    """The recurrent layer of a run that is timed where two devices are to be compared."""
+    """The recurrent layer of a run that is timed to compare two devices."""
 
     cell: str  # a name in `CELLS`
     hidden_size: int
@@ -48,7 +48,7 @@ def choose_device(name: str, layer: Layer | None = None, notify: Notify = lambda
         notify: is called with a line on what was timed, or on what the results depend on.
 
     Raises:
-        ConfigError: there is no such device, there are fewer than processes, or processes can't train on it together.
+        ConfigError: there is no such device, there are more processes than devices, or processes can't share its kind.
     """
     alone = not launched_by_torchrun()
     if name == "auto":
@@ -59,13 +59,13 @@ def choose_device(name: str, layer: Layer | None = None, notify: Notify = lambda
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.get_device_module(name).device_count()
     if count == 0:
-        kind = {"cuda": "CUDA device", "mps": "GPU of Apple's"}.get(name, f"{name} device")
+        kind = {"cuda": "CUDA device", "mps": "Apple GPU"}.get(name, f"{name} device")
         raise ConfigError(f"device {name}: PyTorch finds no {kind} here; use cpu or auto")
     if name == "mps" and not alone:
-        raise ConfigError("device mps: PyTorch connects no processes on it; start without torchrun, or use cpu")
+        raise ConfigError("device mps: PyTorch can't connect processes on it; start without torchrun, or use cpu")
     if local_rank >= count:
         raise ConfigError(
-            f"device {name}: this machine has {count}, fewer than processes; start torchrun --nproc-per-node {count}"
+            f"device {name}: this machine has {count}, fewer than processes; use torchrun --nproc-per-node {count}"
         )
     if name == "cuda" and os.environ.get(CUBLAS_WORKSPACE) not in DETERMINISTIC_WORKSPACES:
         notify(
@@ -89,7 +89,7 @@ def faster_device(device: torch.device, layer: Layer, notify: Notify) -> torch.d
 
 @cache  # so that a process decides once
 def _seconds_of_passes(device: torch.device, layer: Layer) -> list[float]:
-    """Time passes, forward and backward, over rows of equal length: two at least, and more for a tenth of a second."""
+    """Return the seconds of each of some forward and backward passes: two or more, for a tenth of a second."""
     cell, size = CELLS[layer.cell], layer.hidden_size
     rows = pack_rows(torch.full((layer.rows,), TIMED_STEPS)).to(device)
     gates = cell.gates * size
@@ -107,7 +107,7 @@ def _seconds_of_passes(device: torch.device, layer: Layer) -> list[float]:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a device has computed everything that it was asked for; the CPU never lags behind."""
+    """Wait until a device has done all work that was queued for it; the CPU queues none."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -115,7 +115,7 @@ def synchronise(device: torch.device) -> None:
 def make_deterministic(device: torch.device) -> None:
     """Have a GPU compute the same numbers each time; otherwise a resumed run would differ. The CPU does so anyway.
 
-    On CUDA it also takes the workspace that `lmtrain.system.variables` sets.
+    On CUDA this also needs the workspace that `lmtrain.system.variables` sets.
     """
     if device.type != "cpu":
         torch.set_deterministic_debug_mode("warn")

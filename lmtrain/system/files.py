@@ -63,7 +63,7 @@ def sync_file(handle: IO[Any]) -> None:
     if sys.platform == "darwin":  # whose fsync leaves the content in the drive's own memory
         import fcntl
 
-        with suppress(OSError):  # a file system of the network has only fsync
+        with suppress(OSError):  # a network file system has only fsync
             fcntl.fcntl(handle.fileno(), fcntl.F_FULLFSYNC)
             return
     os.fsync(handle.fileno())
@@ -72,7 +72,7 @@ def sync_file(handle: IO[Any]) -> None:
 def sync_directory(path: Path) -> None:
     """Write a directory to the disk itself, so that renames in it survive a power cut; raises OSError.
 
-    Windows and some file systems of the network do so by themselves, and have no such call.
+    Windows and some network file systems do so by themselves, and have no such call.
     """
     if sys.platform == "win32":
         return
@@ -90,7 +90,7 @@ def move(source: Path, target: Path) -> None:
     """Rename a file, in place of an old one of that name, or a directory to a name that is free; raises OSError.
 
     Windows refuses to rename what another program has open, and a virus scanner opens each new file for a moment.
-    There it is tried again for a second.
+    There this function tries again for a second.
     """
     for wait_s in RETRIED_AFTER_S if sys.platform == "win32" else ():
         try:
@@ -103,7 +103,7 @@ def move(source: Path, target: Path) -> None:
 
 @contextmanager
 def scratch_directory(parent: Path | None = None) -> Iterator[Path]:
-    """A new directory that is removed at the end; `parent` is the system's choice if it is None.
+    """Make a new directory, and remove it at the end; without `parent` the system chooses where.
 
     Windows removes no file that is mapped into memory. What it keeps is removed when the process ends.
     """

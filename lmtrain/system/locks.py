@@ -5,7 +5,8 @@ opens no symbolic link, and tries again if the file that it has locked was remov
 
 Some network file systems have no locks (Lustre without `-o flock`, NFS without its lock daemon). There, a second file
 takes the place of the lock: it exists while a process holds the lock, and says which process of which machine. If that
-process has ended, the next one of the same machine takes the file over; of another machine only the user can know.
+process has ended, the next process of the same machine takes the file over. Whether a process of another machine has
+ended, only the user can know.
 """
 
 import errno
@@ -22,8 +23,8 @@ from lmtrain.system.files import reason_of
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP}  # a lock that is held is no such
-MARKER = ".held"  # follows the lock's name in that of the file that takes its place
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP}  # not those of a held lock
+MARKER = ".held"  # the name of the file that takes a lock's place is the lock's name and this
 TAKEOVER_S = 3.0  # filelock looks at an unfinished file for two seconds before it takes it for that of an ended process
 
 

@@ -7,7 +7,7 @@ import torch
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let `peak_bytes` begin anew. Only Linux forgets the peak of the process; elsewhere it is that since its start."""
+    """Let `peak_bytes` begin anew. Only Linux can reset the peak of a process; elsewhere it counts from the start."""
     if device.type not in ("cpu", "mps"):
         torch.get_device_module(device).reset_peak_memory_stats(device)
     with suppress(OSError), open("/proc/self/clear_refs", "wb") as handle:
@@ -16,7 +16,7 @@ def reset_peak(device: torch.device) -> None:
 
 def peak_bytes(device: torch.device) -> int | None:
     """Return the most memory that tensors took on a GPU, or else that the process took; None if the system (Windows)
-    does not say. Of Apple's GPU it is what PyTorch holds there, which seldom shrinks."""
+    does not say. For Apple's GPU this is what PyTorch holds, which seldom shrinks."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
         return int(module.driver_allocated_memory() if device.type == "mps" else module.max_memory_allocated(device))
@@ -31,8 +31,8 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the memory that is free or can be freed; None if the system does not say. Of Apple's GPU it is how much
-    more it advises to take."""
+    """Return the memory that is free or can be freed; None if the system does not say. For Apple's GPU this is
+    how much more PyTorch advises to take."""
     if device.type != "cpu":
         module = torch.get_device_module(device)
         if device.type == "mps":

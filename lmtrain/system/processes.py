@@ -4,11 +4,11 @@
 sets the rank of each, 0 .. world size - 1, in its environment. Rank 0 writes the run; the other ranks only compute. A
 fault in one process ends all of them, and one process reports it. No exchange lasts longer than a timeout.
 
-That one process reports a lost one in a line, with exit code 5, holds for gloo, which connects processes on CPUs. NCCL,
-which connects CUDA devices, only queues work: a lost process is noticed by a thread of PyTorch's, which writes its own
-report and aborts the process (`TORCH_NCCL_ASYNC_ERROR_HANDLING`,
-https://docs.pytorch.org/docs/stable/torch_nccl_environment_variables.html), or torchrun ends it first. Exit codes are
-then those of signals. The step that was lost has not moved the weights, and the checkpoints are whole all the same.
+On CPUs, where gloo connects the processes, one process reports a lost one in a line, with exit code 5. NCCL, which
+connects CUDA devices, only queues work. There a thread of PyTorch's notices a lost process, writes a report of its own
+and aborts the other processes (`TORCH_NCCL_ASYNC_ERROR_HANDLING`,
+https://docs.pytorch.org/docs/stable/torch_nccl_environment_variables.html), or torchrun ends them first: exit codes are
+then those of signals. The weights have not moved in the lost step, and the checkpoints are whole either way.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SingleProcess:
     def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors (of any shape) that rank 0 gives, one by one; in the other processes they lie on the CPU.
 
-        Every process takes all of them."""
+        Every process has to take all of them, since each is exchanged when it is taken."""
         yield from tensors.items()
 
     def gather_tensor(self, tensor: Tensor) -> list[Tensor]:

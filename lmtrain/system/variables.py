@@ -7,7 +7,7 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 """With other values cuBLAS may sum in another order each time
 (https://docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html). The command line takes the
-first one: the second gives the library of fast products less memory than it asks for, and PyTorch warns of that."""
+first one: the second gives cuBLASLt less memory than it asks for, and PyTorch warns of that."""
 
 
 def set_variables() -> None:

@@ -2,8 +2,8 @@
 
 If there is little work, or only one processor core, the same interface does the work in this process.
 
-A worker is a plain Python process, to whose standard input messages are written, and whose answers are read from its
-standard output: every system has these pipes. It is no `ProcessPoolExecutor`, for two reasons.
+A worker is a plain Python process. It reads messages from its standard input and writes answers to its standard output,
+since every system has these pipes. `ProcessPoolExecutor` is not used, for two reasons.
 An executor waits forever for a worker that is killed while it sends a result (seen in Python 3.11.2 and 3.13.0), since
 it keeps the worker's end of the pipe open. And `multiprocessing` runs the user's script again in each process that it
 starts, so a script would have to guard its call of `lmtrain.train` with `if __name__ == "__main__"`.

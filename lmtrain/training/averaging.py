@@ -78,8 +78,8 @@ class Averaging:
             weight.copy_(tensors[name])
 
     def resume(self, steps: int | None) -> None:
-        """Take up an average of `steps` optimizer steps that was saved; its tensors are then copied into `averages`.
-        None: there was none."""
+        """Prepare for a saved average over `steps` optimizer steps, whose tensors the caller then copies into
+        `averages`. None: no average was saved."""
         if steps is None:
             self.averages = {}
         elif not self.active:

@@ -163,9 +163,9 @@ class Checkpointer:
         """Read the weights and their average in place, and all other tensors beside them; returns all, by name.
 
         Raises:
-            ArtefactError: the checkpoint is damaged; then the weights are not to be used.
+            ArtefactError: the checkpoint is damaged; the weights must not be used then.
         """
-        tensors = self._places(saved.state.averaged_steps)
+        tensors = self._destinations(saved.state.averaged_steps)
         specs = saved.files[MODEL_FILE].specs | saved.files[TRAINING_FILE].specs
         if not tensors.keys() <= specs.keys():
             raise _foreign(saved)
@@ -173,24 +173,24 @@ class Checkpointer:
         saved.read_tensors(tensors)
         return tensors
 
-    def _places(self, averaged_steps: int | None) -> dict[str, Tensor]:
+    def _destinations(self, averaged_steps: int | None) -> dict[str, Tensor]:
         """Return where the saved weights and their average go, by the names of `SavedCheckpoint.read_tensors`. The
         optimizers give up their state, so that there is memory for the saved one."""
         for optimizer in self.step.optimizers:
             optimizer.state.clear()
         averaging = self.step.averaging
         averaging.resume(averaged_steps)
-        places = named_weights(self.model)
+        destinations = named_weights(self.model)
         if averaging.active:
             beside = {f"weights/{name}": weight for name, weight in averaged_weights(self.model).items()}
-            places = places | beside | averaging.averages
-        return {name: place.detach() for name, place in places.items()}
+            destinations = destinations | beside | averaging.averages
+        return {name: tensor.detach() for name, tensor in destinations.items()}
 
     def _load_and_share(
         self, load: Callable[[], tuple[SavedCheckpoint, dict[str, Tensor]] | None]
     ) -> tuple[SavedCheckpoint, dict[str, Tensor]] | None:
         """Load a checkpoint in rank 0, and give it to every process: others may be on machines that can't see the run
-        directory. Then the optimizers have their state, and what the tensors are named is as in `_load`."""
+        directory. Afterwards the optimizers have their state. The names are those of `_load`."""
         processes = self.processes
         loaded = processes.run_in_all(lambda: load() if processes.rank == 0 else None, rank_0_first=True)
         saved, tensors = loaded or (None, {})
@@ -200,7 +200,7 @@ class Checkpointer:
         if saved is None:
             name, state, begun_in = shared
             saved = SavedCheckpoint(name, {}, TrainingState.from_json(state), {}, begun_in, {})
-            tensors = self._places(saved.state.averaged_steps)
+            tensors = self._destinations(saved.state.averaged_steps)
         for name, tensor in processes.broadcast_tensors(tensors):
             if name not in tensors:
                 tensors[name] = tensor

@@ -26,15 +26,15 @@ from lmtrain.model.output import FullOutput
 from lmtrain.model.states import ModelState
 from lmtrain.system.device import random_state, set_random_state
 
-PADDED_STEPS = 8
+PADDED_STEPS = 8  # rows of different lengths are padded to a multiple of this
 MOST_GRAPHS = 64  # a graph takes some megabytes
 
 
 class BatchGraphs:
-    """The graphs of a model, and the memory of the gradients that they add to.
+    """The CUDA graphs of a model, and the gradients that they add to.
 
     Args:
-        carries_state: the state at the end of a batch is the start of the next one; its rows are then not padded.
+        carries_state: whether the state at the end of a batch is the start of the next one; rows are then not padded.
     """
 
     def __init__(self, model: LanguageModel, carries_state: bool) -> None:
@@ -43,10 +43,10 @@ class BatchGraphs:
         self._weights = list(model.parameters())
         self._gradients = [torch.zeros_like(weight) for weight in self._weights]
         self._pool: Any = None  # the memory that all graphs share, since only one of them runs at a time
-        self._recording = Lock()  # what another thread asks of the device meanwhile would spoil the record
+        self._recording = Lock()  # work that another thread gives to the device would spoil a recording
 
     @staticmethod
-    def suit(model: LanguageModel) -> bool:
+    def can_record(model: LanguageModel) -> bool:
         """Tell whether a model can be recorded: the size of no tensor depends on the values of another one."""
         plain = isinstance(model.output, FullOutput) and model.sampled_tokens is None and not model.history_size
         return plain and not model.embedding.sparse and model.embedding.weight.device.type == "cuda"
@@ -68,7 +68,7 @@ class BatchGraphs:
         """Add the gradient of a batch to the gradients of the weights.
 
         Args:
-            factors: of each objective's nats in the loss.
+            factors: the factor of each objective's nats in the loss.
             state: the state before the batch; None: nothing was read.
             precision: the context in which the matrix products run.
 
@@ -88,13 +88,14 @@ class BatchGraphs:
         graph.layout.copy_(layout)
         for name, factor in graph.factors.items():
             factor.fill_(factors[name])
-        for part, kept in enumerate(graph.state_parts):
-            kept.zero_() if state is None else kept.copy_([each for layer in state.layers for each in layer][part])
+        parts = None if state is None else [part for layer in state.layers for part in layer]
+        for number, recorded in enumerate(graph.state_parts):
+            recorded.zero_() if parts is None else recorded.copy_(parts[number])
         graph.replay()
         return graph.losses
 
     def _record(self, layout: Layout, precision: AbstractContextManager[Any]) -> _Graph:
-        """Record the pass over batches of one shape; no gradient and no random state changes."""
+        """Record the graph of batches of one shape. The gradients and the random state stay as they are."""
         device = layout.inputs.device
         first = self.model.stack("forward").zero_state(layout.rows.batch_sizes[0], self._weights[0])
         state, layout = ModelState(first), layout.clone()
@@ -109,25 +110,25 @@ class BatchGraphs:
         with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
             total, nats, end = _add(self.model, layout, factors, state, precision)
         self._pool = graph.pool()
-        # autograd's own graph would keep the stream on which each weight's gradient was added up
+        # the losses are detached: autograd's graph would keep the stream on which each weight's gradient was added up
         layers = tuple(tuple(part.detach() for part in layer) for layer in end.layers)
         losses = Losses(total.detach(), nats, ModelState(layers))
         return _Graph(graph.replay, layout, factors, [part for layer in first for part in layer], losses)
 
 
 class _Graph(NamedTuple):
-    """The graph of one shape, and the tensors that it reads and writes."""
+    """The CUDA graph of one shape, and the tensors that it reads and writes."""
 
     replay: Callable[[], None]
     layout: Layout
-    factors: dict[Objective, Tensor]  # () each
-    state_parts: list[Tensor]  # (B, H) each
+    factors: dict[Objective, Tensor]  # tensors ()
+    state_parts: list[Tensor]  # tensors (B, H)
     losses: Losses
 
 
 @cache
 def _side_stream(device: torch.device) -> Any:
-    """The stream on which all graphs are recorded: each stream takes some megabytes for the products of matrices."""
+    """The stream on which all graphs are recorded: each stream takes some megabytes for matrix products."""
     return torch.cuda.Stream(device)
 
 

@@ -172,7 +172,7 @@ def clip_gradient(
     Pascanu et al. 2013, https://proceedings.mlr.press/v28/pascanu13.html.
 
     Args:
-        fetch: gets tensors () from where the weights lie, all that this function waits for, and returns their values.
+        fetch: returns the values of tensors (), which lie where the weights lie; this function waits for nothing else.
     """
     gradients, on_device = [], list[_SummedRows]()
     for parameter in parameters:
@@ -186,16 +186,16 @@ def clip_gradient(
         if gradient is not None:
             gradients.append((gradient.values() if gradient.is_sparse else gradient).view(-1))
     if gradients[0].device.type == "cpu":  # there a dot product takes half the time of linalg.vector_norm
-        squares = [torch.dot(each, each) for each in map(_aligned, gradients)]
-        of_all = torch.stack(squares).sum(dtype=torch.float64).sqrt()
+        squares = [torch.dot(gradient, gradient) for gradient in map(_aligned, gradients)]
+        total_norm = torch.stack(squares).sum(dtype=torch.float64).sqrt()
     else:
-        of_all = torch.nn.utils.get_total_norm(gradients)  # one kernel for many gradients
-    norm, *counts = fetch([of_all, *(each.count for each in on_device)])
+        total_norm = torch.nn.utils.get_total_norm(gradients)  # one kernel for many gradients
+    norm, *counts = fetch([total_norm, *(rows.count for rows in on_device)])
     if largest is not None and norm > largest:
         for gradient in gradients:
             gradient.mul_(largest / norm)
-    for each, count in zip(on_device, counts, strict=True):
-        each.set_gradient(int(count))
+    for rows, count in zip(on_device, counts, strict=True):
+        rows.set_gradient(int(count))
     return norm
 
 
@@ -209,21 +209,21 @@ def _aligned(gradient: Tensor) -> Tensor:
 
 
 class _SummedRows:
-    """The sparse gradient of a weight (V, E) on a device, with equal rows summed: what `coalesce` does.
+    """The sparse gradient of a weight (V, E) on a device, with the rows of each token summed, as `coalesce` does.
 
-    `coalesce` waits for the device to know how many different rows there are. Here the rows beyond that number are
-    zeros until it has been fetched.
+    `coalesce` waits until the device knows how many tokens there are. Here this number is fetched later, and until
+    then the rows beyond it are zeros.
 
     Attributes:
-        values: (N, E) the sums, N as many as there were rows.
-        count: () int64, number of different rows.
+        values: (N, E) the sums, and then zeros; N rows before summing.
+        count: () int64, the number of sums.
     """
 
     def __init__(self, weight: Tensor, gradient: Tensor) -> None:
         self.weight, unordered = weight, gradient._values()
         rows, order = gradient._indices()[0].sort()  # as `coalesce` sorts them
         place = torch.cat([rows.new_zeros(1), rows.diff().ne(0).cumsum(0)])  # (N,) number of different rows before
-        self.rows = torch.zeros_like(rows).scatter_(0, place, rows)  # those that have one place are equal
+        self.rows = torch.zeros_like(rows).scatter_(0, place, rows)  # rows with one place are of one token
         self.values = torch.zeros_like(unordered).index_add_(0, place, unordered.index_select(0, order))
         self.count = place[-1] + 1
 
@@ -249,7 +249,7 @@ def optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel) -> 
 
 def set_optimizer_tensors(optimizers: Sequence[Optimizer], model: LanguageModel, tensors: dict[str, Tensor]) -> None:
     """Restore what `optimizer_tensors` returned. An optimizer's state may have any shape, as factored state has. The
-    optimizers keep these tensors themselves, no copies.
+    optimizers keep the given tensors, not copies.
 
     Raises:
         KeyError: a weight that the model does not have, or that no optimizer moves.

@@ -37,19 +37,16 @@ class Gradients:
     """Forward and backward passes of one process, whose gradients are summed over all processes.
 
     Args:
-        carries_state: the state at the end of a batch is the start of the next one.
+        carries_state: whether the state at the end of a batch is the start of the next one.
     """
 
     def __init__(self, model: LanguageModel, processes: SingleProcess, carries_state: bool = False) -> None:
-        """Args:
-        carries_state: the state at the end of a batch is the start of the next one.
-        """
         self.model, self.processes = model, processes
         self.complete_s = 0.0  # when this process had computed its last gradient, by `time.perf_counter`
         self._loss, self._parallel = _Loss(model), None
         self._graphs = None
         if not processes.under_torchrun:
-            if BatchGraphs.suit(model):
+            if BatchGraphs.can_record(model):
                 self._graphs = BatchGraphs(model, carries_state)
             return
         from torch.nn.parallel import DistributedDataParallel
@@ -60,7 +57,7 @@ class Gradients:
             *([model.embedding.weight] if model.embedding.sparse else []),
         ]
         names = {name for name, weight in self._loss.named_parameters() if any(weight is own for own in self._sparse)}
-        names |= {name for name, _ in self._loss.named_buffers()}  # every process has made the same ones
+        names |= {name for name, _ in self._loss.named_buffers()}  # every process computes the same buffers
         self._loss._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
         with processes.communicating():
             self._parallel = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
@@ -70,7 +67,7 @@ class Gradients:
 
     @property
     def lay_out(self) -> Callable[..., Layout]:
-        """What lays out a batch for `add`, with the arguments of `LanguageModel.lay_out`."""
+        """The function that lays out a batch for `add`; it takes the arguments of `LanguageModel.lay_out`."""
         return self.model.lay_out if self._graphs is None else self._graphs.lay_out
 
     def _sum_bucket(self, bucket: Any) -> Any:

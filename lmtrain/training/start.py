@@ -32,7 +32,7 @@ def train(
 ) -> TrainingResult:
     """Train the model that a configuration describes, together with all processes that torchrun started for it.
 
-    What PyTorch keeps for the whole process (random state, threads, determinism) is as before at the end. The command
+    At the end it sets back what PyTorch keeps for the whole process: random state, threads, determinism. The command
     line also changes what can't be set back: see `lmtrain.system.variables`, and `keep_freed_memory` in
     `lmtrain.system.device`, which makes steps on the CPU faster.
 

@@ -68,8 +68,8 @@ class SavedCheckpoint(NamedTuple):
     data: dict[str, str]  # SHA-256 of each file
     counts: Any = None  # SHA-256 of the run's counted n-grams
 
-    def read_tensors(self, places: Mapping[str, Tensor]) -> None:
-        """Copy the tensors to their places, by name, and check the files, as `SavedFile.read_tensors`.
+    def read_tensors(self, into: Mapping[str, Tensor]) -> None:
+        """Copy the tensors into those of the same names, and check the files, see `SavedFile.read_tensors`.
 
         A weight, or its average where there is one, has the weight's name; the rest of a training is named `PART/NAME`,
         with the parts `optimizer`, `carried` (hidden states) and `weights` (beside their average); random states have
@@ -78,8 +78,8 @@ class SavedCheckpoint(NamedTuple):
         Raises:
             ArtefactError: a file is damaged, or a weight is not finite.
         """
-        self.files[MODEL_FILE].read_tensors(places, finite="")
-        self.files[TRAINING_FILE].read_tensors(places, finite="weights/")
+        self.files[MODEL_FILE].read_tensors(into, finite="")
+        self.files[TRAINING_FILE].read_tensors(into, finite="weights/")
 
 
 def open_checkpoint(run: RunDirectory, config: Config, tokenizer: Tokenizer, step: int) -> SavedCheckpoint:
@@ -110,7 +110,7 @@ def _belongs(name: str, spec: TensorSpec, wanted: Mapping[str, TensorSpec], conf
     match part:
         case "weights":
             return spec == wanted.get(rest)
-        case "optimizer":  # `set_optimizer_tensors` checks the shape; here it is only no larger than the weight's
+        case "optimizer":  # `set_optimizer_tensors` checks the shape; here only that it is no larger
             weight = wanted.get(rest.partition("/")[2])
             return weight is not None and prod(spec.shape) <= max(1, prod(weight.shape))
         case "carried":

@@ -44,7 +44,7 @@ class StepFigures(NamedTuple):
     learning_rate: float
     gradient_norm: float  # before clipping
     rank_wait_s: float  # seconds that a process waited for the slowest one, on average
-    shared: list[list[float]]  # what each process told the others in this step, by rank
+    shared: list[list[float]]  # the `shared` numbers of each process, by rank
 
 
 class TrainingStep:
@@ -55,7 +55,7 @@ class TrainingStep:
         carried: the hidden state that is carried from batch to batch; None where each row is a sequence of its own.
         precision: precision of the matrix products, `fp32` or `bf16`; set it before the first step.
         synchronised_s: when the processes last exchanged numbers, by `time.perf_counter`.
-        lay_out: what a `BatchLoader` should do with each batch: nothing on the CPU, else move it to the device.
+        lay_out: the function that a `BatchLoader` calls to move each batch to the device; None on the CPU.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TrainingStep:
         Args:
             batches: this process's part of each; events are counted over the parts of all processes.
             number: the number of the step, for error messages.
-            shared: numbers of this process that the others should know, exchanged on the way.
+            shared: numbers of this process that every process should know; they are exchanged with the nats.
 
         Raises:
             DivergedError: the loss or the gradient is not finite. The weights have not moved then.
@@ -120,19 +120,19 @@ class TrainingStep:
                 padded_tokens += batch.tokens.numel()
             own_nats += [torch.zeros_like(part) if each.idle else part.clone() for part in losses.nats.values()]
 
-        # 3. Exchange: every process gets the nats of all processes. Only to fetch them, and the norm of the gradient,
-        # does a step wait for the device.
+        # 3. Exchange: every process gets the nats of all processes. A step waits for the device only here, to fetch
+        # the nats and the norm of the gradient.
         own_busy_s, by_rank = self.gradients.complete_s - self.synchronised_s, list[list[float]]()
 
-        def fetch(of_gradient: list[Tensor]) -> list[float]:
-            by_rank[:], numbers = self._exchange((own_busy_s, padded_tokens, *shared), own_nats, of_gradient)
+        def fetch(gradient_numbers: list[Tensor]) -> list[float]:
+            by_rank[:], numbers = self._exchange((own_busy_s, padded_tokens, *shared), own_nats, gradient_numbers)
             self.synchronised_s = time.perf_counter()
             return numbers
 
         # 4. Clip the gradient, and stop before the update if something is not finite.
         norm = clip_gradient(self.model.parameters(), self.clip_grad_norm, fetch)
         busy_s, all_padded_tokens, *rest = zip(*by_rank, strict=True)
-        of_others, rest = rest[: len(shared)], rest[len(shared) :]  # each number of each process, by rank
+        all_shared, rest = rest[: len(shared)], rest[len(shared) :]  # each number of each process, by rank
         by_objective = {name: rest[place :: len(weights)] for place, name in enumerate(weights)}
         nats = {name: math.fsum(map(sum, zip(*parts, strict=True))) for name, parts in by_objective.items()}
         if not math.isfinite(norm) or not all(map(math.isfinite, nats.values())):
@@ -156,22 +156,23 @@ class TrainingStep:
             learning_rate,
             norm,
             max(busy_s) - sum(busy_s) / len(busy_s),
-            [list(numbers) for numbers in zip(*of_others, strict=True)],
+            [list(numbers) for numbers in zip(*all_shared, strict=True)],
         )
 
     def _exchange(
-        self, own: Sequence[float], nats: list[Tensor], of_gradient: list[Tensor]
+        self, own: Sequence[float], nats: list[Tensor], gradient_numbers: list[Tensor]
     ) -> tuple[list[list[float]], list[float]]:
-        """Return `own` and then the nats of every process, by rank, and the values of `of_gradient`, which all have."""
+        """Return the numbers of each process, by rank: its `own`, then its `nats`. Return also the values of
+        `gradient_numbers`, which are the same in every process."""
         if self.device.type == "cpu":
-            return self.processes.gather([*own, *map(float, nats)]), [float(number) for number in of_gradient]
-        own_nats, of_all = torch.stack(nats), torch.stack([number.to(nats[0].dtype) for number in of_gradient])
+            return self.processes.gather([*own, *map(float, nats)]), [float(number) for number in gradient_numbers]
+        own_nats, of_norm = torch.stack(nats), torch.stack([number.to(nats[0].dtype) for number in gradient_numbers])
         if not self.processes.under_torchrun:
-            numbers = torch.cat([own_nats, of_all]).tolist()
+            numbers = torch.cat([own_nats, of_norm]).tolist()
             return [[*own, *numbers[: len(nats)]]], numbers[len(nats) :]
-        told = torch.tensor(own, dtype=torch.float64).pin_memory().to(self.device, non_blocking=True)
-        parts = self.processes.gather_tensor(torch.cat([told, own_nats]))
-        numbers, size = torch.cat([*parts, of_all]).tolist(), len(parts[0])
+        sent = torch.tensor(own, dtype=torch.float64).pin_memory().to(self.device, non_blocking=True)
+        parts = self.processes.gather_tensor(torch.cat([sent, own_nats]))
+        numbers, size = torch.cat([*parts, of_norm]).tolist(), len(parts[0])
         ends = range(size, len(parts) * size + 1, size)
         return [numbers[end - size : end] for end in ends], numbers[len(parts) * size :]
 

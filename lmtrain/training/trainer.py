@@ -107,13 +107,16 @@ class Trainer:
         """Give the model its counted n-grams. Rank 0 reads or counts them, and sends them to the other processes, which
         may be on machines that can't see the run directory."""
 
-        def of_rank_0() -> tuple[dict[str, torch.Tensor], str] | None:
+        def on_rank_0() -> tuple[dict[str, torch.Tensor], str] | None:
             tokenizer, text = self.corpora.tokenizer, self.corpora.train
             if self.processes.rank:
                 return None
             return read_or_count(self.run.path, digest, self.config, text, tokenizer, self.progress.note)
 
-        counts, self.checkpointer.counts_digest = self.processes.run_in_all(of_rank_0, rank_0_first=True) or ({}, None)
+        counts, self.checkpointer.counts_digest = self.processes.run_in_all(on_rank_0, rank_0_first=True) or (
+            {},
+            None,
+        )
         self.model.load_counts(dict(self.processes.broadcast_tensors(counts)))
 
     def _open_loader(self, batches: TrainingBatches) -> None:
@@ -155,7 +158,7 @@ class Trainer:
             self.progress.note(f"the run ended at step {self.state.step} already; nothing to do")
             return self._result()
         self.state.finished = False
-        if self.state.validated_step != self.state.step and self._validation_due():  # a signal broke it off
+        if self.state.validated_step != self.state.step and self._validation_due():  # a signal ended it early
             self._end_step()
         while not self._ended():
             batches = self.loader.take()
@@ -198,16 +201,16 @@ class Trainer:
         )
 
     def _own_view(self) -> tuple[float, int]:
-        """This process's view of the time spent on this run, and of a signal that reached it (0: none)."""
+        """Return the seconds that this process counts for the run, and a signal that reached it (0: none)."""
         return self.elapsed_before_s + time.monotonic() - self.start_s, self.stopped_by[0] if self.stopped_by else 0
 
     def _agree(self, views: list[list[float]]) -> None:
-        """Give all processes one view, from those of each rank: rank 0's time, and a signal that reached any."""
+        """Take rank 0's seconds, and a signal that reached any process, so that all processes decide alike."""
         self.elapsed_s = views[0][0]
         self.signalled = next((int(signal_number) for _, signal_number in views if signal_number), None)
 
     def _synchronise(self) -> None:
-        """Exchange the views of all processes apart from a step, which exchanges them on its way."""
+        """Exchange the views of all processes outside a step; a step exchanges them with its nats."""
         self._agree(self.processes.gather(self._own_view()))
         self.step.synchronised_s = time.perf_counter()
 
@@ -275,7 +278,7 @@ class Trainer:
     def _validate(self) -> bool:
         """Validate, let the model write samples, and log both; True if the loss is the best so far.
 
-        A signal breaks it off, and nothing has changed then: the resumed run repeats it.
+        If a signal comes, the validation ends early and changes nothing; the resumed run repeats it.
         """
         started_s, state, improved = time.monotonic(), self.state, False
         self.model.eval()
@@ -343,7 +346,7 @@ class Trainer:
         """Validate and save for the last time, and write the hyperparameters for TensorBoard."""
         if self.state.validated_step != self.state.step:
             self._validate()
-        if self.state.validated_step != self.state.step:  # a signal broke it off
+        if self.state.validated_step != self.state.step:  # a signal ended it early
             self._save()
             self._check_signals()
         flat = flatten_keys(self.config.model_dump())

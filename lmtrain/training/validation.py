@@ -33,28 +33,28 @@ class Validation:
         are exchanged; rank 0 writes the samples.
 
         Args:
-            stopped_by: gets the numbers of signals while this runs, and breaks it off.
+            stopped_by: receives the numbers of signals while this runs; one is enough to end it early.
             precision: precision of the matrix products, `fp32` or `bf16`.
 
         Returns:
             The metrics by tag, empty if there is no validation set, and the samples, empty except in rank 0; None in
-            every process if a signal to one of them broke the validation off.
+            every process if a signal to one of them ended the validation early.
         """
         samples = [] if self.processes.rank else self._samples(stopped_by)
         with autocast(precision, self.model.embedding.weight.device):
             result = self._evaluation(stopped_by)
         own = [value for tally in result.tallies.values() for value in (tally.nats, tally.tokens, tally.correct)]
-        broken_off, *sums = map(math.fsum, zip(*self.processes.gather([bool(stopped_by), *own]), strict=True))
-        if broken_off:
+        ended_early, *sums = map(math.fsum, zip(*self.processes.gather([bool(stopped_by), *own]), strict=True))
+        if ended_early:
             return None
         if not result.tallies:
             return {}, samples
-        each = iter(sums)
-        result.tallies = {name: Tally(next(each), int(next(each)), int(next(each))) for name in result.tallies}
+        values = iter(sums)
+        result.tallies = {name: Tally(next(values), int(next(values)), int(next(values))) for name in result.tallies}
         return validation_figures(result, self.weights), samples
 
     def _evaluation(self, stopped_by: Sequence[int]) -> Evaluation:
-        """The sums over this process's part of the validation set; no sums if there is no set."""
+        """Return the sums over this process's part of the validation set; no sums if there is no set."""
         if self.corpora.valid is None:
             return Evaluation({})
         columns, shard = self.config.validation.columns, RankShard(self.processes.rank, self.processes.world_size)
@@ -63,13 +63,13 @@ class Validation:
         return evaluate(self.model, takewhile(lambda _: not stopped_by, batches), carried)
 
     def _samples(self, stopped_by: Sequence[int]) -> list[dict[str, str]]:
-        """The model's greedy continuations of the sample prompts."""
+        """Return the model's greedy continuations of the sample prompts."""
         prompts = self.config.logging.sample_prompts
         if not prompts:
             return []
         codec = PromptCodec(self.corpora.tokenizer, stream=self.config.batching.mode == "stream")
         most = self.config.generation.max_tokens
-        written = generate(self.model, codec, prompts, max_tokens=most, broken_off=lambda: bool(stopped_by))
+        written = generate(self.model, codec, prompts, max_tokens=most, stopped=lambda: bool(stopped_by))
         return [{"prompt": each.prompt, "text": each.text} for each in written]
 
 

@@ -123,7 +123,7 @@ class Dtypes(TorchDispatchMode):
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_nothing_is_computed_in_fp16(small, tmp_path, precision, cell, more):
-    """PyTorch's autocast hands fp16 to cuDNN's recurrent layers, whatever was asked; 0 steps of lmtrain do."""
+    """PyTorch's autocast hands fp16 to cuDNN's recurrent layers, whatever was asked; lmtrain never does."""
     with Dtypes() as dtypes:
         train(small(*more, ON, f"model.cell={cell}", f"training.precision={precision}"), tmp_path / "run")
     assert not [name for name, seen in dtypes.seen.items() if torch.float16 in seen]
@@ -137,7 +137,7 @@ def test_nothing_is_computed_in_fp16(small, tmp_path, precision, cell, more):
 
 
 def waits_of(small, run, steps, *settings):
-    """Where PyTorch says that a training of so many steps waited for the device, with how many times."""
+    """The lines at which PyTorch says that a training of this many steps waited for the device, and how often."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

@@ -1,5 +1,5 @@
 """Locks on files: one holder, who is named; nothing is written through a link, and a removed file is not held.
-Where a file system has no locks, a file stands for one, and only a lock that is held counts as held."""
+Where a file system has no locks, a file stands for one, and and an error is not taken for a lock that is held."""
 
 import errno
 import os

@@ -75,7 +75,7 @@ def test_gradients_in_kept_memory_train_like_new_ones(monkeypatch):
 
 def test_what_can_not_be_recorded_is_not():
     """No model on the CPU; and on a device none that looks at values to know a size, see the CUDA test."""
-    assert not BatchGraphs.suit(model_of("cpu"))
+    assert not BatchGraphs.can_record(model_of("cpu"))
 
 
 def trained(batches, graphs, model, columns, precision):
@@ -118,5 +118,5 @@ def test_a_graph_trains_like_its_kernels_one_by_one(cell, carried, precision, mo
     "options", [{"output": "adaptive", "tie_weights": False}, {"sampled_tokens": 4}, {"ngram_counts": 3}]
 )
 def test_a_model_with_sizes_that_depend_on_values_is_not_recorded(options):
-    assert BatchGraphs.suit(model_of("cuda"))
-    assert not BatchGraphs.suit(model_of("cuda", **options))
+    assert BatchGraphs.can_record(model_of("cuda"))
+    assert not BatchGraphs.can_record(model_of("cuda", **options))

@@ -164,7 +164,7 @@ class RankBatch(NamedTuple):
     tokens: int  # tokens of these rows
     longest: int  # tokens of the longest of these rows
     idle: bool = False  # this process has no row: it reads one with weight zero, so that it takes part in the step
-    layout: Layout | None = None  # of the batch, on the model's device; None: the model makes it
+    layout: Layout | None = None  # of the batch, on the model's device; None: the model lays the batch out itself
 
     @property
     def order(self) -> Tensor:
@@ -193,8 +193,8 @@ class BatchLoader:
         size: batches of a step; the last step of an epoch may have fewer.
         epoch, next_batch: where to begin.
         shard: which rows this process reads.
-        lay_out: `LanguageModel.lay_out` of a model on a device, to which the loader's thread then moves the batches;
-            None for a model on the CPU.
+        lay_out: the loader's thread calls it for each batch, to lay the batch out and move it to the model's device
+            (`TrainingStep.lay_out`); None for a model on the CPU.
 
     Attributes:
         waited_s: seconds that `peek` and `take` waited for batches.

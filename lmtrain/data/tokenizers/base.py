@@ -44,7 +44,7 @@ class Tokenizer(ABC):
         """Return the content of a run's tokenizer.json beside the kind and the format."""
 
     def may_change(self, token: int) -> bool:
-        """Tell whether the whole text of a token may still change with the token after it."""
+        """Tell whether the whole text of a token may still change once the next token is known."""
         return False
 
     def encode(self, text: str) -> list[int]:

@@ -31,7 +31,7 @@ def discard_panics() -> Iterator[None]:
 def as_artefact_errors(what: str) -> Iterator[None]:
     """Raise an ArtefactError for anything that the tokenizers library raises. Its message begins with `what`.
 
-    The library's panics are no `Exception`, and it writes them to standard error itself.
+    The library's panics do not derive from `Exception`, and it writes them to standard error itself.
     """
     with _without_standard_error() if _panics_are_discarded else nullcontext():
         try:

@@ -67,7 +67,7 @@ class SubwordTokenizer(Tokenizer):
         return text
 
     def may_change(self, token: int) -> bool:
-        # the library's ByteFallback decoder takes a run of tokens for text only if all of their bytes together are it
+        # the library's ByteFallback decoder takes a run of byte tokens for text only if all its bytes together are text
         name = self.library.id_to_token(token - FIRST) if token >= FIRST else None
         return re.fullmatch("<0x[0-9A-F]{2}>", name or "") is not None
 

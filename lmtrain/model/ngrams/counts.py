@@ -140,7 +140,7 @@ class CountedNgrams(nn.Module):
         """Return the estimates for each target, and the weights of the mixture.
 
         Args:
-            states: (N, P), outside the graph: the gate learns from them, but they do not learn from the gate.
+            states: (N, P), outside autograd's graph: the gate learns from them, but they do not learn from the gate.
             history: (N, K) ids + 1 of the last tokens read, the last one last; 0 where there was none.
             targets: (N,).
             exclude_event: these events were counted; predict each one from the counts of all others.

@@ -371,7 +371,7 @@ TYPED = {
 }
 NO_DEVICE = {
     "cuda": "device cuda: PyTorch finds no CUDA device here; use cpu or auto",
-    "mps": "device mps: PyTorch finds no GPU of Apple's here; use cpu or auto",
+    "mps": "device mps: PyTorch finds no Apple GPU here; use cpu or auto",
 }
 
 

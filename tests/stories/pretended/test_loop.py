@@ -27,7 +27,7 @@ RUNS = {
     "sparse gradient": (*UNTIED, "optimizer.name=sgd", "optimizer.weight_decay=0"),
     "bf16": ("training.precision=bf16", "model.backend=packed"),
 }
-QUICK = 8  # so many of them are fast tests
+QUICK = 8  # the number of them that are fast tests
 
 
 def exchanges_of_turns(small, monkeypatch, *overrides):
