@@ -45,7 +45,7 @@ for command in (training.prepare, training.train, generation.generate, *MODEL_CO
 def main() -> None:
     """Run a command and exit with its code. A user's mistake prints a line for each fault, never a traceback."""
     set_variables()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {str(message).splitlines()[0]}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {str(message).partition(chr(10))[0]}\n"
     try:
         sys.exit(_run())
     except KeyboardInterrupt:  # a second one, while the first was handled
@@ -79,7 +79,7 @@ def _run() -> int:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, for instance `head`
+    except (BrokenPipeError, SystemExit):  # the reader of our output has gone, for instance `head`; typer exits then
         silence_stdout()
         return 0
     except (MemoryError, RuntimeError, ImportError, OSError) as error:

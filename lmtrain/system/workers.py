@@ -43,6 +43,7 @@ OUT_OF_MEMORY = (
 )
 KILLED = -9  # the exit code after SIGKILL, a name that Windows lacks
 ENDED = (EOFError, OSError, pickle.UnpicklingError)  # the other end has ended, perhaps in the middle of a message
+BEGIN = b"\nanswers of lmtrain:\n"  # what is printed while Python starts (a sitecustomize.py may) stands before it
 MEMORY_SIGNS = ("memory", "MemoryError", "Resource temporarily unavailable", "failed to map segment")
 
 
@@ -171,6 +172,7 @@ class _Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._requests, self._answers = self.process.stdin, self.process.stdout
+        self._has_begun = False
 
     def send(self, message: Any) -> None:
         with suppress(OSError):  # the worker has ended; `ask` says why
@@ -180,6 +182,10 @@ class _Worker:
     def ask(self, method: str, *arguments: Any) -> Any:
         """Call a method of the worker's task; raises its LmtrainError, or why the worker has ended."""
         self.send((method, arguments))
+        if not self._has_begun:
+            while self._answers.readline() not in (BEGIN[1:], b""):
+                pass
+            self._has_begun = True
         try:
             error_type, answer = pickle.load(self._answers)  # noqa: S301  # from a process of ours
         except ENDED:
@@ -212,6 +218,9 @@ def _serve() -> None:
     gc.disable()  # tasks make no reference cycles, and each collection would visit millions of words
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints belongs to the messages of faults, not among the answers
+    with suppress(OSError):  # the parent has ended
+        answers.write(BEGIN)
+        answers.flush()
     if (make_task := _receive()) is None:
         return
     task = make_task()

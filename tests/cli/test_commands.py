@@ -59,6 +59,16 @@ def test_piped_text_is_utf8_whatever_the_locale(run, corpus):
     assert b"Traceback" not in said.stderr
 
 
+def test_a_reader_that_has_gone_is_no_fault(run):
+    many = ["generate", "--temperature", "1", "--count", "3000", "--prompt", "a" * 100]  # more than a pipe holds
+    process = subprocess.Popen([*COMMAND, *many], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    with process.stderr:
+        assert b"Traceback" not in process.stderr.read()
+    assert process.wait() == 0
+
+
 def test_train_then_generate_and_evaluate(corpus, shell):
     done = shell("train", "config.yaml", "model.hidden_size=9")
     assert done.returncode == 0, done.stderr

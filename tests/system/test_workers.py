@@ -6,6 +6,7 @@ import signal
 import stat
 import sys
 import time
+from contextlib import closing
 
 import pytest
 
@@ -81,6 +82,13 @@ def test_results_come_in_order_and_each_worker_gives_what_it_has_left(pool):
 
 def test_what_a_library_prints_is_not_an_answer(pool):
     assert list(pool.work([2, "a print", 3])) == [(2, 4), ("a print", None), (3, 9)]
+
+
+def test_what_is_printed_while_python_starts_is_not_an_answer(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('of this machine', end='', flush=True)")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with closing(WorkerPool(Square, 2)) as pool:
+        assert list(pool.work([2, 3])) == [(2, 4), (3, 9)]
 
 
 def test_items_are_read_only_a_little_ahead(pool):
