@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from lmtrain.cli import generation, inference, training
-from lmtrain.cli.terminal import silence_stdout
+from lmtrain.cli.terminal import silence_lost_stderr, silence_stdout
 from lmtrain.data.tokenizers.library import discard_panics
 from lmtrain.errors import LmtrainError, escape, out_of_memory
 from lmtrain.system.console import say
@@ -47,7 +47,9 @@ def main() -> None:
     set_variables()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {str(message).partition(chr(10))[0]}\n"
     try:
-        sys.exit(_run())
+        code = _run()
+        silence_lost_stderr()
+        sys.exit(code)
     except KeyboardInterrupt:  # a second one, while the first was handled
         os._exit(130)
 

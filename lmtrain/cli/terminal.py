@@ -45,6 +45,14 @@ def silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def silence_lost_stderr() -> None:
+    """Discard what stderr still holds if nobody can take it: Python would flush it when it ends, and exit with 120."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def print_json(row: dict[str, Any]) -> None:
     """Print one object on a line of its own. Its letters stay as they are where stdout can hold every letter."""
     print(json.dumps(row, ensure_ascii=codecs.lookup(sys.stdout.encoding).name != "utf-8"))

@@ -22,12 +22,12 @@ def peak_bytes(device: torch.device) -> int | None:
         return int(module.driver_allocated_memory() if device.type == "mps" else module.max_memory_allocated(device))
     with suppress(OSError), open("/proc/self/status", encoding="utf-8") as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    try:
+    if sys.platform != "win32":
         import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+        unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
 
 
 def free_bytes(device: torch.device) -> int | None:

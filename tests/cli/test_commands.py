@@ -173,6 +173,16 @@ def test_a_lost_terminal_does_not_end_training(corpus, stream):
     assert json.loads((corpus / "run" / "last.json").read_text())["step"] == 3
 
 
+def test_a_lost_stderr_changes_no_exit_code():
+    """Python exits with 120 if it can't flush what a stream still holds (with PYTHONUNBUFFERED it holds nothing)."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([*COMMAND, "generate", "no-such-run"], stdout=writer, stderr=writer, env=buffered)
+    os.close(writer)
+    assert done.returncode == 4
+
+
 def test_on_a_terminal_there_is_a_bar_and_no_control_character_out_of_the_model(corpus):
     pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))  # Windows lacks them
     controller, terminal = pty.openpty()
