@@ -29,6 +29,8 @@ def _data(config: Config) -> Iterator[tuple[str, str]]:
             yield "tokenizer.pad_id", f"should be below tokenizer.vocab_size ({tokenizer.vocab_size})"
     elif data.format == "ids":
         yield "data.format", "ids goes with tokenizer.kind: ids"
+    if data.separator != "line" and data.format not in ("auto", "text", "ids"):
+        yield "data.separator", f"goes with plain text; a file of the format {data.format} has a text in each record"
     if tokenizer.kind in ("bpe", "unigram") and tokenizer.vocab_size < 261:
         yield "tokenizer.vocab_size", "should be 261 or more: 256 bytes, 4 special tokens and a piece"
 

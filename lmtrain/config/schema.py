@@ -1,11 +1,21 @@
 """Every configuration key with its type, bounds, default and meaning; `configs/README.md` has them in a table."""
 
+import codecs
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 PathList = Annotated[list[str], Field(min_length=1), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 MOST = 1 << 31  # the upper bound of all counts
+
+
+def _known_encoding(name: str) -> str:
+    try:
+        codecs.getincrementaldecoder(name)
+        "".encode(name)  # refuses codecs that are none of text, such as rot13 and hex
+    except (LookupError, ValueError):
+        raise ValueError("not an encoding that Python knows, such as utf-8, cp949, cp1252 or utf-16") from None
+    return name
 
 
 class Section(BaseModel):
@@ -18,17 +28,26 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     train: PathList
-    """The training text: a path, a glob or a list of them. Files that end in `.gz` are decompressed."""
+    """The training text: a path, a glob, a directory or a list of them. `.gz .bz2 .xz .zst` are unpacked."""
     valid: PathList | None = None
     """The validation text; null takes `valid_fraction` of the training text, or trains without validation."""
     test: PathList | None = None
     """The text that `lmtrain evaluate` reads if no file is named; null evaluates on the validation text."""
     valid_fraction: float | None = Field(None, gt=0, lt=1)
     """Fraction of the training sequences held out for validation, chosen by the hash of their content."""
-    format: Literal["auto", "text", "jsonl", "ids"] = "auto"
-    """A line is a sequence (text, ids) or a JSON record (jsonl); auto decides by the file's suffix."""
-    field: str = "text"
-    """The field of a jsonl record that holds its text."""
+    format: Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "fasta", "ids"] = "auto"
+    """How texts lie in a file: plain text, JSON lines, a JSON array, a table with a header (csv, tsv; parquet with the
+    extra), FASTA, or whole numbers (ids); auto decides by the file's suffix, then by its content."""
+    field: str | None = None
+    """The field of a record or column of a table that holds the text; null takes the only one with text, or the one
+    named text, content, sentence, document or review."""
+    separator: str = Field("line", min_length=1)
+    """What ends a sequence in plain text: line, paragraph (a blank line), file, or a text of your own such as
+    `<|endoftext|>` or `%%`. A record or a cell is a sequence as it is, with the line breaks in it."""
+    encoding: Annotated[str, AfterValidator(_known_encoding)] = "utf-8"
+    """Encoding of the files, such as cp949 or cp1252; a UTF-16 or UTF-32 byte order mark goes before it."""
+    empty: Literal["skip", "keep"] = "skip"
+    """Whether an empty line or record is a sequence of its own (keep), which is learnt, scored and drawn."""
     cache_dir: str = ".lmtrain-cache"
     """Folder of the token stores, which are found again by the content of the text and the tokenizer."""
 

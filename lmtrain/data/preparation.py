@@ -40,8 +40,15 @@ def source_of(config: Config, name: str) -> Source | None:
         paths, split = data.train, {"part": name, "valid_fraction": data.valid_fraction}
     if paths is None:
         return None
+    return Source.of(paths, **ways_to_read(config), **split)
+
+
+def ways_to_read(config: Config) -> dict[str, Any]:
+    """Return the fields of `Source` that say how a configuration's files are read."""
+    data = config.data
     form = "ids" if config.tokenizer.kind == "ids" else data.format
-    return Source.of(paths, format=form, field=data.field, stream=config.batching.mode == "stream", **split)
+    ways = {"field": data.field, "separator": data.separator, "encoding": data.encoding, "empty": data.empty}
+    return {"format": form, **ways, "stream": config.batching.mode == "stream"}
 
 
 def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None, watch: Watch = unwatched) -> Corpora:

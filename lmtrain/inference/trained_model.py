@@ -9,7 +9,7 @@ from typing import Literal
 
 from lmtrain.config import Config
 from lmtrain.data.batches.loader import evaluation_batches
-from lmtrain.data.preparation import source_of
+from lmtrain.data.preparation import source_of, ways_to_read
 from lmtrain.data.store.token_store import open_store
 from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.reading import Block
@@ -278,7 +278,7 @@ class TrainedModel:
         def lines() -> Iterator[tuple[str, Score, str]]:
             for block in self._source(paths).blocks():
                 for text, score in zip(block.texts, self.score([block]), strict=True):
-                    if text.strip():
+                    if text.strip() or self.config.data.empty == "keep":
                         yield f"{block.path}:{score.line}", score, text
 
         return heapq.nlargest(count, lines(), key=lambda line: line[1].nats_per_token)
@@ -289,9 +289,7 @@ class TrainedModel:
 
     def _source(self, paths: Sequence[str] | None) -> Source:
         if paths:
-            form = "ids" if self.tokenizer.kind == "ids" else self.config.data.format
-            stream = self.config.batching.mode == "stream"
-            return Source.of(paths, format=form, field=self.config.data.field, stream=stream)
+            return Source.of(paths, **ways_to_read(self.config))
         try:
             source = source_of(self.config, "test") or source_of(self.config, "valid")
         except DataError as error:

@@ -109,9 +109,9 @@ def test_faults_in_the_pieces_are_named_where_they_stand(large):
     with pytest.raises(DataError) as raised:
         list(describe_configuration(load_config("config.yaml"), print))
     first, *more, last = raised.value.faults
-    assert first.startswith("train.txt:1:5: byte 4 is not UTF-8")
+    assert first.startswith("train.txt:1:5: not UTF-8 (byte 0xff)")
     assert last.startswith("valid.txt:1:1: a NUL character")
-    begins = [re.match(r"train\.txt \(from byte ([\d,]+) on\):1:1: byte 0 is not UTF-8", fault)[1] for fault in more]
+    begins = [re.match(r"train\.txt \(from byte ([\d,]+) on\):1:1: not UTF-8", fault)[1] for fault in more]
     assert any(abs(int(begin.replace(",", "")) - len(text) / 2) < len(text) / 4 for begin in begins)
     (large / "valid.txt").unlink()
     with pytest.raises(DataError, match=r"valid\.txt: no such file"):
@@ -150,7 +150,7 @@ def test_long_lines_are_taken_whole_and_once(large):
 
 @pytest.mark.parametrize("before", [0, 500])
 def test_a_line_that_is_too_long_is_said_once_however_many_pieces_it_has(large, monkeypatch, before):
-    monkeypatch.setattr(excerpts, "LONGEST_LINE_BYTES", 50_000)
+    monkeypatch.setattr(excerpts, "LONGEST_RECORD_BYTES", 50_000)
     (large / "train.txt").write_text("a b\n" * before + "x" * 2_000_000 + "\n" + "a b\n" * 9000)
     with pytest.raises(DataError) as raised:
         list(describe_configuration(load_config("config.yaml"), print))

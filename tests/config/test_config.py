@@ -146,6 +146,8 @@ def values_of(schema):
             return st.text(LETTERS, max_size=20)
         case {"type": "object"}:
             keys = {key: values_of(part) for key, part in schema["properties"].items()}
+            if "encoding" in keys:
+                keys["encoding"] = st.sampled_from(["utf-8", "cp949", "utf-16"])
             needed = {key: keys.pop(key) for key in schema.get("required", [])}
             return st.fixed_dictionaries(needed, optional=keys)
     raise AssertionError(schema)

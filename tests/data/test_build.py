@@ -70,7 +70,7 @@ def test_a_store_does_not_show_how_many_made_it(tmp_path, use_workers, kind, nam
 
 @pytest.mark.parametrize(
     ("bad", "what"),
-    [(b"\xff", "is not UTF-8"), (b"\0", "a NUL"), (b"77", "id 77 is not in"), (b"x" * (17 << 20), "more than 16 MiB")],
+    [(b"\xff", "not UTF-8"), (b"\0", "a NUL"), (b"77", "id 77 is not in"), (b"x" * (17 << 20), "more than 16 MiB")],
     ids=["bytes", "nul", "id", "line"],
 )
 def test_several_workers_report_the_first_fault_as_one_does(tmp_path, use_workers, bad, what):

@@ -10,6 +10,7 @@ from lmtrain.data.store.token_store import open_store
 from lmtrain.data.text import excerpts, reading
 from lmtrain.data.text.formats.base import Format
 from lmtrain.data.text.formats.table import FORMATS, resolve_format
+from lmtrain.data.text.kinds import SUFFIXES
 from lmtrain.data.text.reading import Block, decode
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.ids import IdsTokenizer
@@ -20,27 +21,15 @@ from lmtrain.errors import DataError
 class Sections(Format):
     """Records end with a line of one `%`, and may have several lines; the file's first line is put before each."""
 
-    suffixes = (".sections",)
+    def record_end(self, data):
+        return max(0, data.rfind(b"\n%\n") + 3) if b"\n%\n" in data else 0
 
-    def record_ends(self):
-        before = b"\n"
-
-        def find_end(chunk):
-            nonlocal before
-            joined = before + chunk
-            end = joined.rfind(b"\n%\n") + 3
-            carried, before = len(before), joined[-2:]
-            return max(0, end - carried) if end > 2 else 0
-
-        return find_end
-
-    def raw_blocks(self, path, offset=0, line=1):
-        header, _, _ = Path(path).read_text().partition("\n")
-        return (raw._replace(header=header) for raw in super().raw_blocks(path, offset, line))
+    def header(self, path):
+        return Path(path).read_text().partition("\n")[0]
 
     def parse(self, raw):
         lines, texts, line = [], [], raw.first_line
-        for record in f"{decode(raw)}\n".removesuffix("%\n").split("\n%\n"):
+        for record in decode(raw).removesuffix("%\n").split("\n%\n"):
             lines.append(line)
             texts.append(f"{raw.header}:{' '.join(record.split())}")
             line += record.count("\n") + 2
@@ -51,6 +40,7 @@ class Sections(Format):
 def sections(monkeypatch, tmp_path):
     """A source of thirty records of several lines, each with its line, and the texts that it should have."""
     monkeypatch.setitem(FORMATS, "sections", Sections)
+    monkeypatch.setitem(SUFFIXES, ".sections", "sections")
     monkeypatch.setattr(reading, "BLOCK_BYTES", 13)
     records = ["h"] + [f"{number}\n" + "5 % 6\n" * (number % 4) + "7" for number in range(30)]
     path = tmp_path / "t.sections"
@@ -95,15 +85,14 @@ def test_excerpts_of_records_that_are_not_lines_are_whole_records(sections, smal
     source, texts, _ = sections
     monkeypatch.setattr(excerpts, "PIECE_BYTES", 100)
     monkeypatch.setattr(excerpts, "EXCERPT_BYTES", 400)
-    config = small("data.format=jsonl", "data.field=body", "data.valid=null")
+    config = small("data.valid=null")
     data = config.data.model_copy(update={"format": "sections", "train": list(source.files)})
     with excerpts.excerpts_of(config.model_copy(update={"data": data})) as taken:
         (file,) = taken.config.data.train
-        found = [json.loads(line)["body"] for line in Path(file).read_text().splitlines()]
-        assert taken.config.data.format == "jsonl"
+        found = [json.loads(line)["text"] for line in Path(file).read_text().splitlines()]
         assert found == texts[: len(found)]
         assert 5 < len(found) < len(texts)
-        whole = sum(len(json.dumps({"body": text})) + 1 for text in texts)
+        whole = sum(len(json.dumps({"text": text})) + 1 for text in texts)
         assert taken.of["train"].all_bytes == pytest.approx(whole, rel=0.2)
 
 
@@ -111,9 +100,8 @@ def test_every_format_can_be_named_in_a_configuration(small):
     for name in FORMATS:
         kind = ["tokenizer.kind=ids", "logging.sample_prompts=[]"] if name == "ids" else []
         assert small(f"data.format={name}", *kind).data.format == name
-    assert [resolve_format(path, "auto") for path in ("a.jsonl", "b.jsonl.gz", "jsonl", "c.txt.gz")] == [
-        "jsonl",
-        "jsonl",
-        "text",
-        "text",
-    ]
+
+
+def test_a_suffix_in_any_case_names_the_format():
+    named = {"a.jsonl": "jsonl", "b.JSONL.gz": "jsonl", "c.ndjson": "jsonl", "d.Txt.xz": "text", "e.CSV": "csv"}
+    assert {path: resolve_format(path, "auto") for path in named} == named

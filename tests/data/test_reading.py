@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from lmtrain.data.text import reading
+from lmtrain.data.text import reading, unpacking
 from lmtrain.data.text.source import Source
 from lmtrain.errors import DataError
 
@@ -68,15 +68,15 @@ def test_a_fraction_is_held_out_by_content(tmp_path):
 @pytest.mark.parametrize(
     ("content", "name", "what"),
     [
-        (b"fine\nbad \xff\n", "t.txt", r"t\.txt:2:5: byte 9 is not UTF-8"),
-        ("\ufeff가\n".encode() + b"\xe0", "t.txt", r"t\.txt:2:1: byte 7 is not UTF-8"),
+        (b"fine\nbad \xff\n", "t.txt", r"t\.txt:2:5: not UTF-8 \(byte 0xff\)"),
+        ("\ufeff가\n".encode() + b"\xe0", "t.txt", r"t\.txt:2:1: not UTF-8 \(byte 0xe0\)"),
         (b"fine\nno\0\n", "t.txt", r"t\.txt:2:3: a NUL"),
         (b"x" * (17 << 20), "t.txt", r"t\.txt:1: a line of more than 16 MiB"),
         (gzip.compress(b"line\n" * 1000, mtime=0)[:40], "t.gz", r"t\.gz: broken gzip"),
         (b"no gzip", "t.gz", r"t\.gz: broken gzip"),
         (b'{"text": "a"}\n{"text": ]\n', "t.jsonl", r"t\.jsonl:2:10: not JSON"),
-        (b'{"txt": "a"}\n', "t.jsonl", r"t\.jsonl:1: no field 'text'.*it has 'txt'"),
-        (b'{"text": 3}\n', "t.jsonl", r"t\.jsonl:1: not an object whose field 'text' is text"),
+        (b'{"text": "a"}\n{"txt": "a"}\n', "t.jsonl", r"t\.jsonl:2: no field 'text'.*it has 'txt'"),
+        (b'{"text": 3}\n', "t.jsonl", r"t\.jsonl:1: no field holds text \(data\.field\); it has 'text'"),
         (b"[1]\n", "t.jsonl", r"t\.jsonl:1: not an object"),
         (b'{"text": "a\\u0000"}\n', "t.jsonl", r"t\.jsonl:1: a NUL"),
     ],
@@ -87,7 +87,7 @@ def test_a_fault_of_a_file_is_named_with_its_place(tmp_path, content, name, what
 
 
 def test_a_gzip_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "BOMB_BYTES", 4 << 20)
+    monkeypatch.setattr(unpacking, "BOMB_BYTES", 4 << 20)
     with gzip.open(tmp_path / "bomb.gz", "wb") as handle:
         for _ in range(8):
             handle.write(b" " * ((1 << 20) - 1) + b"\n")
@@ -98,7 +98,7 @@ def test_a_gzip_bomb_is_refused(tmp_path, monkeypatch):
 def test_what_is_no_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("nowhere")
-    for path, what in [("fifo", "not a regular file"), ("link", "points nowhere"), (".", "a directory")]:
+    for path, what in [("fifo", "not a regular file"), ("link", "points nowhere"), (".", "not a regular file")]:
         with pytest.raises(DataError, match=what):
             list(Source((str(tmp_path / path),)).texts())
     with pytest.raises(DataError, match="not a regular file"):

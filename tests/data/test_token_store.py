@@ -30,7 +30,7 @@ def sequences(store):
 
 @settings(max_examples=60)
 @given(
-    lines=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n")), min_size=1),
+    lines=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n\r")), min_size=1),
     format=st.sampled_from(["text", "jsonl"]),
     kind=st.sampled_from(["char", "byte"]),
 )
@@ -39,7 +39,7 @@ def test_any_unicode_text_comes_back_from_the_store_in_nfc(tmp_path_factory, lin
     written = [json.dumps({"text": line}) for line in lines] if format == "jsonl" else lines
     (folder / "t").write_bytes("".join(f"{line}\n" for line in written).encode())
     if format == "text":
-        lines = [line.removesuffix("\r") for line in [lines[0].removeprefix("\ufeff"), *lines[1:]]]
+        lines = [lines[0].removeprefix("\ufeff"), *lines[1:]]
     wanted = [unicodedata.normalize("NFC", line) for line in lines if line.strip()]
     assume(wanted)
     source = Source((str(folder / "t"),), format=format)

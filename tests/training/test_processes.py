@@ -215,7 +215,7 @@ def test_a_fault_of_one_process_is_reported_by_it_and_ends_all(ground, tmp_path)
     place, elsewhere = ground(), Ground(tmp_path / "elsewhere", [], wanted="")
     for name, content, code, words in (
         ("train.txt", b"a b\n", 3, "train.txt holds another text here than for rank 0"),
-        ("valid.txt", b"a\n\xff", 3, "valid.txt:2:1: byte 2 is not UTF-8"),
+        ("valid.txt", b"a\n\xff", 3, "valid.txt:2:1: not UTF-8 (byte 0xff)"),
         ("train.txt", None, 2, "train.txt: no such file"),
         ("config.yaml", b"data: 3\n", 2, "config.yaml:1:1"),
         ("config.yaml", SMALL.replace("den_size: 8", "den_size: 9").encode(), 2, "model.hidden_size is 9 here and 8"),

@@ -41,25 +41,20 @@ class BlockEncoder:
     def work(self, raw: RawBlock) -> BlockResult:
         """Encode a block; raises DataError with the place of its fault."""
         stream = self.source.stream
-        block = self.source.parse(raw)
-        texts = block.texts if stream else list(filter(str.strip, block.texts))
-        blank = len(block.texts) - len(texts)
-        if self.source.part != "all":
-            block = self.source.kept(block)
-            texts = block.texts if stream else list(filter(str.strip, block.texts))
-        if not texts:
+        parsed = self.source.parse(raw)
+        block = self.source.sequences(parsed)
+        counts_blank = len(block.texts) < len(parsed.texts) and not self.source.keeps_blank
+        blank = sum(not text.strip() for text in parsed.texts) if counts_blank else 0
+        if not (texts := block.texts):
             return BlockResult({"blank": blank})
         flat, lengths = encode_block(self.tokenizer, block, texts)
         framed, ends = frame_texts(
             flat, lengths, self.tokenizer.eos_id, None if stream else self.tokenizer.bos_id, self._type
         )
         newlines = len(texts)
-        if stream and raw.last and not block.ended:  # without a newline there is no end token
+        if raw.unfinished or (stream and raw.last and not block.ended):  # the last text gets no end token
             framed, newlines = framed[:-1], newlines - 1
-            ends = ends[: len(ends) - (lengths[-1] == 0)]
-            ends[-1:] = len(framed)
-            if not len(ends):
-                return BlockResult({"blank": blank})
+            ends = ends[:-1] if raw.unfinished or not lengths[-1] else np.append(ends[:-1], len(framed))
         whole = "".join(texts)
         figures = {
             "sequences": len(ends),
@@ -82,7 +77,7 @@ def _hashes(framed: NDArray[np.integer], ends: Ints) -> NDArray[np.uint64]:
 
     `framed` are ids (T,); `ends` (S,) says where each sequence ends in them.
     """
-    parts, first = [], 0
+    parts, first = [np.zeros(0, np.uint64)], 0
     while first < len(ends):
         begin = int(ends[first - 1]) if first else 0
         last = max(first + 1, int(np.searchsorted(ends, begin + HASHED_TOKENS, "right")))

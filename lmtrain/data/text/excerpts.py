@@ -2,16 +2,17 @@
 
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from lmtrain.config import Config
-from lmtrain.data.text.formats.base import Format
-from lmtrain.data.text.formats.table import FORMATS, format_of
-from lmtrain.data.text.reading import LONGEST_LINE_BYTES, expand_patterns, open_text, too_long
+from lmtrain.data.text.encodings import encoding_of
+from lmtrain.data.text.formats.base import Format, Keys
+from lmtrain.data.text.formats.table import format_of, resolve_format
+from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, expand_patterns, open_text
+from lmtrain.data.text.unpacking import packing_of
 from lmtrain.errors import DataError
 from lmtrain.system.files import scratch_directory
 
@@ -59,45 +60,58 @@ def size_of(config: Config) -> int:
 def excerpts_of(config: Config) -> Iterator[Excerpts]:
     """Take excerpts into a directory that is removed afterwards; raises DataError if files can't be read."""
     data, taken, faults = config.data, dict[str, Excerpt](), list[str]()
-    name = "ids" if config.tokenizer.kind == "ids" else data.format
     with scratch_directory() as folder:
         for part in PARTS:
             if (paths := getattr(data, part)) is not None:
                 (home := folder / part).mkdir()
                 try:
-                    formats = {file: format_of(file, name, data.field) for file in expand_patterns(paths)}
-                    taken[part] = _take(formats, home)
+                    taken[part] = _take(_formats_of(expand_patterns(paths), config), home)
                 except DataError as error:
                     faults += error.faults
         if faults:
             raise DataError(*dict.fromkeys(faults))
-        update = {part: excerpt.files for part, excerpt in taken.items()} | {"cache_dir": str(folder / "cache")}
-        if name != "auto" and not FORMATS[name].lines_are_records:
-            update["format"] = "jsonl"  # which `_first_records` writes
+        # what pieces hold is lines of text or records that `_first_records` writes
+        files = {part: excerpt.files for part, excerpt in taken.items()}
+        ways = {"format": "auto", "field": None, "separator": "line", "encoding": "utf-8"}
+        update = {**files, **ways, "cache_dir": str(folder / "cache")}
         if data.valid_fraction is not None:
             taken["valid"] = taken["train"]
         yield Excerpts(config.model_copy(update={"data": data.model_copy(update=update)}), taken)
 
 
+def _formats_of(files: list[str], config: Config) -> dict[str, Format]:
+    """The format of each file."""
+    data, stream = config.data, config.batching.mode == "stream"
+    name = "ids" if config.tokenizer.kind == "ids" else data.format
+    keys = Keys(name, data.field, data.separator, data.encoding, stream)
+    return {file: format_of(file, keys._replace(format=resolve_format(file, name, data.encoding))) for file in files}
+
+
 def _take(formats: dict[str, Format], folder: Path) -> Excerpt:
     for file in formats:
-        if not os.path.isfile(file) or not os.access(file, os.R_OK):
+        if not os.access(file, os.R_OK):
             open_text(file).close()  # this raises the error that says why
     sizes = {file: os.path.getsize(file) for file in formats}
-    # files that can be read from their beginning only, and files that can be read from the middle
-    begun = {file: sizes[file] for file in sizes if file.endswith(".gz") or not formats[file].lines_are_records}
-    entered = {file: size for file, size in sizes.items() if file not in begun}
+    entered = {file: size for file, size in sizes.items() if _may_begin_inside(file, formats[file])}
+    begun = {file: size for file, size in sizes.items() if file not in entered}
     total = sum(sizes.values())
     if not begun and total <= EXCERPT_BYTES:
         return Excerpt(list(sizes), {}, total, total)
     beginnings = _take_beginnings(begun, formats, folder, EXCERPT_BYTES * sum(begun.values()) // max(1, total))
-    pieces = _take_pieces(entered, folder, EXCERPT_BYTES * sum(entered.values()) // max(1, total))
+    pieces = _take_pieces(entered, formats, folder, EXCERPT_BYTES * sum(entered.values()) // max(1, total))
     places = beginnings.places | pieces.places
     taken, whole = beginnings.taken_bytes + pieces.taken_bytes, beginnings.all_bytes + pieces.all_bytes
     return Excerpt(list(places), places, taken, whole)
 
 
-def _take_pieces(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
+def _may_begin_inside(file: str, form: Format) -> bool:
+    """Whether reading may begin at any line of a file: it holds lines of UTF-8, and is not packed."""
+    with open_text(file) as handle:
+        packed, head = packing_of(file, handle), handle.read(4)
+    return form.lines_are_records and packed is None and encoding_of(head, form.keys.encoding) == "utf-8"
+
+
+def _take_pieces(sizes: dict[str, int], formats: dict[str, Format], folder: Path, budget: int) -> Excerpt:
     """Take pieces of whole lines, evenly spaced over the files; raises DataError if a line is too long."""
     whole = sum(sizes.values())
     count = max(1, budget // PIECE_BYTES)
@@ -109,11 +123,11 @@ def _take_pieces(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
             for begin in (place - before for place in begins if before <= place < before + size):
                 if handle.tell() < begin:  # else long lines made the piece before reach as far as this
                     handle.seek(begin - 1)
-                    _finish_line(handle, _place(file, begin), 1)
+                    _finish_line(handle, formats[file], _place(file, begin), 1)
                 first = handle.tell()
                 text = handle.read(PIECE_BYTES)
-                if text := text + _finish_line(handle, _place(file, first), 1 + text.count(b"\n")):
-                    piece = _name(folder, len(places), file)
+                if text := text + _finish_line(handle, formats[file], _place(file, first), 1 + text.count(b"\n")):
+                    piece = folder / f"{len(places):04d}{_suffix(formats[file])}"
                     piece.write_bytes(text)
                     places[str(piece)] = _place(file, first)
                     taken += len(text)
@@ -121,11 +135,17 @@ def _take_pieces(sizes: dict[str, int], folder: Path, budget: int) -> Excerpt:
     return Excerpt(list(places), places, taken, whole)
 
 
-def _finish_line(handle: IO[bytes], place: str, line: int) -> bytes:
+def _suffix(form: Format) -> str:
+    """The suffix of a piece: lines of text or ids, or JSON lines."""
+    is_text = form.keys.format == "ids" or (form.lines_are_records and form.keys.format != "jsonl")
+    return ".txt" if is_text else ".jsonl"
+
+
+def _finish_line(handle: IO[bytes], form: Format, place: str, line: int) -> bytes:
     """Read the rest of the line in which a piece would begin or end."""
-    rest = handle.readline(LONGEST_LINE_BYTES + 1)
-    if len(rest) > LONGEST_LINE_BYTES:
-        raise too_long(place, line)
+    rest = handle.readline(LONGEST_RECORD_BYTES + 1)
+    if len(rest) > LONGEST_RECORD_BYTES and not form.keys.stream:
+        raise form.too_long(place, line)
     return rest
 
 
@@ -137,51 +157,32 @@ def _take_beginnings(sizes: dict[str, int], formats: dict[str, Format], folder: 
     """Take the beginnings of some files, and estimate from these how many bytes of text all have."""
     chosen = list(sizes)[:: max(1, len(sizes) // BEGUN_FILES)]
     places: dict[str, str] = {}
-    taken = read = text_bytes = 0
+    taken = read = 0
     for file in chosen:
-        by_line, most = formats[file].lines_are_records, max(PIECE_BYTES, budget // len(chosen))
-        text, read_bytes = _unpack(file, most) if by_line else _first_records(file, formats[file], most)
+        text, read_bytes = _first_records(file, formats[file], max(PIECE_BYTES, budget // len(chosen)))
         read += read_bytes
-        text_bytes += len(text)
-        whole_lines = text if read_bytes == sizes[file] else text[: text.rfind(b"\n") + 1]
-        taken += len(whole_lines)
-        piece = _name(folder, len(places), file.removesuffix(".gz") if by_line else ".jsonl", "-begun")
-        piece.write_bytes(whole_lines)
+        taken += len(text)
+        piece = folder / f"{len(places):04d}-begun{_suffix(formats[file])}"
+        piece.write_bytes(text)
         places[str(piece)] = file
-    return Excerpt(list(places), places, taken, round(sum(sizes.values()) * text_bytes / max(1, read)))
+    return Excerpt(list(places), places, taken, round(sum(sizes.values()) * taken / max(1, read)))
 
 
 def _first_records(file: str, form: Format, most: int) -> tuple[bytes, int]:
-    """Return about `most` bytes of texts as JSON lines, and the number of bytes of the file they were read from."""
+    """Return about `most` bytes of records, and the number of bytes of the file they were read from.
+
+    Lines are returned as they are, and other records as JSON lines.
+    """
     text, read_bytes = bytearray(), 0
     for raw in form.raw_blocks(file):
-        for line in form.parse(raw).texts:
-            text += json.dumps({form.field: line}).encode() + b"\n"
+        if form.lines_are_records:
+            text += raw.data + b"\n"
+        else:
+            for passage in form.parse(raw).texts:
+                is_ids = form.keys.format == "ids"
+                text += b" ".join(passage.encode().split()) if is_ids else json.dumps({"text": passage}).encode()
+                text += b"\n"
         read_bytes = raw.read_bytes
         if len(text) >= most:
             break
     return bytes(text), read_bytes
-
-
-def _unpack(file: str, most: int) -> tuple[bytes, int]:
-    """Return about `most` bytes of an unpacked file, and the number of bytes they were unpacked from."""
-    text, read, inside = bytearray(), 0, False
-    with open(file, "rb") as handle:
-        while len(text) < most and (chunk := handle.read(1 << 14)):
-            read += len(chunk)
-            while chunk:
-                if not inside:  # a file may have several parts, one after the other
-                    unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS)
-                try:
-                    text += unpacker.decompress(chunk)
-                except zlib.error as error:
-                    raise DataError(f"{file}: broken gzip file: {error}") from None
-                inside, chunk = not unpacker.eof, unpacker.unused_data.lstrip(b"\0")  # zeros may follow
-    if inside and len(text) < most:
-        raise DataError(f"{file}: broken gzip file: it ends too early")
-    return bytes(text), read
-
-
-def _name(folder: Path, number: int, file: str, kind: str = "") -> Path:
-    """Return a name for a piece, with the suffix by which its format is known."""
-    return folder / f"{number:04d}{kind}{'.jsonl' if file.endswith('.jsonl') else '.txt'}"

@@ -1,25 +1,26 @@
-"""Opens files and reads them a chunk of 256 KiB at a time, so that memory does not grow with the files.
+"""Opens files and reads them a chunk of about 256 KiB at a time, so that memory does not grow with the files.
 
-Text is UTF-8 and is normalised to NFC when it is decoded; a BOM is left out. A file whose name ends in `.gz` is
-unpacked as it is read. The formats (`formats/`) cut the chunks into blocks and parse these into texts.
+A chunk is UTF-8, whatever the file's encoding, without a byte order mark, and each line in it ends in `\\n`. Packed
+files are unpacked as they are read. The formats (`formats/`) cut the chunks into blocks and parse these into texts,
+which are normalised to NFC.
 """
 
 import glob
-import gzip
 import os
 import stat
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import IO, NamedTuple
 
+from lmtrain.data.text.encodings import likely_encoding, to_utf8
+from lmtrain.data.text.kinds import files_below, refuse_other_kinds
 from lmtrain.data.text.normalise import normalise
+from lmtrain.data.text.unpacking import unpack
 from lmtrain.errors import DataError
 
 BLOCK_BYTES = 1 << 18  # a block of this size and what is made of it fit into a processor's cache
-LONGEST_LINE_BYTES = 16 << 20
-# gzip reaches 1,032:1 on zeros; logs and text stay far below this ratio
-BOMB_RATIO, BOMB_BYTES = 400, 64 << 20
+LONGEST_RECORD_BYTES = 16 << 20
 
 
 class RawBlock(NamedTuple):
@@ -27,12 +28,14 @@ class RawBlock(NamedTuple):
 
     path: str
     first_line: int  # 1-based number of the first line
-    offset: int  # number of bytes before it in the file, as unpacked; a format may count otherwise (row groups)
+    offset: int  # number of bytes before it in the file's chunks; a format may count otherwise (rows)
     data: bytes  # the records, the last one without its newline
     end: int  # `offset` of the block that follows in the file
     next_line: int  # `first_line` of the block that follows
-    ended: bool = True  # whether a newline stood behind the last record
+    ended: bool = True  # whether the last record has ended; False if the file ends without a newline
+    unfinished: bool = False  # whether the last record continues in the block that follows (a stream's long line)
     read_bytes: int = 0  # bytes of the file itself read so far; `Source` adds those of the files before it
+    format: str = "text"  # the name of the file's format
     header: str = ""  # what a format needs of the file's beginning to parse the block
     file: int = 0  # index of the file in its source
     last: bool = False  # whether it is the source's last block
@@ -44,27 +47,28 @@ class Block(NamedTuple):
     path: str
     lines: Sequence[int]  # 1-based number of the line in which each text begins
     texts: list[str]
-    ended: bool = True  # whether a newline stood behind the last text
+    ended: bool = True  # whether the last text has ended; False if the file ends without a newline
 
 
 def expand_patterns(patterns: Sequence[str]) -> list[str]:
-    """Return the files that paths and globs name, each once, each glob's sorted; raises DataError if one names none."""
+    """Return the files that paths, globs and directories name, each once; those of a glob or directory are sorted.
+
+    Raises DataError if one names no file.
+    """
     paths: dict[str, None] = {}
     for pattern in patterns:
         matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise DataError(f"{pattern}: no such file")
-        paths.update(dict.fromkeys(matches))
+        for match in matches:
+            paths.update(dict.fromkeys(files_below(match) if os.path.isdir(match) else [match]))
     return list(paths)
 
 
 def open_text(path: str) -> IO[bytes]:
     """Open a regular file; raises DataError that says why it can't be read."""
     try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise DataError(f"{path}: a directory; name the files in it, for instance {os.path.join(path, '*.txt')}")
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise DataError(f"{path}: not a regular file")
         return open(path, "rb")
     except OSError as error:
@@ -86,28 +90,47 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def read_chunks(handle: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
-    """Read what is left of an open file, `BLOCK_BYTES` at a time."""
-    return iter(lambda: handle.read(BLOCK_BYTES), b"")
+def read_chunks(name: str, handle: IO[bytes], encoding: str, offset: int = 0) -> Iterator[bytes]:
+    """Read an open file in chunks of UTF-8, as the head of this page describes them.
+
+    Args:
+        name: the file, for messages; a name with a suffix such as `.gz` is unpacked.
+        encoding: that of the file; a UTF-16 or UTF-32 byte order mark goes before it.
+        offset: bytes of the chunks that are left out at the beginning.
+
+    Raises:
+        DataError: the file is broken, of a kind that holds no text (a workbook, an archive), or not in this encoding.
+    """
+    chunks = unpack(name, handle, BLOCK_BYTES)
+    head = next(chunks, b"")
+    refuse_other_kinds(name, head)
+    for chunk in _with_newlines(to_utf8(name, chain([head], chunks), encoding)):
+        if offset < len(chunk):
+            yield chunk[offset:] if offset else chunk
+        offset = max(0, offset - len(chunk))
 
 
-def read_file(path: str, handle: IO[bytes], offset: int) -> Iterator[bytes]:
-    """Read an open file from an offset on, `.gz` unpacked, in chunks; raises DataError for broken gzip or a bomb."""
-    if not path.endswith(".gz"):
-        handle.seek(offset)
-        yield from read_chunks(handle)
-        return
-    unpacked_bytes = 0
-    try:
-        with gzip.open(handle) as unpacked:
-            for chunk in read_chunks(unpacked):
-                unpacked_bytes += len(chunk)
-                if unpacked_bytes > max(BOMB_BYTES, BOMB_RATIO * handle.tell()):  # tell: packed bytes read so far
-                    raise DataError(f"{path}: unpacks to more than {BOMB_RATIO} times its size; unpack it yourself")
-                if unpacked_bytes > offset:
-                    yield chunk[max(0, offset - unpacked_bytes + len(chunk)) :]
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: broken gzip file: {error}") from None
+def first_chunk(path: str, encoding: str) -> bytes:
+    """Return the beginning of a file as `read_chunks` gives it; raises DataError as that and `open_text` do."""
+    with open_text(path) as handle:
+        return next(filter(None, read_chunks(path, handle, encoding)), b"")
+
+
+def _with_newlines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """End each line in `\\n`, whether it ended in `\\n`, `\\r\\n`, `\\r` or `\\r\\r\\n`."""
+    held = b""  # up to two carriage returns, which a newline may follow
+    for chunk in chunks:
+        if held or b"\r" in chunk:
+            chunk = held + chunk
+            held = chunk[len(chunk[-2:].rstrip(b"\r")) + len(chunk[:-2]) :]
+            chunk = replace_line_ends(chunk[: len(chunk) - len(held)])
+        yield chunk
+    yield held.replace(b"\r", b"\n")
+
+
+def replace_line_ends(data: bytes) -> bytes:
+    """Return the bytes with `\\n` for each `\\r\\r\\n` (text mode, done twice), `\\r\\n` and `\\r`."""
+    return data.replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def decode(raw: RawBlock) -> str:
@@ -116,19 +139,14 @@ def decode(raw: RawBlock) -> str:
         text = raw.data.decode("utf-8")
     except UnicodeDecodeError as error:
         place = _place(raw, raw.data[: error.start].decode("utf-8"))
-        raise DataError(
-            f"{place}: byte {raw.offset + error.start} is not UTF-8; save the file as UTF-8 (iconv -t UTF-8)"
-        ) from None
+        fault = f"{place}: not UTF-8 (byte 0x{raw.data[error.start]:02x})"
+        raise DataError(f"{fault}; {likely_encoding(raw.data, error.start)}") from None
     if "\0" in text:
-        raise DataError(f"{_place(raw, text[: text.index(chr(0))])}: a NUL character; is this a text file?")
+        place = _place(raw, text[: text.index("\0")])
+        raise DataError(f"{place}: a NUL character; {likely_encoding(raw.data, raw.data.index(0))}")
     return normalise(text)
 
 
 def _place(raw: RawBlock, before: str) -> str:
     """FILE:LINE:COL of the character that follows `before` in a block."""
     return f"{raw.path}:{raw.first_line + before.count(chr(10))}:{len(before) - (before.rfind(chr(10)) + 1) + 1}"
-
-
-def too_long(path: str, line: int) -> DataError:
-    """Return the error for a line or record of more than `LONGEST_LINE_BYTES`."""
-    return DataError(f"{path}:{line}: a line of more than {LONGEST_LINE_BYTES >> 20} MiB; cut it into several")

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lmtrain.data.text.digests import Digests
+from lmtrain.data.text.formats.base import Format, Keys
 from lmtrain.data.text.formats.table import format_of, resolve_format
+from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.reading import Block, RawBlock, expand_patterns
 from lmtrain.errors import DataError
 
-STORE_FORMAT = 1  # version of the token stores
+STORE_FORMAT = 2  # version of the token stores
 MOST_NAMES = 5
 Part = Literal["all", "train", "valid"]
 
@@ -29,7 +31,10 @@ class Source:
 
     files: tuple[str, ...]
     format: str = "auto"
-    field: str = "text"
+    field: str | None = None
+    separator: str = "line"
+    encoding: str = "utf-8"
+    empty: Literal["skip", "keep"] = "skip"
     part: Part = "all"
     valid_fraction: float = 0.0
     stream: bool = False  # one long text: blank lines count, and each newline is an end token
@@ -38,6 +43,11 @@ class Source:
     def of(cls, patterns: Sequence[str], **settings: object) -> Source:
         """Return the source of the files that paths and globs name, or raise DataError; `settings`: other fields."""
         return cls(tuple(expand_patterns(patterns)), **settings)  # type: ignore[arg-type]
+
+    @property
+    def keeps_blank(self) -> bool:
+        """Whether a text that is empty or white space is a sequence."""
+        return self.stream or self.empty == "keep"
 
     @property
     def name(self) -> str:
@@ -56,13 +66,20 @@ class Source:
             file, offset, line: where to begin: `file`, `end` and `next_line` of an earlier block.
         """
         held, bytes_before = None, self.size(file)  # a block is held back until it is known whether it is the last one
+        # a separator of one's own that never occurs is a mistake
+        is_separated = self.separator in ("line", "paragraph", "file") or (file, offset) > (0, 0)
+        separator = normalise(self.separator).encode()
         try:
             for number, path in enumerate(self.files[file:], file):
-                for raw in format_of(path, self.format, self.field).raw_blocks(path, offset, line):
+                name = resolve_format(path, self.format, self.encoding)
+                for raw in self._format(path, name).raw_blocks(path, offset, line):
                     if held is not None:
                         yield held
-                    held = raw._replace(file=number, read_bytes=bytes_before + raw.read_bytes)
+                    is_separated = is_separated or separator in raw.data
+                    held = raw._replace(file=number, format=name, read_bytes=bytes_before + raw.read_bytes)
                 offset, line, bytes_before = 0, 1, bytes_before + _size(path)
+            if held is not None and not is_separated:
+                raise DataError(f"{self.name}: the separator {self.separator!r} never occurs (data.separator)")
         except DataError:  # the block before may have a fault of its own, which is to be reported first
             if held is not None:
                 yield held
@@ -70,38 +87,52 @@ class Source:
         if held is not None:
             yield held._replace(last=True)
 
+    def _format(self, path: str, name: str) -> Format:
+        return format_of(path, Keys(name, self.field, self.separator, self.encoding, self.stream))
+
     def parse(self, raw: RawBlock) -> Block:
         """Return the texts of a block; raises DataError with the place."""
-        return format_of(raw.path, self.format, self.field).parse(raw)
+        return self._format(raw.path, raw.format).parse(raw)
 
     def unsplit_texts(self, raw: RawBlock) -> list[str]:
         """Return strings with the words of a block, as `Format.unsplit_texts`; raises DataError with the place."""
-        return format_of(raw.path, self.format, self.field).unsplit_texts(raw)
+        return self._format(raw.path, raw.format).unsplit_texts(raw)
 
-    def kept(self, block: Block) -> Block:
-        """Return the block with an empty text in place of each text of the other part."""
-        if self.part == "all":
+    def sequences(self, block: Block) -> Block:
+        """Return the block with those of its texts that are sequences of this source.
+
+        Left out are the texts of the other part, and blank ones, unless `empty` keeps them or this is a stream.
+        """
+        if self.part == "all" and (self.keeps_blank or all(map(str.strip, block.texts))):
             return block
-        return block._replace(texts=[text if self._is_in_part(text) else "" for text in block.texts])
+        kept = [
+            (line, text)
+            for line, text in zip(block.lines, block.texts, strict=True)
+            if (self.keeps_blank or text.strip()) and self._is_in_part(text)
+        ]
+        return block._replace(lines=[line for line, _ in kept], texts=[text for _, text in kept])
 
     def _is_in_part(self, text: str) -> bool:
+        if self.part == "all":
+            return True
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         held_out = int.from_bytes(digest, "little") < self.valid_fraction * 2**64
         return held_out == (self.part == "valid")
 
     def blocks(self) -> Iterator[Block]:
-        """Read the texts a block at a time, as `kept` returns them; raises DataError with the place."""
-        return (self.kept(self.parse(raw)) for raw in self.raws())
+        """Read the sequences a block at a time, as `sequences` returns them; raises DataError with the place."""
+        return (self.sequences(self.parse(raw)) for raw in self.raws())
 
     def texts(self) -> Iterator[str]:
-        """Read the texts that are not blank, one at a time."""
+        """Read the sequences, one at a time; a stream's lines, but blank ones."""
         for block in self.blocks():
-            yield from filter(str.strip, block.texts)
+            yield from block.texts
 
     def key(self, digests: Digests, *more: str) -> str:
         """Return a name for what is made from the texts: it changes with their content, the settings and `more`."""
-        formats = [resolve_format(path, self.format) for path in self.files]
-        facts = [STORE_FORMAT, formats, self.field, self.part, self.valid_fraction, self.stream, *more]
+        formats = [resolve_format(path, self.format, self.encoding) for path in self.files]
+        ways = [self.field, self.separator, self.encoding, self.empty]
+        facts = [STORE_FORMAT, formats, *ways, self.part, self.valid_fraction, self.stream, *more]
         hashes = digests.sha256_of(self.files)
         return hashlib.sha256(json.dumps([facts, hashes]).encode()).hexdigest()[:32]
 

@@ -125,13 +125,14 @@ class BlockCounter:
     def __init__(self, source: Source, kind: str) -> None:
         self.source = source
         self._counts = CharacterCounts() if kind == "char" else WordCounts()
-        self._lines_do_not_matter = kind == "word" and source.part == "all"
+        # a line break within a text would be a token
+        self._lines_do_not_matter = kind == "word" and source.part == "all" and source.separator == "line"
 
     def work(self, raw: RawBlock) -> list[bytes]:
         """Count the tokens of a block; raises DataError with the place of its fault."""
         if self._lines_do_not_matter:
             return self._counts.add(self.source.unsplit_texts(raw))
-        return self._counts.add(list(filter(str.strip, self.source.kept(self.source.parse(raw)).texts)))
+        return self._counts.add(self.source.sequences(self.source.parse(raw)).texts)
 
     def finish(self) -> list[bytes]:
         return self._counts.finish()

@@ -49,7 +49,7 @@ def learn_tokenizer(
         if step > 1:
             taken = sum(len(raw.data) for raw in sample)
             notify(f"note: learning from {taken / 2**20:,.0f} MiB of it: evenly spaced parts, one in {step}")
-        texts = (text for raw in sample for text in source.kept(source.parse(raw)).texts if text.strip())
+        texts = (text for raw in sample for text in source.sequences(source.parse(raw)).texts)
         return train_tokenizer(kind, texts, vocab_size=vocab_size)
     runs: list[IO[bytes]] = []
     with ExitStack() as stack:

@@ -1,30 +1,45 @@
 """The base class of file formats: it says how a file is cut into blocks of whole records, and which texts they hold."""
 
-import codecs
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, NamedTuple
 
-from lmtrain.data.text.reading import LONGEST_LINE_BYTES, Block, RawBlock, open_unchanged, read_file, too_long
+from lmtrain.data.text.reading import BLOCK_BYTES, LONGEST_RECORD_BYTES, Block, RawBlock, open_unchanged, read_chunks
+from lmtrain.errors import DataError
+
+_SINGLE_SPACE = re.compile(rb"(?<=\S) (?=\S)")
+_TWO_SIGNS = re.compile(rb"[!-~](?=[!-~])")
+
+
+class Keys(NamedTuple):
+    """The keys of `data` that say how files are to be read (`config/schema.py`)."""
+
+    format: str = "auto"
+    field: str | None = None
+    separator: str = "line"
+    encoding: str = "utf-8"
+    stream: bool = False  # `batching.mode: stream`
 
 
 class Format(ABC):
     """One file format. The table in `table.py` gives it its name.
 
     One process reads a file and cuts it into blocks (`raw_blocks`); any process parses a block (`parse`). Each block
-    says at which place the next one begins, so reading can be continued there later. By default records are lines.
-    Override `record_ends` for records that end elsewhere (a newline in quotes, a paragraph). Override `raw_blocks` for
-    a file with a header, or one that is not read from front to back (Parquet: an offset may number a row group).
+    says at which place the next one begins, so reading can be continued there later. `record_end` says where records
+    end. Override `header` for a file whose beginning tells how the rest is read (a table), and `raw_blocks` for a file
+    that is not read from front to back as text (Parquet).
 
     Args:
-        field: name of the field that holds the text of a record.
+        keys: how files are to be read.
     """
 
-    suffixes: ClassVar[tuple[str, ...]] = ()  # file names with these have this format under `data.format: auto`
+    record: ClassVar[str] = "line"  # the word for one record in messages
     lines_are_records: ClassVar[bool] = False  # whether a record begins after every newline
+    ends_with_file: ClassVar[bool] = True  # whether the end of the file ends its last record
 
-    def __init__(self, field: str) -> None:
-        self.field = field
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
 
     @abstractmethod
     def parse(self, raw: RawBlock) -> Block:
@@ -34,13 +49,17 @@ class Format(ABC):
         """Return strings with the words of a block, in order. They need not be cut where one text ends."""
         return self.parse(raw).texts
 
-    def record_ends(self) -> Callable[[bytes], int]:
-        """Return a function to call with one chunk of a file after the other, from the beginning of a record on.
+    def header(self, path: str) -> str:
+        """Return what `parse` needs of the beginning of a file; raises DataError if the file can't be read by it."""
+        return ""
 
-        It returns how many bytes of the chunk belong to records that end in the chunk; the others begin a record, or
-        continue one, that ends in a later chunk.
-        """
-        return lambda chunk: chunk.rfind(b"\n") + 1
+    def details(self, header: str) -> str:
+        """Describe how a file with this header is read, for `lmtrain check`: `cells between ';', field 'text'`."""
+        return ""
+
+    def record_end(self, data: bytes) -> int:
+        """Return how many of these bytes, which begin where a record begins, belong to records that end in them."""
+        return data.rfind(b"\n") + 1
 
     def raw_blocks(self, path: str, offset: int = 0, line: int = 1) -> Iterator[RawBlock]:
         """Read a file a block at a time.
@@ -51,35 +70,59 @@ class Format(ABC):
         Raises:
             DataError: the file can't be read, is broken, changes meanwhile, or has a record of more than 16 MiB.
         """
+        header = self.header(path)
         with open_unchanged(path) as handle:
-            for raw in self.cut(path, read_file(path, handle, offset), offset, line):
-                yield raw._replace(read_bytes=handle.tell())
+            chunks = read_chunks(path, handle, self.keys.encoding, offset)
+            for raw in self.cut(path, chunks, offset, line):
+                yield raw._replace(read_bytes=handle.tell(), header=header)
 
     def cut(self, path: str, chunks: Iterable[bytes], offset: int = 0, line: int = 1) -> Iterator[RawBlock]:
-        """Cut chunks of bytes into blocks of whole records; raises DataError if a record has more than 16 MiB.
+        """Cut chunks into blocks of whole records. In a stream a long record may go on in the block that follows.
 
         Args:
             path: name for messages.
             offset, line: place of the first byte.
+
+        Raises:
+            DataError: a record has more than 16 MiB.
         """
-        carried: list[bytes] = []  # the beginning of a record that no chunk has ended so far
-        size, find_end = 0, self.record_ends()
+        data = b""  # the beginning of a record that no chunk has ended so far
         for chunk in chunks:
-            if offset == 0 and not size and chunk.startswith(codecs.BOM_UTF8):
-                chunk, offset = chunk.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
-            if end := find_end(chunk):
-                ended = chunk.endswith(b"\n", 0, end)
-                raw = _block(path, line, offset, b"".join([*carried, chunk[: end - ended]]), ended)
+            data = data + chunk if data else chunk
+            end = self.record_end(data)
+            unfinished = not end and len(data) >= BLOCK_BYTES and self.keys.stream
+            if unfinished:
+                end = self.inner_end(data)
+            if end:
+                raw = self._block(path, line, offset, data[:end], unfinished)
                 yield raw
-                line, offset, carried, size = raw.next_line, raw.end, [], 0
-            carried.append(chunk[end:])
-            size += len(chunk) - end
-            if size > LONGEST_LINE_BYTES:
-                raise too_long(path, line)
-        if size:
-            yield _block(path, line, offset, b"".join(carried), ended=False)
+                line, offset, data = raw.next_line, raw.end, data[end:]
+            if len(data) > LONGEST_RECORD_BYTES:
+                raise self.too_long(path, line)
+        if data:
+            yield self._block(path, line, offset, data, False)
 
+    def inner_end(self, data: bytes) -> int:
+        """Return where a long record of a stream may be cut in two without changing its tokens: before a single space.
 
-def _block(path: str, line: int, offset: int, data: bytes, ended: bool) -> RawBlock:
-    end, next_line = offset + len(data) + ended, line + data.count(b"\n") + ended
-    return RawBlock(path, line, offset, data, end, next_line, ended)
+        A record without one is cut between two signs of ASCII if 16 MiB are read, else not yet (0).
+        """
+        for window in (1 << 12, len(data)):
+            for pattern in (_SINGLE_SPACE, *([_TWO_SIGNS] if len(data) > LONGEST_RECORD_BYTES else [])):
+                if found := list(pattern.finditer(data, len(data) - window)):
+                    return found[-1].start() if pattern is _SINGLE_SPACE else found[-1].end()
+        return 0
+
+    def too_long(self, path: str, line: int) -> DataError:
+        """Return the error for a record of more than 16 MiB."""
+        return DataError(
+            f"{path}:{line}: a {self.record} of more than {LONGEST_RECORD_BYTES >> 20} MiB; cut it into several"
+            + ("" if self.keys.stream else ", or read the text with batching.mode: stream")
+        )
+
+    def _block(self, path: str, line: int, offset: int, data: bytes, unfinished: bool) -> RawBlock:
+        end, next_line, has_newline = offset + len(data), line + data.count(b"\n"), data.endswith(b"\n")
+        if self.lines_are_records:
+            data = data.removesuffix(b"\n")
+        ended = not unfinished and (has_newline or self.ends_with_file)
+        return RawBlock(path, line, offset, data, end, next_line, ended, unfinished)

@@ -1,23 +1,60 @@
 """The names of the file formats, and which format a file has."""
 
-from pathlib import Path
+import json
+import re
+from contextlib import suppress
 
-from lmtrain.data.text.formats.base import Format
+from lmtrain.data.text.formats.base import Format, Keys
 from lmtrain.data.text.formats.jsonl import JsonlFormat
-from lmtrain.data.text.formats.text import TextFormat
+from lmtrain.data.text.formats.text import LinesFormat, PassagesFormat
+from lmtrain.data.text.kinds import SUFFIXES
+from lmtrain.data.text.reading import first_chunk, open_text
+from lmtrain.data.text.unpacking import inner_suffix
+from lmtrain.errors import DataError
 
-# the names that `data.format` takes beside auto (`config/schema.py`); a line of ids is a text, which kind ids encodes
-FORMATS: dict[str, type[Format]] = {"text": TextFormat, "jsonl": JsonlFormat, "ids": TextFormat}
-
-
-def resolve_format(path: str, name: str) -> str:
-    """Return the name of a file's format; `auto` chooses by the suffix, `.gz` aside, and takes others as text."""
-    if name != "auto":
-        return name
-    suffix = Path(path.removesuffix(".gz")).suffix
-    return next((known for known, format in FORMATS.items() if suffix in format.suffixes), "text")
+# the names that `data.format` takes beside auto (`config/schema.py`); ids in a text are encoded by kind ids
+FORMATS: dict[str, type[Format]] = {"text": LinesFormat, "jsonl": JsonlFormat, "ids": LinesFormat}
+_FASTA = re.compile(rb">[^\n]*\n[A-Za-z*\n.-]+(>|\Z)")
 
 
-def format_of(path: str, name: str, field: str) -> Format:
-    """Return the format of a file; `field` names the field that holds the text of a record."""
-    return FORMATS[resolve_format(path, name)](field)
+def detect_format(path: str, encoding: str) -> tuple[str, str]:
+    """Return the name of a file's format, and why: by its suffix, or, where that says nothing, by its content.
+
+    Raises DataError if a file without a known suffix can't be read.
+    """
+    by_suffix = SUFFIXES.get(inner_suffix(path))
+    if by_suffix is not None and by_suffix != "json":
+        return by_suffix, "by its suffix"
+    with open_text(path) as handle:
+        if handle.read(4) == b"PAR1":
+            return "parquet", "by its content"
+    head = first_chunk(path, encoding).lstrip()
+    if re.match(rb"\[\s*[{\"\]]", head):
+        return "json", "by its content"
+    with suppress(ValueError):  # `{` alone begins an object of several lines
+        if head.startswith(b"{") and isinstance(json.loads(head.partition(b"\n")[0]), dict):
+            return "jsonl", "by its content"
+    if by_suffix == "json":
+        return by_suffix, "by its suffix"
+    return ("fasta", "by its content") if _FASTA.match(head) else ("text", "a file without a known suffix")
+
+
+def resolve_format(path: str, name: str, encoding: str = "utf-8") -> str:
+    """Return the name of a file's format; `auto` detects it."""
+    return detect_format(path, encoding)[0] if name == "auto" else name
+
+
+def format_of(path: str, keys: Keys) -> Format:
+    """Return the format of a file, whose name is in `keys.format`, never auto.
+
+    Raises DataError if its records end elsewhere than the separator says.
+    """
+    form = FORMATS[keys.format]
+    if keys.separator != "line":
+        if not issubclass(form, LinesFormat):
+            raise DataError(
+                f"{path}: data.separator {keys.separator!r} goes with plain text; a file of the format {keys.format} "
+                "has a text in each record"
+            )
+        form = PassagesFormat
+    return form(keys)

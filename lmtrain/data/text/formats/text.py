@@ -1,29 +1,77 @@
-"""Plain text: every line is a text."""
+"""Plain text: every line is a text, or what `data.separator` says."""
 
+import re
 from collections.abc import Iterator
 from typing import IO
 
-from lmtrain.data.text.formats.base import Format
+from lmtrain.data.text.formats.base import Format, Keys
+from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.reading import Block, RawBlock, decode, read_chunks
 
+BLANK_LINES = re.compile(r"(?:\A|\n)(?:[^\S\n]*\n)+")  # with the end of the line before
 
-class TextFormat(Format):
+
+class LinesFormat(Format):
     """Every line is a text; a blank line is an empty text or one of white space."""
 
     lines_are_records = True
+    ends_with_file = False  # in a stream the end token of a line is its newline
 
     def parse(self, raw: RawBlock) -> Block:
-        text = decode(raw)
-        lines = text.split("\n")
-        if "\r" in text:
-            lines = [line.removesuffix("\r") for line in lines]
+        lines = decode(raw).split("\n")
         return Block(raw.path, range(raw.first_line, raw.first_line + len(lines)), lines, raw.ended)
 
     def unsplit_texts(self, raw: RawBlock) -> list[str]:
         return [decode(raw)]
 
 
+class PassagesFormat(Format):
+    """Every text ends at a blank line (`paragraph`), at the end of the file (`file`), or at a text of one's own.
+
+    The line breaks at both ends of a text are not part of it.
+    """
+
+    record = "passage"
+
+    def __init__(self, keys: Keys) -> None:
+        super().__init__(keys)
+        if keys.separator == "paragraph":
+            self._ends = BLANK_LINES
+        elif keys.separator == "file":
+            self._ends = re.compile(r"(?!)")  # matches nowhere
+        else:
+            self._ends = re.compile(re.escape(normalise(keys.separator)))
+
+    def record_end(self, data: bytes) -> int:
+        match self.keys.separator:
+            case "paragraph":
+                return max((found.end() for found in re.finditer(rb"\n[ \t]*\n", data)), default=0)
+            case "file":
+                return 0
+        end = normalise(self.keys.separator).encode()
+        return place + len(end) if (place := data.rfind(end)) >= 0 else 0
+
+    def parse(self, raw: RawBlock) -> Block:
+        text, line, begin = decode(raw), raw.first_line, 0
+        if self.keys.separator == "paragraph" and not raw.unfinished:
+            text += "\n\n"  # the end of a file or block ends its last paragraph
+        lines: list[int] = []
+        texts: list[str] = []
+        for end, next_begin in [*(found.span() for found in self._ends.finditer(text)), (len(text), len(text))]:
+            passage = text[begin:end]
+            inner = passage.lstrip("\n")
+            lines.append(line + len(passage) - len(inner))
+            texts.append(inner.rstrip("\n"))
+            line, begin = line + text.count("\n", begin, next_begin), next_begin
+        if self.keys.separator == "paragraph":
+            kept = [(number, passage) for number, passage in zip(lines, texts, strict=True) if passage]
+            lines, texts = [number for number, _ in kept], [passage for _, passage in kept]
+        elif not texts[-1]:  # a separator at the end of a file begins no text
+            del lines[-1], texts[-1]
+        return Block(raw.path, lines, texts)
+
+
 def read_lines_of(handle: IO[bytes], name: str) -> Iterator[Block]:
     """Read the lines of an open binary file, such as standard input; raises DataError with this name and the line."""
-    lines = TextFormat(field="")
-    return map(lines.parse, lines.cut(name, read_chunks(handle)))
+    lines = LinesFormat(Keys("text"))
+    return map(lines.parse, lines.cut(name, read_chunks(name, handle, "utf-8")))
