@@ -143,7 +143,7 @@ def values_of(schema):
         case {"type": "string", "pattern": pattern}:
             return st.from_regex(pattern, fullmatch=True, alphabet=LETTERS).filter(lambda text: len(text) <= 200)
         case {"type": "string"}:
-            return st.text(LETTERS, max_size=20)
+            return st.text(LETTERS, min_size=schema.get("minLength", 0), max_size=20)
         case {"type": "object"}:
             keys = {key: values_of(part) for key, part in schema["properties"].items()}
             if "encoding" in keys:

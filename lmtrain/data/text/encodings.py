@@ -52,8 +52,9 @@ def to_utf8(name: str, chunks: Iterator[bytes], encoding: str) -> Iterator[bytes
         except UnicodeDecodeError as error:
             before = error.object[: error.start].decode(known, "replace")
             place = f"{name}:{line + before.count(chr(10))}"
-            advice = likely_encoding(bytes(error.object), error.start)
-            raise DataError(f"{place}: not {encoding} (byte 0x{error.object[error.start]:02x}); {advice}") from None
+            is_marked = known != codecs.lookup(encoding).name
+            advice = "it is damaged" if is_marked else likely_encoding(bytes(error.object), error.start)
+            raise DataError(f"{place}: not {known} (byte 0x{error.object[error.start]:02x}); {advice}") from None
         line += text.count("\n")
         yield text.encode("utf-8", "surrogatepass")
 
@@ -70,7 +71,7 @@ def likely_encoding(data: bytes, place: int) -> str:
     line_start = sample.rfind(b"\n", 0, place - start) + 1
     names = _guess(sample)
     if not names:
-        return "is this a text file? data.encoding names the encoding of one that is not UTF-8"
+        return "is this a text file? (data.encoding)"
     read = [f"as {escape(_first_line(sample[line_start:], name)[:30], kept='')!r} in {name}" for name in names]
     return f"it reads {', or '.join(read)}; set data.encoding: {names[0]}"
 
@@ -82,7 +83,7 @@ def _first_line(data: bytes, encoding: str) -> str:
 def _guess(sample: bytes) -> list[str]:
     """Return the likely encodings of bytes that are not UTF-8, best first; none if the bytes are not like text."""
     for name, nul in (("utf-16-le", 1), ("utf-16-be", 0)):  # in ASCII every second byte is a NUL
-        if sample[nul::2].count(0) > len(sample) // 4:
+        if sample[nul::2].count(0) > len(sample) // 4 and _is_readable(sample.decode(name, "ignore")):
             return [name]
     if b"\0" in sample:
         return []

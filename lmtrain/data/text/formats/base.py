@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
-from lmtrain.data.text.reading import BLOCK_BYTES, LONGEST_RECORD_BYTES, Block, RawBlock, open_unchanged, read_chunks
+from lmtrain.data.text import reading
+from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, Block, RawBlock, open_unchanged, read_chunks
 from lmtrain.errors import DataError
 
 _SINGLE_SPACE = re.compile(rb"(?<=\S) (?=\S)")
@@ -90,7 +91,7 @@ class Format(ABC):
         for chunk in chunks:
             data = data + chunk if data else chunk
             end = self.record_end(data)
-            unfinished = not end and len(data) >= BLOCK_BYTES and self.keys.stream
+            unfinished = not end and len(data) >= reading.BLOCK_BYTES and self.keys.stream
             if unfinished:
                 end = self.inner_end(data)
             if end:
