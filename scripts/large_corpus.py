@@ -1,6 +1,6 @@
 """Prepare a corpus that is made up here, as large as you like, and say how fast that went and what memory it took.
 
-    python scripts/large_corpus.py --gigabytes 4 --kinds word char bpe --directory /tmp/large
+    python scripts/large_corpus.py --gigabytes 4 --kinds word char bpe --formats text csv parquet --directory /tmp/large
 
 Words follow Zipf's law down to rank 10,000, fall off faster behind it as in real text, and one in a hundred is new.
 Everything is removed at the end.
@@ -30,10 +30,11 @@ FILES = 4
 PACKED = 16  # one of this number of parts is in the last file, a .gz
 CHOICES = 1 << 21  # words that blocks are drawn from
 BLOCK_WORDS = 1 << 19
+FORMATS = ["text", "csv", "jsonl", "paragraph", "parquet"]
 ROOT = Path(__file__).parent.parent
 
 CONFIG = """
-data: {{train: 'part-*', valid: held_out.txt, cache_dir: cache}}
+data: {{train: 'part-*', valid: held_out.txt, separator: {separator}, cache_dir: cache}}
 tokenizer: {{kind: {kind}, vocab_size: 30000}}
 model: {{embedding_size: 16, hidden_size: 16, num_layers: 1}}
 training: {{max_steps: 2, device: cpu, precision: fp32}}
@@ -76,8 +77,46 @@ def blocks(seed: int) -> Iterator[bytes]:
         yield flat[flat != 0].tobytes()
 
 
-def make(directory: Path, size: int) -> None:
+def in_format(lines: bytes, form: str) -> bytes:
+    """The same texts as rows of a CSV, JSON lines, or paragraphs of two lines."""
+    if form == "csv":
+        return b'7,"' + lines[:-1].replace(b"\n", b'",calm\n7,"') + b'",calm\n'
+    if form == "jsonl":
+        return b'{"id": 7, "text": "' + lines[:-1].replace(b"\n", b'"}\n{"id": 7, "text": "') + b'"}\n'
+    parts = lines[:-1].split(b"\n")
+    return b"".join(b"\n".join(parts[place : place + 2]) + b"\n\n" for place in range(0, len(parts), 2))
+
+
+def make_parquet(path: Path, size: int) -> None:
+    """The same texts as a Parquet file of row groups of half a million rows."""
+    import pyarrow
+    from pyarrow import parquet
+
+    schema, rows, done = pyarrow.schema([("id", pyarrow.int64()), ("text", pyarrow.string())]), list[str](), 0
+    with parquet.ParquetWriter(path, schema, compression="snappy") as writer:
+        for block in blocks(1):
+            rows += block.decode().splitlines()
+            done += len(block)
+            if len(rows) > 500_000 or done >= size:
+                writer.write_table(pyarrow.table({"id": range(len(rows)), "text": rows}, schema))
+                rows = []
+            if done >= size:
+                return
+
+
+def make(directory: Path, size: int, form: str) -> None:
     """The files of a corpus of this number of bytes, unpacked, and a few lines held out."""
+    (directory / "held_out.txt").write_bytes(next(blocks(99))[: 1 << 16].rpartition(b"\n")[0])
+    if form == "parquet":
+        make_parquet(directory / "part-0.parquet", size)
+        return
+    if form != "text":
+        with open(directory / f"part-0.{'txt' if form == 'paragraph' else form}", "wb") as handle:
+            handle.write(b"id,text,label\n" if form == "csv" else b"")
+            for block in blocks(1):
+                handle.write(in_format(block, form))
+                if handle.tell() >= size:
+                    return
     for number in range(FILES):
         packed = number == FILES - 1
         share, done = size // PACKED if packed else (size - size // PACKED) // (FILES - 1), 0
@@ -88,7 +127,6 @@ def make(directory: Path, size: int) -> None:
                 done += len(block)
                 if done >= share:
                     break
-    (directory / "held_out.txt").write_bytes(next(blocks(99))[: 1 << 16].rpartition(b"\n")[0])
 
 
 def family(pid: int) -> list[int]:
@@ -154,39 +192,46 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     arguments.add_argument("--gigabytes", type=float, default=4.0)
     arguments.add_argument("--kinds", nargs="+", default=["word", "char", "bpe"])
+    arguments.add_argument("--formats", nargs="+", default=["text"], choices=FORMATS)
     arguments.add_argument("--directory", default=None, help="where to work; default: the system's")
     given = arguments.parse_args()
-    cores = len(os.sched_getaffinity(0))
     if given.directory is not None:
         Path(given.directory).mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="lmtrain-large-", dir=given.directory))
-    try:
-        start_s, size = time.monotonic(), int(given.gigabytes * 1e9)
-        make(directory, size)
-        print(f"made {size / 1e6:,.0f} MB in {FILES} files: {size / 1e6 / (time.monotonic() - start_s):.0f} MB/s")
-        time.sleep(3)  # so that their digests can be remembered
-        for kind in given.kinds:
-            (directory / "config.yaml").write_text(CONFIG.format(kind=kind))
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            said, took_s, peak = watched("prepare", "config.yaml", directory=directory)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            busy_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            rate, load = size / 1e6 / took_s, os.getloadavg()[0]
-            print(f"{kind}: {took_s:,.0f} s, {rate:.1f} MB/s, {rate / cores:.1f} MB/s a core", end="")
-            print(f" (by processor time {size / 1e6 / busy_s:.1f}; load {load:.1f} on {cores} cores)", end="")
-            print(f", {peak / 1e6:,.0f} MB in all processes at most")
-            print("    " + said.strip().replace("\n", "\n    "))
-            first = subprocess.run(
-                [sys.executable, "-c", FIRST_BATCH, "config.yaml"],
-                cwd=directory,
-                capture_output=True,
-                text=True,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-            )
-            print(f"    first batch once prepared, imports counted: {first.stdout.strip()}{first.stderr}", flush=True)
-            shutil.rmtree(directory / "cache")
-    finally:
-        shutil.rmtree(directory)
+    for form in given.formats:
+        directory = Path(tempfile.mkdtemp(prefix="lmtrain-large-", dir=given.directory))
+        try:
+            measure(directory, form, int(given.gigabytes * 1e9), given.kinds)
+        finally:
+            shutil.rmtree(directory)
+
+
+def measure(directory: Path, form: str, size: int, kinds: list[str]) -> None:
+    """Make a corpus in a directory, prepare it with each kind of tokenizer, and print what that took."""
+    start_s, cores = time.monotonic(), len(os.sched_getaffinity(0))
+    make(directory, size, form)
+    print(f"made {size / 1e6:,.0f} MB of {form}: {size / 1e6 / (time.monotonic() - start_s):.0f} MB/s")
+    time.sleep(3)  # so that their digests can be remembered
+    for kind in kinds:
+        separator = "paragraph" if form == "paragraph" else "line"
+        (directory / "config.yaml").write_text(CONFIG.format(kind=kind, separator=separator))
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        said, took_s, peak = watched("prepare", "config.yaml", directory=directory)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        rate, load = size / 1e6 / took_s, os.getloadavg()[0]
+        print(f"{kind}: {took_s:,.0f} s, {rate:.1f} MB/s, {rate / cores:.1f} MB/s a core", end="")
+        print(f" (by processor time {size / 1e6 / busy_s:.1f}; load {load:.1f} on {cores} cores)", end="")
+        print(f", {peak / 1e6:,.0f} MB in all processes at most")
+        print("    " + said.strip().replace("\n", "\n    "))
+        first = subprocess.run(
+            [sys.executable, "-c", FIRST_BATCH, "config.yaml"],
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        print(f"    first batch once prepared, imports counted: {first.stdout.strip()}{first.stderr}", flush=True)
+        shutil.rmtree(directory / "cache")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,9 @@ def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None, 
     """
     source, valid_source = source_of(config, "train"), source_of(config, "valid")
     assert source is not None
+    for each in (source, valid_source):
+        for line in () if each is None or each.part == "valid" else each.field_notes():
+            notify(line)
     cache = Path(config.data.cache_dir)
     digests = Digests(cache / DIGESTS, watch)
     if tokenizer is None:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from lmtrain.config import Config
-from lmtrain.data.text.encodings import encoding_of
 from lmtrain.data.text.formats.base import Format, Keys
 from lmtrain.data.text.formats.table import format_of, resolve_format
-from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, expand_patterns, open_text
+from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, expand_patterns, open_text, read_encoding
 from lmtrain.data.text.unpacking import packing_of
 from lmtrain.errors import DataError
 from lmtrain.system.files import scratch_directory
@@ -107,8 +106,8 @@ def _take(formats: dict[str, Format], folder: Path) -> Excerpt:
 def _may_begin_inside(file: str, form: Format) -> bool:
     """Whether reading may begin at any line of a file: it holds lines of UTF-8, and is not packed."""
     with open_text(file) as handle:
-        packed, head = packing_of(file, handle), handle.read(4)
-    return form.lines_are_records and packed is None and encoding_of(head, form.keys.encoding) == "utf-8"
+        is_plain = packing_of(file, handle) is None and read_encoding(file, handle, form.keys.encoding) == "utf-8"
+    return form.lines_are_records and is_plain
 
 
 def _take_pieces(sizes: dict[str, int], formats: dict[str, Format], folder: Path, budget: int) -> Excerpt:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import IO, NamedTuple
 
-from lmtrain.data.text.encodings import likely_encoding, to_utf8
+from lmtrain.data.text.encodings import encoding_of, likely_encoding, to_utf8
 from lmtrain.data.text.kinds import files_below, refuse_other_kinds
 from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.unpacking import unpack
@@ -114,6 +114,11 @@ def first_chunk(path: str, encoding: str) -> bytes:
     """Return the beginning of a file as `read_chunks` gives it; raises DataError as that and `open_text` do."""
     with open_text(path) as handle:
         return next(filter(None, read_chunks(path, handle, encoding)), b"")
+
+
+def read_encoding(name: str, handle: IO[bytes], encoding: str) -> str:
+    """Return the encoding of an open file: that of its byte order mark, or else the given one."""
+    return encoding_of(next(unpack(name, handle, BLOCK_BYTES), b""), encoding)
 
 
 def _with_newlines(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -7,18 +7,31 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lmtrain.data.text.digests import Digests
 from lmtrain.data.text.formats.base import Format, Keys
-from lmtrain.data.text.formats.table import format_of, resolve_format
+from lmtrain.data.text.formats.table import detect_format, format_of, resolve_format
 from lmtrain.data.text.normalise import normalise
-from lmtrain.data.text.reading import Block, RawBlock, expand_patterns
+from lmtrain.data.text.reading import Block, RawBlock, expand_patterns, open_text, read_encoding
 from lmtrain.errors import DataError
 
 STORE_FORMAT = 2  # version of the token stores
 MOST_NAMES = 5
 Part = Literal["all", "train", "valid"]
+
+
+class Understanding(NamedTuple):
+    """How a file is read, for people."""
+
+    path: str
+    format: str
+    why: str  # why this format: by its suffix, by its content, data.format
+    encoding: str
+    details: str  # what ends a sequence; of a record or table which field is read
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.format} ({self.why}), {self.encoding}, {self.details}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,22 @@ class Source:
 
     def _format(self, path: str, name: str) -> Format:
         return format_of(path, Keys(name, self.field, self.separator, self.encoding, self.stream))
+
+    def understood(self, path: str) -> Understanding:
+        """Return how one of the files is read; raises DataError if it can't be."""
+        if self.format == "auto":
+            name, why = detect_format(path, self.encoding)
+        else:
+            name, why = self.format, "data.format"
+        form = self._format(path, name)
+        with open_text(path) as handle:
+            encoding = "binary" if name == "parquet" else read_encoding(path, handle, self.encoding)
+        return Understanding(path, name, why, encoding, form.details(form.header(path)))
+
+    def field_notes(self) -> Iterator[str]:
+        """Yield a line that says which field is read where the configuration leaves that open; raises DataError."""
+        if self.field is None and (read := self.understood(self.files[0])).format not in ("text", "ids", "fasta"):
+            yield f"note: {read.path} is read as {read.format}: {read.details}"
 
     def parse(self, raw: RawBlock) -> Block:
         """Return the texts of a block; raises DataError with the place."""

@@ -473,7 +473,7 @@ def test_check_names_the_first_fault_of_every_file(desk, judge):
         "check c.yaml 'data.train=[train.txt, more.txt]'",
         "train.txt:2:1: not UTF-8 (byte {words}\n"
         "more.txt:1:1: not UTF-8 (byte {words}\n"
-        "valid.txt:1:2: a NUL character; is this a text file? (data.encoding)",
+        "valid.txt:1:2: a NUL character; {words}",
         3,
     )
 

@@ -17,6 +17,9 @@ class LinesFormat(Format):
     lines_are_records = True
     ends_with_file = False  # in a stream the end token of a line is its newline
 
+    def details(self, header: str) -> str:
+        return "a line ends with an end token" if self.keys.stream else "each line is a sequence"
+
     def parse(self, raw: RawBlock) -> Block:
         lines = decode(raw).split("\n")
         return Block(raw.path, range(raw.first_line, raw.first_line + len(lines)), lines, raw.ended)
@@ -41,6 +44,10 @@ class PassagesFormat(Format):
             self._ends = re.compile(r"(?!)")  # matches nowhere
         else:
             self._ends = re.compile(re.escape(normalise(keys.separator)))
+
+    def details(self, header: str) -> str:
+        ends = {"paragraph": "a blank line ends a sequence", "file": "the file is one sequence"}
+        return ends.get(self.keys.separator, f"{self.keys.separator!r} ends a sequence")
 
     def record_end(self, data: bytes) -> int:
         match self.keys.separator:
