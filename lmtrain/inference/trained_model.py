@@ -284,8 +284,12 @@ class TrainedModel:
         return heapq.nlargest(count, lines(), key=lambda line: line[1].nats_per_token)
 
     def read(self, path: str) -> Iterator[Block]:
-        """Read the lines of a file as the run reads its own, for `score` and `embed`; a DataError names the place."""
-        return self._source([path]).blocks()
+        """Read the texts of a file as the run reads its own, for `score` and `embed`; a DataError names the place.
+
+        Blank ones are among them, so that each text has a result.
+        """
+        source = self._source([path])
+        return map(source.parse, source.raws())
 
     def _source(self, paths: Sequence[str] | None) -> Source:
         if paths:

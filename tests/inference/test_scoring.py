@@ -2,16 +2,20 @@
 
 import json
 import math
+import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from lmtrain.config import load_config
 from lmtrain.data.text.reading import Block
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.errors import ConfigError, DataError
 from lmtrain.inference import scoring
+from lmtrain.inference.options import Sampling
 from lmtrain.inference.prompts import PromptCodec
 from lmtrain.inference.trained_model import load
 from lmtrain.training.start import train
@@ -206,3 +210,33 @@ def test_ids_are_no_text_with_bits_per_character(corpus, small, shell):
         assert figures[name] is None
     assert figures["perplexity"] > 1
     assert "bits per" not in shell("evaluate", run).stdout
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_an_empty_sequence_is_learnt_scored_drawn_and_counted(tmp_path, monkeypatch, cell):
+    """Two in five strings of an automaton are empty; both directions learn that, and drawn strings show it."""
+    monkeypatch.chdir(tmp_path)
+    draw = random.Random(3)
+    strings = ["" if draw.random() < 0.4 else "".join(draw.choices("ab", k=draw.randint(1, 5))) for _ in range(3000)]
+    Path("t.txt").write_text("".join(f"{string}\n" for string in strings))
+    Path("c.yaml").write_text(
+        "data: {train: t.txt, valid: t.txt, empty: keep}\n"
+        "tokenizer: {kind: char, min_frequency: 1}\n"
+        "batching: {batch_size: 64, bucket_batches: 1}\n"
+        f"model: {{cell: {cell}, embedding_size: 16, hidden_size: 32, num_layers: 1, dropout: 0.0, "
+        "bidirectional: true}\n"
+        "optimizer: {lr: 0.01}\n"
+        "training: {max_epochs: 5, precision: fp32, device: cpu, num_threads: 1}\n"
+        "schedule: {warmup_steps: 10}\n"
+    )
+    train(load_config("c.yaml"))
+    model = load("runs/c")
+    share = strings.count("") / len(strings)
+    for direction in ("forward", "backward"):
+        (score,) = model.score([""], direction)
+        assert math.exp(score.log_probability) == pytest.approx(share, abs=0.06)
+        assert score.tokens == 1
+    drawn = list(model.generate(count=400, sampling=Sampling(temperature=1.0, seed=1)))
+    assert sum(each.completion == "" for each in drawn) / 400 == pytest.approx(share, abs=0.1)
+    counts = model.evaluate(["t.txt"]).counts
+    assert (counts.sequences, counts.blank) == (3000, 0)

@@ -47,7 +47,7 @@ class StoreCounts:
     characters: int = 0  # each `<eos>` counts as one
     bytes: int = 0  # bytes of UTF-8; each `<eos>` counts as one
     blank: int = 0  # lines without a text
-    longest: int = 0  # tokens of the longest sequence; `<bos>` and `<eos>` are not counted
+    longest: int = 0  # tokens of the longest sequence, or part of a stream's line; `<bos>`, `<eos>` are not counted
     stream: bool = False
     dtype: str = "uint16"
     checksums: tuple[int, ...] = ()  # CRC-32 of tokens, offsets, hashes
@@ -61,7 +61,8 @@ class StoreCounts:
         """Describe the store in a line for people; `show` writes the counts."""
         line = f"{show(self.sequences)} {'lines' if self.stream else 'sequences'}"
         line += f", {show(self.events)} tokens with end tokens"
-        line += f", longest {self.longest:,}, {self.unknown_tokens / self.events:.2%} unknown"
+        line += "" if self.stream else f", longest {self.longest:,}"
+        line += f", {self.unknown_tokens / self.events:.2%} unknown"
         return line + (f", {show(self.blank)} blank lines skipped" if self.blank else "")
 
 

@@ -141,9 +141,13 @@ def _suffix(form: Format) -> str:
 
 
 def _finish_line(handle: IO[bytes], form: Format, place: str, line: int) -> bytes:
-    """Read the rest of the line in which a piece would begin or end."""
-    rest = handle.readline(LONGEST_RECORD_BYTES + 1)
-    if len(rest) > LONGEST_RECORD_BYTES and not form.keys.stream:
+    """Read the rest of the line in which a piece would begin or end; of a stream's long line up to a space."""
+    begin, may_be_cut = handle.tell(), form.may_be_cut and form.keys.stream
+    rest = handle.readline(PIECE_BYTES if may_be_cut else LONGEST_RECORD_BYTES + 1)
+    if may_be_cut and not rest.endswith(b"\n"):
+        rest = rest[: rest.rfind(b" ") + 1] or rest.decode(errors="ignore").encode()
+        handle.seek(begin + len(rest))
+    elif len(rest) > LONGEST_RECORD_BYTES:
         raise form.too_long(place, line)
     return rest
 

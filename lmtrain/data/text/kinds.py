@@ -25,6 +25,7 @@ OTHER_KINDS = {  # the first bytes of files that hold no text as they are, and t
     b"ustar": "a tar archive; unpack it, and name the directory",
     b"PAR1": "a Parquet file; data.format: parquet reads it",
 }
+_CERTAIN = {b"%PDF-", b"{\\rtf"}  # these need not hold a NUL
 
 
 def files_below(directory: str) -> list[str]:
@@ -48,5 +49,6 @@ def files_below(directory: str) -> list[str]:
 def refuse_other_kinds(name: str, head: bytes) -> None:
     """Raise DataError if a file that begins with these bytes is of a kind that holds no text as it is."""
     for begin, kind in OTHER_KINDS.items():
-        if head.startswith(begin) or (begin == b"ustar" and head[257:262] == begin):
+        found = head.startswith(begin, 257 if begin == b"ustar" else 0)
+        if found and (begin in _CERTAIN or b"\0" in head):  # a text may begin with PARENTS
             raise DataError(f"{name}: {kind}")

@@ -1,6 +1,5 @@
 """The base class of file formats: it says how a file is cut into blocks of whole records, and which texts they hold."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import ClassVar, NamedTuple
@@ -8,9 +7,6 @@ from typing import ClassVar, NamedTuple
 from lmtrain.data.text import reading
 from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, Block, RawBlock, open_unchanged, read_chunks
 from lmtrain.errors import DataError
-
-_SINGLE_SPACE = re.compile(rb"(?<=\S) (?=\S)")
-_TWO_SIGNS = re.compile(rb"[!-~](?=[!-~])")
 
 
 class Keys(NamedTuple):
@@ -38,6 +34,7 @@ class Format(ABC):
     record: ClassVar[str] = "line"  # the word for one record in messages
     lines_are_records: ClassVar[bool] = False  # whether a record begins after every newline
     ends_with_file: ClassVar[bool] = True  # whether the end of the file ends its last record
+    may_be_cut: ClassVar[bool] = False  # whether a stream's record may have any length: see `inner_end`
 
     def __init__(self, keys: Keys) -> None:
         self.keys = keys
@@ -104,21 +101,17 @@ class Format(ABC):
             yield self._block(path, line, offset, data, False)
 
     def inner_end(self, data: bytes) -> int:
-        """Return where a long record of a stream may be cut in two without changing its tokens: before a single space.
+        """Return where a record of a stream that is longer than a block is cut in two; 0: nowhere so far.
 
-        A record without one is cut between two signs of ASCII if 16 MiB are read, else not yet (0).
+        Only a format whose `parse` can read a part of a record overrides this.
         """
-        for window in (1 << 12, len(data)):
-            for pattern in (_SINGLE_SPACE, *([_TWO_SIGNS] if len(data) > LONGEST_RECORD_BYTES else [])):
-                if found := list(pattern.finditer(data, len(data) - window)):
-                    return found[-1].start() if pattern is _SINGLE_SPACE else found[-1].end()
         return 0
 
     def too_long(self, path: str, line: int) -> DataError:
         """Return the error for a record of more than 16 MiB."""
         return DataError(
             f"{path}:{line}: a {self.record} of more than {LONGEST_RECORD_BYTES >> 20} MiB; cut it into several"
-            + ("" if self.keys.stream else ", or read the text with batching.mode: stream")
+            + (", or read the text with batching.mode: stream" if self.may_be_cut and not self.keys.stream else "")
         )
 
     def _block(self, path: str, line: int, offset: int, data: bytes, unfinished: bool) -> RawBlock:

@@ -6,12 +6,32 @@ from typing import IO
 
 from lmtrain.data.text.formats.base import Format, Keys
 from lmtrain.data.text.normalise import normalise
-from lmtrain.data.text.reading import Block, RawBlock, decode, read_chunks
+from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, Block, RawBlock, decode, read_chunks
 
+_SINGLE_SPACE = re.compile(rb"(?<=\S) (?=\S)")
+_TWO_SIGNS = re.compile(rb"(?<=[!-~])(?=[!-~])")
 BLANK_LINES = re.compile(r"(?:\A|\n)(?:[^\S\n]*\n)+")  # with the end of the line before
 
 
-class LinesFormat(Format):
+class PlainFormat(Format):
+    """Plain text, whose records may have any length in a stream."""
+
+    may_be_cut = True
+
+    def inner_end(self, data: bytes) -> int:
+        """Return the last place before a single space, where a cut changes no token.
+
+        A record of 16 MiB without such a space is cut between two signs of ASCII.
+        """
+        patterns = [_SINGLE_SPACE, *([_TWO_SIGNS] if len(data) > LONGEST_RECORD_BYTES else [])]
+        for pattern in patterns:
+            for window in (1 << 12, len(data)):
+                if found := list(pattern.finditer(data, max(0, len(data) - window))):
+                    return found[-1].start()
+        return 0
+
+
+class LinesFormat(PlainFormat):
     """Every line is a text; a blank line is an empty text or one of white space."""
 
     lines_are_records = True
@@ -28,7 +48,7 @@ class LinesFormat(Format):
         return [decode(raw)]
 
 
-class PassagesFormat(Format):
+class PassagesFormat(PlainFormat):
     """Every text ends at a blank line (`paragraph`), at the end of the file (`file`), or at a text of one's own.
 
     The line breaks at both ends of a text are not part of it.
