@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-LONGEST_S = 1.0
+LONGEST_S = 2.0
 MOST_BYTES = 200_000_000
 HASHED_BYTES = 64 << 20  # of a larger, sparse file size and time stand for its content
 
