@@ -15,6 +15,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+LONGEST_MARK = max(map(len, MARKS))
 # what the detector may choose from: the encodings of texts in use, not the hundred that Python knows
 _CANDIDATES = [
     "cp949", "cp932", "euc_jp", "gb18030", "big5", "cp1252", "cp1250", "cp1251", "koi8_r", "cp1253", "cp1254",
@@ -39,7 +40,9 @@ def to_utf8(name: str, chunks: Iterator[bytes], encoding: str) -> Iterator[bytes
     Raises:
         DataError: a byte does not belong to the encoding, with its line and what the encoding may be instead.
     """
-    head = next(chunks, b"")
+    head = b""
+    while len(head) < LONGEST_MARK and (chunk := next(chunks, b"")):
+        head += chunk
     known = encoding_of(head, encoding)
     if known == "utf-8":
         yield head.removeprefix(codecs.BOM_UTF8)

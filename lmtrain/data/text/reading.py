@@ -21,6 +21,7 @@ from lmtrain.errors import DataError
 
 BLOCK_BYTES = 1 << 18  # a block of this size and what is made of it fit into a processor's cache
 LONGEST_RECORD_BYTES = 16 << 20
+BEGINNING_BYTES = 1 << 16  # from which it is known how a file is to be read
 
 
 class RawBlock(NamedTuple):
@@ -111,9 +112,14 @@ def read_chunks(name: str, handle: IO[bytes], encoding: str, offset: int = 0) ->
 
 
 def first_chunk(path: str, encoding: str) -> bytes:
-    """Return the beginning of a file as `read_chunks` gives it; raises DataError as that and `open_text` do."""
+    """Return the first 64 KiB or more of a file's chunks; raises DataError as `read_chunks` and `open_text` do."""
+    head = b""
     with open_text(path) as handle:
-        return next(filter(None, read_chunks(path, handle, encoding)), b"")
+        for chunk in read_chunks(path, handle, encoding):
+            head += chunk
+            if len(head) >= BEGINNING_BYTES:
+                break
+    return head
 
 
 def read_encoding(name: str, handle: IO[bytes], encoding: str) -> str:

@@ -23,7 +23,7 @@ def choose_field(wanted: str | None, names: Sequence[str], with_text: Sequence[s
         if wanted in names:
             return wanted
         raise DataError(f"no field {wanted!r} (set data.field); it has {list_names(names)}")
-    by_name = {name.strip().lower(): name for name in reversed(with_text)}
+    by_name = {name.strip().lower(): name for name in reversed(names)}
     usual = next((by_name[name] for name in USUAL_NAMES if name in by_name), None)
     if usual is not None:
         return usual

@@ -5,6 +5,7 @@ import re
 from contextlib import suppress
 
 from lmtrain.data.text.formats.base import Format, Keys
+from lmtrain.data.text.formats.delimited import CsvFormat, TsvFormat
 from lmtrain.data.text.formats.jsonl import JsonlFormat
 from lmtrain.data.text.formats.text import LinesFormat, PassagesFormat
 from lmtrain.data.text.kinds import SUFFIXES
@@ -13,7 +14,13 @@ from lmtrain.data.text.unpacking import inner_suffix
 from lmtrain.errors import DataError
 
 # the names that `data.format` takes beside auto (`config/schema.py`); ids in a text are encoded by kind ids
-FORMATS: dict[str, type[Format]] = {"text": LinesFormat, "jsonl": JsonlFormat, "ids": LinesFormat}
+FORMATS: dict[str, type[Format]] = {
+    "text": LinesFormat,
+    "jsonl": JsonlFormat,
+    "csv": CsvFormat,
+    "tsv": TsvFormat,
+    "ids": LinesFormat,
+}
 _FASTA = re.compile(rb">[^\n]*\n[A-Za-z*\n.-]+(>|\Z)")
 
 
