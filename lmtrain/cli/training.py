@@ -25,6 +25,7 @@ ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML fi
 OVERRIDES_HELP = "Config keys to change, for instance model.hidden_size=256."
 OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDES_HELP)]
 RUN_DIR_HELP = "The run directory, new or empty; default: the config's runs_dir/name."
+SHOW_HELP, MOST_SHOWN = "How many sequences of the training text to show as tokens.", 10_000
 RESUME_HELP = "Continue from the last good checkpoint; start afresh if there is none."
 
 
@@ -78,6 +79,8 @@ def check(
     config: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run such as runs/quickstart.")],
     overrides: OverridesArgument = None,
     device: DeviceOption = None,
+    show: Annotated[int, typer.Option(metavar="N", min=0, max=MOST_SHOWN, help=SHOW_HELP)] = 3,
+    as_json: JsonOption = False,
 ) -> None:
     """Check a config and its data, or a run's files.
 
@@ -86,22 +89,28 @@ def check(
     if os.path.isdir(config):
         if overrides or device:
             raise ConfigError(f"check {config}: a run is checked as it is; leave out KEY=VALUE and --device")
+        if as_json:
+            raise ConfigError(f"check {config}: --json is for a config; the parts of a run are printed as lines")
         from lmtrain.runs.directory import find_run
 
         run = find_run(config)
         run.config_and_tokenizer()
         from lmtrain.check.run import inspect_run
 
-        lines = inspect_run(run)
+        for line in inspect_run(run):
+            print(escape(line))
     else:
         settings = _load(config, overrides, device)
         from lmtrain.check.configuration import describe_configuration
         from lmtrain.system.device import keep_freed_memory
 
         keep_freed_memory()
-        lines = describe_configuration(settings, say)
-    for line in lines:
-        print(escape(line))
+        for finding in describe_configuration(settings, say, show):
+            if as_json:
+                print_json(finding.row)
+                continue
+            for line in finding.lines:
+                print(escape(line))
 
 
 def prepare(config: ConfigArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:

@@ -47,9 +47,14 @@ def large(corpus, monkeypatch):
     return corpus
 
 
+def report(config):
+    """The lines of the report."""
+    return [line for finding in describe_configuration(config, print) for line in finding.lines]
+
+
 def said(config):
     """The report's lines by what stands before their colon."""
-    return dict(line.split(": ", 1) for line in describe_configuration(config, print) if ": " in line)
+    return dict(line.split(": ", 1) for line in report(config) if ": " in line)
 
 
 def numbers(text):
@@ -229,7 +234,7 @@ def test_counting_is_in_the_figures(small, scale):
     config, tokens = small("model.ngram_counts=4"), 1000 * scale
     assert measured.count_s(tokens) == 0.5 * scale
     assert measured.peak_bytes(tokens) == {1: 3_000_000, 1000: 1_000_000 + COUNTING_BYTES * tokens}[scale]
-    said = "\n".join(describe_configuration(config, print))
+    said = "\n".join(report(config))
     assert re.search(r"^counting n-grams: about [\d.]+ s, once, with about \d[\d,.]* MB$", said, re.MULTILINE)
 
 

@@ -62,3 +62,9 @@ def test_a_directory_that_is_no_run(corpus, shell):
     done = shell("check", "empty")
     assert (done.returncode, done.stderr) == (4, "empty: not a run directory (no config.yaml in it)\n")
     assert shell("check", "empty", "seed=3").returncode == 2
+
+
+def test_a_run_is_printed_as_lines_only(run, shell):
+    done = shell("check", run, "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"check {run}: --json is for a config; the parts of a run are printed as lines\n"
