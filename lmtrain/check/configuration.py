@@ -33,6 +33,7 @@ from lmtrain.system.processes import core_count
 
 LARGE_BYTES = 64 << 20  # if all files together are larger, only excerpts are read
 PARTS = ("train", "valid", "test")
+MOST_FILES = 4  # that are described
 
 
 def describe_configuration(config: Config, notify: Callable[[str], None], show: int = 3) -> Iterator[Finding]:
@@ -115,10 +116,13 @@ def _estimates(config: Config, excerpts: Excerpts, show: int) -> Iterator[Findin
 
 
 def _files(config: Config) -> Finding:
-    """Each file as it is understood: a line for people, a row for `--json`."""
+    """How each file is understood: lines for people on some of them, rows for `--json` on all."""
     sources = {name: source for name in PARTS if (source := source_of(config, name)) is not None}
-    rows = [{"store": name, "file": file} for name, source in sources.items() for file in source.files]
-    return Finding("files", [], {"files": rows})
+    understood = [(name, source.understood(file)) for name, source in sources.items() for file in source.files]
+    rows = [{"store": name, **each._asdict()} for name, each in understood]
+    lines = list(dict.fromkeys(str(each) for _, each in understood))
+    more = [f"and {len(lines) - MOST_FILES:,} more files"] if len(lines) > MOST_FILES else []
+    return Finding("files", lines[:MOST_FILES] + more, {"files": rows})
 
 
 def _vocabulary(tokenizer: Tokenizer, learnt: str) -> Finding:

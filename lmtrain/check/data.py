@@ -141,12 +141,13 @@ def _extremes(store: TokenStore) -> tuple[int, int]:
     return longest[1], shortest[1]
 
 
-def _kept(source: Source) -> Iterator[tuple[str, list[int], list[str]]]:
+def _kept(source: Source) -> Iterator[tuple[str, Sequence[int], list[str]]]:
     """Read the texts as a store keeps them, a block at a time: file, line of each text, texts."""
+    continued = ""  # the file whose last text goes on in the next block
     for block in source.blocks():
-        pairs = zip(block.lines, block.texts, strict=True)
-        kept = [(line, text) for line, text in pairs if source.stream or text.strip()]
-        yield block.path, [line for line, _ in kept], [text for _, text in kept]
+        first = 1 if block.path == continued else 0  # of a long line of a stream only the beginning is looked at
+        yield block.path, block.lines[first:], block.texts[first:]
+        continued = "" if block.ended else block.path
 
 
 def _read(source: Source, tokenizer: Tokenizer, with_unknown: bool) -> _Read:

@@ -241,7 +241,8 @@ def test_json_has_the_figures_of_the_lines(corpus, shell):
     about = [row["about"] for row in rows]
     assert about[:4] == ["files", "vocabulary", "store", "store"]
     assert about[-4:] == ["batches", "model", "memory", "time"]
-    assert rows[0]["files"] == [{"store": "train", "file": "train.txt"}, {"store": "valid", "file": "valid.txt"}]
+    read = {"format": "text", "why": "by its suffix", "encoding": "utf-8", "details": "each line is a sequence"}
+    assert rows[0]["files"] == [{"store": name, "file": f"{name}.txt", **read} for name in ("train", "valid")]
     assert rows[2]["sequences"] == 43
     assert len(rows[about.index("sequences")]["sequences"]) == 1
     first = (corpus / "train.txt").read_text().splitlines()[0]

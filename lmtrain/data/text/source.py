@@ -24,14 +24,14 @@ Part = Literal["all", "train", "valid"]
 class Understanding(NamedTuple):
     """How a file is read, for people."""
 
-    path: str
+    file: str
     format: str
     why: str  # why this format: by its suffix, by its content, data.format
     encoding: str
     details: str  # what ends a sequence; of a record or table which field is read
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.format} ({self.why}), {self.encoding}, {self.details}"
+        return f"{self.file}: {self.format} ({self.why}), {self.encoding}, {self.details}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Source:
     def field_notes(self) -> Iterator[str]:
         """Yield a line that says which field is read where the configuration leaves that open; raises DataError."""
         if self.field is None and (read := self.understood(self.files[0])).format not in ("text", "ids", "fasta"):
-            yield f"note: {read.path} is read as {read.format}: {read.details}"
+            yield f"note: {read.file} is read as {read.format}: {read.details}"
 
     def parse(self, raw: RawBlock) -> Block:
         """Return the texts of a block; raises DataError with the place."""

@@ -671,7 +671,7 @@ def test_odd_but_usable_inputs_are_used_with_a_note(desk, shell, name):
     make()
     done = shell("check", "c.yaml", *overrides.split())
     assert (done.returncode, done.stderr) == (0, said + "\n")
-    assert done.stdout.splitlines()[1] == told
+    assert told in done.stdout.splitlines()
     trained = shell("train", "c.yaml", *overrides.split(), "training.max_steps=2")
     assert trained.returncode == 0
     notes = [line for line in said.splitlines() if line.startswith("note: ")]
