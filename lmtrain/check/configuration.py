@@ -228,7 +228,7 @@ def _faults(config: Config, source: Source) -> Iterator[str]:
         try:
             for block in replace(source, files=(path,)).blocks():
                 if ids is not None:
-                    encode_block(ids, block, block.texts)
+                    encode_block(ids, block)
         except DataError as error:
             yield from error.faults
 

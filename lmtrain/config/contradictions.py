@@ -22,6 +22,10 @@ def _data(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.valid_fraction", "data.valid names the validation set already; set one of the two to null"
     if (tokenizer.kind == "file") != (tokenizer.path is not None):
         yield "tokenizer.path", "goes with tokenizer.kind: file, and only with it"
+    if tokenizer.split == "words" and tokenizer.kind != "word":
+        yield "tokenizer.split", f"words goes with tokenizer.kind: word, not with {tokenizer.kind}"
+    if tokenizer.lowercase and tokenizer.kind in ("ids", "file"):
+        yield "tokenizer.lowercase", f"goes with text that lmtrain cuts into tokens, not with kind {tokenizer.kind}"
     if tokenizer.kind == "ids":
         if data.format not in ("auto", "text", "ids"):
             yield "data.format", "tokenizer.kind: ids reads lines of integers; use ids or auto"

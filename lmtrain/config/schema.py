@@ -60,6 +60,11 @@ class TokenizerConfig(Section):
     """Largest size of the vocabulary with its special tokens; for kind ids the exact number of ids."""
     min_frequency: int = Field(2, ge=1, le=MOST)
     """Kinds char and word: tokens that occur less often become `<unk>`, so that `<unk>` is learnt."""
+    split: Literal["whitespace", "words"] = "whitespace"
+    """Kind word: tokens are what stands between white space, for text that is cut already (whitespace), or words and
+    marks at Unicode's word boundaries, which are put together again without loss (words)."""
+    lowercase: bool = False
+    """Turn upper case into lower case, in texts and prompts alike; not for the kinds ids and file."""
     path: str | None = None
     """Kind file: a tokenizer.json of the Hugging Face `tokenizers` library."""
     pad_id: int = Field(0, ge=0)

@@ -117,7 +117,15 @@ def _tokenizer(
             if (cached := _stored_tokenizer(stored, notify)) is not None:  # another process has just learnt it
                 return cached
             tokenizer = learn_tokenizer(
-                settings.kind, source, cache, settings.vocab_size, settings.min_frequency, notify, watch
+                settings.kind,
+                source,
+                cache,
+                notify,
+                watch,
+                vocab_size=settings.vocab_size,
+                min_frequency=settings.min_frequency,
+                split=settings.split,
+                lowercase=settings.lowercase,
             )
             source.check_at_rest(digests)
             write_atomically(stored, tokenizer.dumps().encode())

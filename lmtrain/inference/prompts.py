@@ -12,18 +12,25 @@ WINDOW = 16  # tokens: more than the text of a single token depends on
 LONGEST_WINDOW = 512
 
 
+def end_text_of(separator: str) -> str:
+    """Return the text that an end token stands for in a stream whose texts end as `data.separator` says."""
+    return {"line": "\n", "paragraph": "\n\n", "file": "\n"}.get(separator, normalise(separator))
+
+
 @dataclass(frozen=True)
 class PromptCodec:
     """Encodes a prompt for the model, and decodes what the model writes.
 
     Args:
-        stream: the model was trained on one long text: it starts from `<eos>`, and an end token stands for a newline.
+        stream: the model was trained on one long text: it starts from `<eos>`, and end tokens stand within a text.
+        end_text: what an end token stands for in a stream, by `data.separator`.
         direction: with backward the model writes what comes before the prompt, last token first, until `<bos>`.
     """
 
     tokenizer: Tokenizer
     stream: bool = False
     direction: Direction = "forward"
+    end_text: str = "\n"
 
     @property
     def end(self) -> int | None:
@@ -45,7 +52,7 @@ class PromptCodec:
 
     def encode(self, text: str) -> list[int]:
         """Return a prompt's ids as the model reads them, start token first; raises DataError if it can't be encoded."""
-        lines = normalise(text).split("\n") if self.stream else [normalise(text)]
+        lines = normalise(text).split(self.end_text) if self.stream else [normalise(text)]
         try:
             first, *others = map(self.tokenizer.encode, lines)
         except DataError as error:
@@ -83,14 +90,14 @@ class PromptCodec:
         return special.get(token) or self.tokenizer.decode([token])
 
     def _decode(self, ids: Sequence[int]) -> str:
-        """Decode ids; an end token among them is a newline."""
+        """Decode ids; an end token among them is the text that it stands for."""
         lines: list[list[int]] = [[]]
         for token in ids:
             if token == self.tokenizer.eos_id:
                 lines.append([])
             else:
                 lines[-1].append(token)
-        return "\n".join(map(self.tokenizer.decode, lines))
+        return self.end_text.join(map(self.tokenizer.decode, lines))
 
 
 class GrowingText:

@@ -161,7 +161,7 @@ def score(
     start = replace(codec, direction="forward").start  # a row runs from start to end, in either direction
     unk_id = -1 if tokenizer.unk_id is None else tokenizer.unk_id
     for block in blocks:
-        flat, ends = frame_texts(*encode_block(tokenizer, block, block.texts), tokenizer.eos_id, start)
+        flat, ends = frame_texts(*encode_block(tokenizer, block)[:2], tokenizer.eos_id, start)
         offsets = np.concatenate([[0], ends])
         rows = Rows(_Framed(flat.astype(np.uint64), offsets.astype(np.uint64)), max_length)
         nats = _nats_of_tokens(model, rows, directions, tokenizer.pad_id)

@@ -23,7 +23,7 @@ from lmtrain.inference.export.folder import export_model
 from lmtrain.inference.filling import Filling, fill_blank
 from lmtrain.inference.generation import Generation
 from lmtrain.inference.options import Beams, Sampling, check_generation
-from lmtrain.inference.prompts import PromptCodec
+from lmtrain.inference.prompts import PromptCodec, end_text_of
 from lmtrain.inference.scoring import Evaluation, Score
 from lmtrain.inference.vectors import embed, save_vectors
 from lmtrain.model.language_model import LanguageModel
@@ -84,8 +84,9 @@ class TrainedModel:
         limit = self.config.generation.max_tokens if max_tokens is None else max_tokens
         if beams is not None:
             return beam_search(self.model, codec, prompts, max_tokens=limit, beams=beams, count=count)
+        ends = list(map(normalise, stop))
         return generation.generate(
-            self.model, codec, prompts, max_tokens=limit, sampling=sampling, count=count, stop=stop
+            self.model, codec, prompts, max_tokens=limit, sampling=sampling, count=count, stop=ends
         )
 
     def stream(
@@ -103,8 +104,8 @@ class TrainedModel:
         """
         check_generation(sampling, None, 1, stop)
         limit = self.config.generation.max_tokens if max_tokens is None else max_tokens
-        codec = self._codec("forward")
-        return generation.stream(self.model, codec, prompt, max_tokens=limit, sampling=sampling, stop=stop)
+        codec, ends = self._codec("forward"), list(map(normalise, stop))
+        return generation.stream(self.model, codec, prompt, max_tokens=limit, sampling=sampling, stop=ends)
 
     def score(
         self, texts: Texts, direction: Literal[Direction, "both"] = "forward", each: bool = False
@@ -197,7 +198,8 @@ class TrainedModel:
     def _codec(self, direction: Direction) -> PromptCodec:
         if direction == "backward" and not self.model.bidirectional:
             raise ConfigError("this run reads in one direction; backward takes two (model.bidirectional: true)")
-        return PromptCodec(self.tokenizer, self.config.batching.mode == "stream", direction)
+        end_text = end_text_of(self.config.data.separator)
+        return PromptCodec(self.tokenizer, self.config.batching.mode == "stream", direction, end_text)
 
     def unknown_tokens(self, text: str) -> list[str]:
         """List a text's words or characters that the vocabulary lacks, but no newline, which may be an end token.

@@ -55,7 +55,7 @@ def embed(model: LanguageModel, codec: PromptCodec, blocks: Iterable[Block]) -> 
     if model.bidirectional:
         starts["backward"] = tokenizer.eos_id
     for block in blocks:
-        flat, lengths = encode_block(tokenizer, block, block.texts)
+        flat, lengths, *_ = encode_block(tokenizer, block)
         position = np.arange(len(flat)) - np.repeat(lengths.cumsum() - lengths, lengths)  # (T,) within its line
         mirrored = np.repeat(lengths.cumsum(), lengths) - 1 - position  # (T,) each line's tokens, last one first
         outputs, ends = [], []

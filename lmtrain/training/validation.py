@@ -8,7 +8,7 @@ from lmtrain.config import Config
 from lmtrain.data.batches.loader import RankShard, evaluation_batches
 from lmtrain.data.preparation import Corpora
 from lmtrain.inference.generation import generate
-from lmtrain.inference.prompts import PromptCodec
+from lmtrain.inference.prompts import PromptCodec, end_text_of
 from lmtrain.inference.scoring import Evaluation, evaluate
 from lmtrain.metrics import Tally
 from lmtrain.model.language_model import LanguageModel
@@ -67,7 +67,8 @@ class Validation:
         prompts = self.config.logging.sample_prompts
         if not prompts:
             return []
-        codec = PromptCodec(self.corpora.tokenizer, stream=self.config.batching.mode == "stream")
+        end_text = end_text_of(self.config.data.separator)
+        codec = PromptCodec(self.corpora.tokenizer, self.config.batching.mode == "stream", end_text=end_text)
         most = self.config.generation.max_tokens
         written = generate(self.model, codec, prompts, max_tokens=most, stopped=lambda: bool(stopped_by))
         return [{"prompt": each.prompt, "text": each.text} for each in written]

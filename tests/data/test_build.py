@@ -61,7 +61,11 @@ def test_a_store_does_not_show_how_many_made_it(tmp_path, use_workers, kind, nam
         use_workers(count)
         cache = tmp_path / str(count)
         cache.mkdir()
-        made_of = ByteTokenizer() if kind == "byte" else learn_tokenizer(kind, source, cache, 300, 2, print, unwatched)
+        made_of = (
+            ByteTokenizer()
+            if kind == "byte"
+            else learn_tokenizer(kind, source, cache, print, unwatched, vocab_size=300, min_frequency=2)
+        )
         made.append((made_of.dumps(), store_files(open_store(source, made_of, cache))))
     assert made[0] == made[1]
     if kind != "byte":

@@ -1,14 +1,20 @@
 """Generation: greedy takes the best token, and a batch of prompts gives what each prompt gives alone."""
 
 import math
+import unicodedata
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from lmtrain.config import load_config
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.data.tokenizers.learning import train_tokenizer
 from lmtrain.inference.generation import generate
 from lmtrain.inference.prompts import PromptCodec
+from lmtrain.inference.trained_model import load
+from lmtrain.training.start import train
 from tests.inference.conftest import untrained_model
 
 
@@ -67,3 +73,20 @@ def test_text_is_prompt_and_completion(kind):
     for result in generate(untrained_model(tokenizer), PromptCodec(tokenizer), ["", "the old", "나는"], max_tokens=8):
         assert result.text == result.prompt + result.completion
         assert kind != "word" or not result.prompt or result.completion.startswith(" ")
+
+
+def test_a_stop_text_in_decomposed_letters_stops_as_the_composed_one_does(tmp_path, monkeypatch):
+    """A Mac types Hangul in decomposed letters (NFD); texts, prompts and stop texts are all composed (NFC)."""
+    monkeypatch.chdir(tmp_path)
+    decomposed = partial(unicodedata.normalize, "NFD")
+    Path("t.txt").write_text(decomposed("고양이가 잔다\n" * 40))
+    Path("c.yaml").write_text(
+        "data: {train: t.txt}\ntokenizer: {kind: char}\nschedule: {warmup_steps: 1}\n"
+        "model: {embedding_size: 8, hidden_size: 24, num_layers: 1, dropout: 0.0}\noptimizer: {lr: 0.02}\n"
+        "training: {max_epochs: 40, precision: fp32, device: cpu, num_threads: 1}\nlogging: {sample_prompts: []}\n"
+    )
+    train(load_config("c.yaml"))
+    model = load("runs/c")
+    for form in (decomposed, partial(unicodedata.normalize, "NFC")):
+        assert [each.completion for each in model.generate([form("고양이")], stop=[form("다")])] == ["가 잔"]
+        assert "".join(model.stream(form("고양이"), stop=[form("다")])) == "가 잔"

@@ -47,7 +47,7 @@ class BlockEncoder:
         blank = sum(not text.strip() for text in parsed.texts) if counts_blank else 0
         if not (texts := block.texts):
             return BlockResult({"blank": blank})
-        flat, lengths = encode_block(self.tokenizer, block, texts)
+        flat, lengths, characters, size = encode_block(self.tokenizer, block)
         framed, ends = frame_texts(
             flat, lengths, self.tokenizer.eos_id, None if stream else self.tokenizer.bos_id, self._type
         )
@@ -55,13 +55,12 @@ class BlockEncoder:
         if raw.unfinished or (stream and raw.last and not block.ended):  # the last text gets no end token
             framed, newlines = framed[:-1], newlines - 1
             ends = ends[:-1] if raw.unfinished or not lengths[-1] else np.append(ends[:-1], len(framed))
-        whole = "".join(texts)
         figures = {
             "sequences": len(ends),
             "tokens": len(framed),
             "unknown_tokens": 0 if self.tokenizer.unk_id is None else int((flat == self.tokenizer.unk_id).sum()),
-            "characters": len(whole) + newlines,
-            "bytes": len(whole if whole.isascii() else whole.encode()) + newlines,
+            "characters": characters + newlines,
+            "bytes": size + newlines,
             "blank": blank,
             "longest": int(lengths.max()),
         }

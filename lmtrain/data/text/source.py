@@ -123,6 +123,10 @@ class Source:
         """Return the texts of a block; raises DataError with the place."""
         return self._format(raw.path, raw.format).parse(raw)
 
+    def has_lines(self, raw: RawBlock) -> bool:
+        """Return whether the texts of a block are its lines, so that none has a line break within."""
+        return raw.format == "text" and self.separator == "line"
+
     def unsplit_texts(self, raw: RawBlock) -> list[str]:
         """Return strings with the words of a block, as `Format.unsplit_texts`; raises DataError with the place."""
         return self._format(raw.path, raw.format).unsplit_texts(raw)

@@ -11,15 +11,28 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from lmtrain.data.arrays import Ints
+from lmtrain.data.text.normalise import normalise
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 FIRST = len(SPECIAL_TOKENS)  # the id of a vocabulary's first own token
 TOKENIZER_FORMAT = 1
 LARGEST_VOCABULARY = 1 << 24
 SMALL_TEXT = 1 << 14  # characters of a text that is faster encoded word by word
+
+
+class Measured(NamedTuple):
+    """Encoded texts, and how much text their tokens can give back, for bits per character and per byte.
+
+    White space that is folded and what unknown tokens stand for can't be given back, and is not counted.
+    """
+
+    flat: Ints  # (T,) ids
+    lengths: Ints  # (S,) ids of each text
+    characters: int
+    bytes: int  # of UTF-8
 
 
 class Tokenizer(ABC):
@@ -30,10 +43,26 @@ class Tokenizer(ABC):
     vocab_size: int
     pad_id, bos_id, eos_id = 0, 1, 2
     unk_id: int | None = 3
+    lowercase: bool = False  # whether upper case is turned into lower case first
+
+    def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
+        """Encode texts in NFC: the flat ids of all of them (T,), and the number of ids of each (S,)."""
+        return self._encode_texts(self.lowered(texts))
 
     @abstractmethod
-    def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
-        """Encode texts: the flat ids of all of them (T,), and the number of ids of each (S,)."""
+    def _encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
+        """Encode texts that are in lower case where the tokenizer wants that."""
+
+    def encode_measured(self, texts: Sequence[str]) -> Measured:
+        """Encode texts, and count the characters and bytes that their tokens can give back."""
+        texts = self.lowered(texts)
+        flat, lengths = self._encode_texts(texts)
+        whole = "".join(texts)
+        return Measured(flat, lengths, len(whole), len(whole if whole.isascii() else whole.encode()))
+
+    def lowered(self, texts: Sequence[str]) -> Sequence[str]:
+        """Return the texts in lower case if the tokenizer wants that."""
+        return [normalise(text.lower()) for text in texts] if self.lowercase else texts
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -12,8 +12,10 @@ from typing import IO, AnyStr
 import numpy as np
 
 from lmtrain.data.arrays import Ints
+from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.reading import RawBlock
 from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.boundaries import Splitter, mark_breaks
 from lmtrain.data.tokenizers.word_index import Keys, WordIndex, cut_words
 
 LEARNT_WORDS = 1 << 18  # after this many words it is decided which are frequent
@@ -122,17 +124,22 @@ def _lines(counts: Iterable[tuple[bytes, int]]) -> bytes:
 class BlockCounter:
     """Counts the tokens of blocks, as a task of a worker; its results are runs."""
 
-    def __init__(self, source: Source, kind: str) -> None:
-        self.source = source
+    def __init__(self, source: Source, kind: str, split: str, lowercase: bool) -> None:
+        self.source, self.lowercase = source, lowercase
         self._counts = CharacterCounts() if kind == "char" else WordCounts()
-        # a line break within a text would be a token
-        self._lines_do_not_matter = kind == "word" and source.part == "all" and source.separator == "line"
+        self._splitter = Splitter() if split == "words" else None
+        self._has_breaks = kind == "word" and split == "whitespace"  # within a text each is a token
+        self._lines_do_not_matter = kind == "word" and split == "whitespace" and source.part == "all"
 
     def work(self, raw: RawBlock) -> list[bytes]:
         """Count the tokens of a block; raises DataError with the place of its fault."""
-        if self._lines_do_not_matter:
-            return self._counts.add(self.source.unsplit_texts(raw))
-        return self._counts.add(self.source.sequences(self.source.parse(raw)).texts)
+        is_unsplit = self._lines_do_not_matter and self.source.has_lines(raw)
+        texts = self.source.unsplit_texts(raw) if is_unsplit else self.source.sequences(self.source.parse(raw)).texts
+        if self.lowercase:
+            texts = [normalise(text.lower()) for text in texts]
+        if self._has_breaks and not is_unsplit:
+            texts = list(map(mark_breaks, texts))
+        return self._counts.add(texts if self._splitter is None else self._splitter.spread(texts))
 
     def finish(self) -> list[bytes]:
         return self._counts.finish()

@@ -1,6 +1,5 @@
 """Encodes the texts of a block between start and end tokens. Shapes: S texts, T ids without start and end tokens."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,14 +7,14 @@ from numpy.typing import DTypeLike, NDArray
 
 from lmtrain.data.arrays import Ints
 from lmtrain.data.text.reading import Block
-from lmtrain.data.tokenizers.base import Tokenizer
+from lmtrain.data.tokenizers.base import Measured, Tokenizer
 from lmtrain.errors import DataError
 
 
-def encode_block(tokenizer: Tokenizer, block: Block, texts: Sequence[str]) -> tuple[Ints, Ints]:
-    """Encode these texts of a block: flat ids (T,) and lengths (S,); raises DataError with the place of its fault."""
+def encode_block(tokenizer: Tokenizer, block: Block) -> Measured:
+    """Encode the texts of a block; raises DataError with the place of its fault."""
     try:
-        return tokenizer.encode_texts(texts)
+        return tokenizer.encode_measured(block.texts)
     except DataError:
         for number, text in zip(block.lines, block.texts, strict=True):  # once more, to find the place
             column = 0

@@ -27,7 +27,7 @@ class IdsTokenizer(Tokenizer):
         self.ids, self.pad_id = ids, pad_id
         self.bos_id, self.eos_id, self.vocab_size = ids, ids + 1, ids + 2
 
-    def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
+    def _encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
         words = [text.split() for text in texts]
         flat = np.fromiter(map(self._id, chain.from_iterable(words)), np.int64)
         return flat, np.array([len(part) for part in words], np.int64)

@@ -7,7 +7,7 @@ parts of a large one.
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import IO
 
 from lmtrain.data.text.digests import Watch
+from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.reading import RawBlock
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.base import FIRST, Tokenizer
+from lmtrain.data.tokenizers.boundaries import BoundaryTokenizer, Splitter, mark_breaks, to_token
 from lmtrain.data.tokenizers.counting import BlockCounter, merge_runs, most_frequent, sum_characters
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.data.tokenizers.library import train_library
 from lmtrain.data.tokenizers.subword import SubwordTokenizer
 from lmtrain.data.tokenizers.vocabulary import ByteTokenizer, CharTokenizer, WordTokenizer
+from lmtrain.data.tokenizers.word_index import SPACE
 from lmtrain.errors import DataError
 from lmtrain.system.console import Notify
 from lmtrain.system.workers import open_workers
@@ -32,7 +35,16 @@ SMALL_RUN_BYTES = 1 << 20  # a run of this size is not worth a file
 
 
 def learn_tokenizer(
-    kind: str, source: Source, cache: Path, vocab_size: int, min_frequency: int, notify: Notify, watch: Watch
+    kind: str,
+    source: Source,
+    cache: Path,
+    notify: Notify,
+    watch: Watch,
+    *,
+    vocab_size: int,
+    min_frequency: int = 1,
+    split: str = "whitespace",
+    lowercase: bool = False,
 ) -> Tokenizer:
     """Learn a tokenizer of kind char, word, bpe or unigram from a source.
 
@@ -50,7 +62,7 @@ def learn_tokenizer(
             taken = sum(len(raw.data) for raw in sample)
             notify(f"note: learning from {taken / 2**20:,.0f} MiB of it: evenly spaced parts, one in {step}")
         texts = (text for raw in sample for text in source.sequences(source.parse(raw)).texts)
-        return train_tokenizer(kind, texts, vocab_size=vocab_size)
+        return train_tokenizer(kind, texts, vocab_size=vocab_size, lowercase=lowercase)
     runs: list[IO[bytes]] = []
     with ExitStack() as stack:
 
@@ -64,15 +76,15 @@ def learn_tokenizer(
                 handle.seek(0)
                 runs.append(handle)
 
-        workers = stack.enter_context(open_workers(partial(BlockCounter, source, kind), size_bytes))
+        workers = stack.enter_context(open_workers(partial(BlockCounter, source, kind, split, lowercase), size_bytes))
         for raw, new_runs in workers.work(source.raws()):
             store(new_runs)
             watch(what, raw.read_bytes, size_bytes)
         for new_runs in workers.finish():
             store(new_runs)
         counts = [sum_characters(run.read() for run in runs)] if kind == "char" else merge_runs(runs)
-        tokens = most_frequent(counts, max(1, vocab_size - FIRST), min_frequency, left_out=b"<unk>")
-    return _from_tokens(kind, [token.decode() for token in tokens], min_frequency)
+        decoded = ({word.decode(): count for word, count in part.items()} for part in counts)
+        return _from_counts(kind, decoded, vocab_size, min_frequency, split, lowercase)
 
 
 def _sample(source: Source, most_bytes: int, watch: Callable[[int], None]) -> tuple[list[RawBlock], int]:
@@ -97,6 +109,8 @@ def train_tokenizer(
     *,
     vocab_size: int,
     min_frequency: int = 1,
+    split: str = "whitespace",
+    lowercase: bool = False,
     path: str | None = None,
     pad_id: int = 0,
 ) -> Tokenizer:
@@ -110,24 +124,36 @@ def train_tokenizer(
         DataError: there is nothing to learn a vocabulary from.
         ArtefactError: for kind file, the file is not a tokenizer.
     """
+    if lowercase:
+        texts = (normalise(text.lower()) for text in texts)
     match kind:
         case "byte":
-            return ByteTokenizer()
+            return ByteTokenizer(lowercase)
         case "ids":
             return IdsTokenizer(vocab_size, pad_id)
         case "file":
             assert path is not None
             return SubwordTokenizer(Path(path).read_text(encoding="utf-8", errors="replace"), name=path)
-        case "char" | "word":
-            counts = Counter(chain.from_iterable(texts if kind == "char" else map(str.split, texts)))
-            tokens = most_frequent([counts], max(1, vocab_size - FIRST), min_frequency, left_out="<unk>")
-            return _from_tokens(kind, tokens, min_frequency)
+        case "char":
+            counts = Counter(chain.from_iterable(texts))
+            return _from_counts(kind, [counts], vocab_size, min_frequency, split, lowercase)
+        case "word":
+            spread = Splitter().spread if split == "words" else partial(map, mark_breaks)
+            counts = Counter(chain.from_iterable(map(str.split, spread(texts))))
+            return _from_counts(kind, [counts], vocab_size, min_frequency, split, lowercase)
         case _:
-            return SubwordTokenizer(train_library(kind, texts, max(257, vocab_size - FIRST)), kind)
+            library = train_library(kind, texts, max(257, vocab_size - FIRST))
+            return SubwordTokenizer(library, kind, lowercase=lowercase)
 
 
-def _from_tokens(kind: str, tokens: list[str], min_frequency: int) -> Tokenizer:
+def _from_counts(
+    kind: str, counts: Iterable[Mapping[str, int]], vocab_size: int, min_frequency: int, split: str, lowercase: bool
+) -> Tokenizer:
     """Make a tokenizer of kind char or word; raises DataError if every token was rarer than `min_frequency`."""
-    if not tokens:
+    unknown = f"{SPACE}<unk>" if split == "words" else "<unk>"
+    words = most_frequent(counts, max(1, vocab_size - FIRST), min_frequency, left_out=unknown)
+    if not words:
         raise DataError(f"no token occurs {min_frequency} times or more: there is no vocabulary to learn")
-    return CharTokenizer(tokens) if kind == "char" else WordTokenizer(tokens)
+    if kind == "char":
+        return CharTokenizer(words, lowercase)
+    return (BoundaryTokenizer if split == "words" else WordTokenizer)(list(map(to_token, words)), lowercase)

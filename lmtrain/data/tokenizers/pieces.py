@@ -43,11 +43,11 @@ class Pieces:
 
     Args:
         encode: encodes a list of texts, and returns the ids of each.
-        sizes: the number of bytes of each id.
+        sizes: the number of bytes of each id; None if an id says nothing of how many bytes it stands for.
     """
 
-    def __init__(self, encode: Callable[[list[str]], list[list[int]]], sizes: Sequence[int]) -> None:
-        self._encode, self._sizes = encode, np.array(sizes, np.int64)
+    def __init__(self, encode: Callable[[list[str]], list[list[int]]], sizes: Sequence[int] | None) -> None:
+        self._encode, self._sizes = encode, None if sizes is None else np.array(sizes, np.int64)
         self._known: dict[str, int] = {}  # the number of each piece
         self._ids = np.zeros(0, np.int64)  # the ids of all known pieces, one after the other
         self._ends = np.zeros(1, np.int64)  # piece n has the ids from _ends[n] to _ends[n + 1]
@@ -95,8 +95,10 @@ class Pieces:
     def _encode_together(self, words: list[str]) -> tuple[Ints, Ints] | None:
         """Encode many pieces as one text, in a third of the time: flat ids, and where those of each piece end.
 
-        Returns None if an id spans two pieces.
+        Returns None if an id spans two pieces, or may do so.
         """
+        if self._sizes is None:
+            return None
         lines = ["".join(words[start : start + TOGETHER]) for start in range(0, len(words), TOGETHER)]
         ids = np.array(list(chain.from_iterable(self._encode(lines))), np.int64)
         reached = np.concatenate([[0], self._sizes[ids].cumsum()])

@@ -25,10 +25,12 @@ class SubwordTokenizer(Tokenizer):
         ArtefactError: the content is not the library's JSON, or its ids have gaps.
     """
 
-    def __init__(self, content: str, kind: str = "file", name: str = "tokenizer.json") -> None:
+    def __init__(
+        self, content: str, kind: str = "file", name: str = "tokenizer.json", *, lowercase: bool = False
+    ) -> None:
         from tokenizers import Tokenizer as Library
 
-        self.name = name
+        self.name, self.lowercase = name, lowercase
         self.kind = kind  # type: ignore[misc]  # bpe, unigram and file differ only in their origin
         with as_artefact_errors(f"{name}: not a tokenizer of the tokenizers library"):
             self.library = Library.from_str(content)
@@ -48,7 +50,7 @@ class SubwordTokenizer(Tokenizer):
         by_spaces = cuts_at_spaces(json.loads(self.library.to_str()))
         self._pieces = Pieces(self._encode, list(map(len, tokens))) if by_spaces else None  # a character is a byte
 
-    def encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
+    def _encode_texts(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
         with as_artefact_errors(f"{self.name}: can't encode this text"):
             if self._pieces is not None and sum(map(len, texts)) >= SMALL_TEXT:
                 flat, lengths = self._pieces.encode_texts(texts)
@@ -72,4 +74,4 @@ class SubwordTokenizer(Tokenizer):
         return re.fullmatch("<0x[0-9A-F]{2}>", name or "") is not None
 
     def state(self) -> dict[str, Any]:
-        return {"tokenizer": json.loads(self.library.to_str())}
+        return {"tokenizer": json.loads(self.library.to_str()), **({"lowercase": True} if self.lowercase else {})}

@@ -15,6 +15,9 @@ from lmtrain.data.arrays import Ints
 
 Keys = NDArray[np.uint64]
 
+# stand for a line break, and for the space before a token, where words are cut and counted; texts in NFC never hold
+# these two characters, since NFC puts others in their place
+LINE_BREAK, SPACE = "\u0344", "\u0340"
 LONGEST_BYTES = 24  # an index holds words of three registers at most
 PADDING = bytes(32)  # so that a register can be read from each byte of a text on
 
