@@ -12,7 +12,7 @@ from lmtrain.errors import DataError
 
 
 class JsonlFormat(Format):
-    """Every line is a JSON object, one of whose fields is a text; a blank line is an empty text."""
+    """Every line is a JSON string, or an object one of whose fields is a text; a blank line is an empty text."""
 
     lines_are_records = True
 
@@ -45,10 +45,11 @@ class JsonlFormat(Format):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f":{error.colno}: not JSON: {error.msg}") from None
+            way = "; is it an array? data.format: json reads one" if line.lstrip().startswith("[") else ""
+            raise DataError(f":{error.colno}: not JSON: {error.msg}{way}") from None
         except (RecursionError, ValueError):
             raise DataError(": not JSON that can be read: nested too deep, or a number too long") from None
-        return text_of(record, field)
+        return text_of({field: record} if isinstance(record, str) else record, field)
 
 
 def field_of(record: dict[str, Any], wanted: str | None, place: str) -> str:
@@ -60,16 +61,18 @@ def field_of(record: dict[str, Any], wanted: str | None, place: str) -> str:
 
 
 def text_of(record: Any, field: str) -> str:
-    """Return the text of a record, without the line breaks at its ends.
+    """Return the text of a record, without the line breaks at its ends; null is an empty text.
 
     Raises:
         DataError: the record is no object with such a text; the message begins with a colon, for a place before it.
     """
+    if isinstance(record, list):
+        raise DataError(": an array, not an object with a text; data.format: json reads one array of records")
     if not isinstance(record, dict):
         raise DataError(f": not an object whose field {field!r} is text")
     if field not in record:
         raise DataError(f": {_missing(record, field)}")
-    text = record[field]
+    text = "" if record[field] is None else record[field]
     if not isinstance(text, str):
         raise DataError(f": not an object whose field {field!r} is text")
     if "\0" in text:

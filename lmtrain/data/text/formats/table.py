@@ -6,7 +6,10 @@ from contextlib import suppress
 
 from lmtrain.data.text.formats.base import Format, Keys
 from lmtrain.data.text.formats.delimited import CsvFormat, TsvFormat
+from lmtrain.data.text.formats.fasta import FastaFormat
+from lmtrain.data.text.formats.json_array import JsonArrayFormat
 from lmtrain.data.text.formats.jsonl import JsonlFormat
+from lmtrain.data.text.formats.parquet import ParquetFormat
 from lmtrain.data.text.formats.text import LinesFormat, PassagesFormat
 from lmtrain.data.text.kinds import SUFFIXES
 from lmtrain.data.text.reading import first_chunk, open_text
@@ -17,8 +20,11 @@ from lmtrain.errors import DataError
 FORMATS: dict[str, type[Format]] = {
     "text": LinesFormat,
     "jsonl": JsonlFormat,
+    "json": JsonArrayFormat,
     "csv": CsvFormat,
     "tsv": TsvFormat,
+    "parquet": ParquetFormat,
+    "fasta": FastaFormat,
     "ids": LinesFormat,
 }
 _FASTA = re.compile(rb">[^\n]*\n[A-Za-z*\n.-]+(>|\Z)")

@@ -1,0 +1,188 @@
+"""JSON, FASTA and Parquet: what is read is what Python's modules and pyarrow read, wherever blocks are cut."""
+
+import json
+import random
+import unicodedata
+from itertools import chain
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmtrain.data.store.token_store import open_store
+from lmtrain.data.text import reading
+from lmtrain.data.text.formats import parquet as parquet_format
+from lmtrain.data.text.source import Source
+from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
+from lmtrain.errors import DataError
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+def read(path, **more):
+    blocks = list(Source((str(path),), **more).blocks())
+    return [text for block in blocks for text in block.texts], [line for block in blocks for line in block.lines]
+
+
+def check_every_cut(path, wanted, block_bytes, **more):
+    """Read a file in small blocks, and once more from behind each block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "BLOCK_BYTES", block_bytes)
+        patch.setattr(parquet_format, "BLOCK_BYTES", block_bytes)
+        source = Source((str(path),), **more)
+        raws = list(source.raws())
+        parsed = [source.sequences(source.parse(raw)).texts for raw in raws]
+        assert [text for texts in parsed for text in texts] == wanted
+        for number, raw in enumerate(raws):
+            after = [source.sequences(source.parse(each)).texts for each in source.raws(0, raw.end, raw.next_line)]
+            assert list(chain(*after)) == list(chain(*parsed[number + 1 :]))
+
+
+def clean(text):
+    """What is done to each text of a record, by Python alone."""
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip("\n")
+
+
+TEXTS = st.text(
+    st.sampled_from(list('ab ",[]{}\\\n한é')) | st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=9
+)
+WILD_JSON = {
+    "case 4": ('[\n {"text": "the cat sat"},\n {"text": "the dog ran"}\n]\n', ["the cat sat", "the dog ran"], [2, 3]),
+    "strings": ('["a", "b, c",\n"[d]"]', ["a", "b, c", "[d]"], [1, 1, 2]),
+    "pretty": (
+        '[\n  {\n    "id": 1,\n    "review": "so \\"good\\"\\n!"\n  },\n'
+        '  {\n    "id": 2,\n    "review": null\n  }\n]\n',
+        ['so "good"\n!'],
+        [2],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WILD_JSON)
+@pytest.mark.parametrize("block_bytes", [1 << 18, 1, 5])
+def test_json_arrays_as_programs_write_them(tmp_path, monkeypatch, name, block_bytes):
+    monkeypatch.setattr(reading, "BLOCK_BYTES", block_bytes)
+    content, texts, lines = WILD_JSON[name]
+    (tmp_path / "t.JSON").write_text(content)
+    assert read(tmp_path / "t.JSON") == (texts, lines)
+
+
+@settings(max_examples=100)
+@given(
+    texts=st.lists(TEXTS, min_size=1, max_size=6),
+    indent=st.sampled_from([None, 2]),
+    strings=st.booleans(),
+    block_bytes=st.integers(1, 64),
+    lines=st.booleans(),
+)
+def test_json_is_read_as_the_json_module_reads_it(tmp_path_factory, texts, indent, strings, block_bytes, lines):
+    folder = tmp_path_factory.mktemp("json")
+    records = texts if strings else [{"id": 7, "text": text, "more": {"text": [1, "]"]}} for text in texts]
+    wanted = [clean(text) for text in texts]
+    if lines:
+        (folder / "t.ndjson").write_text("".join(json.dumps(record) + "\n" for record in records))
+        check_every_cut(folder / "t.ndjson", wanted, block_bytes, empty="keep")
+    else:
+        (folder / "t.json").write_text(json.dumps(records, indent=indent, ensure_ascii=False))
+        check_every_cut(folder / "t.json", wanted, block_bytes, empty="keep")
+
+
+JSON_FAULTS = {
+    "an object": ("t.json", '{\n "data": [1]\n}\n', {}, r"t\.json:1: one object, not an array of records"),
+    "lines as json": (
+        "t.x",
+        '{"text": "a"}\n{"text": "b"}\n',
+        {"format": "json"},
+        r"t\.x:1: JSON lines.*format: jsonl",
+    ),
+    "array as lines": ("t.x", '[\n{"text": "a"}]\n', {"format": "jsonl"}, r"t\.x:1:2: not JSON.*data\.format: json"),
+    "no comma": ("t.json", '["a"\n "b"]', {}, r"t\.json:1: a comma is missing"),
+    "behind the end": ("t.json", '["a"]\nb', {}, r"t\.json:1: 'b' stands behind the end"),
+    "not closed": ("t.json", '["a",\n"b"', {}, r"t\.json: the array is not closed"),
+    "closed by nothing": ("t.json", '["a",\n', {}, r"t\.json: the array is not closed"),
+    "a number": ("t.json", '["a",\n 3]', {}, r"t\.json:2: not an object"),
+    "no such field": ("t.json", '[{"a": "x", "b": "y"}]', {"field": "c"}, r"t\.json:1: no field 'c'.*it has 'a', 'b'"),
+    "which field": ("t.json", '[{"a": "x", "b": "y"}]', {}, r"t\.json:1: which field is the text\?.*'a', 'b'"),
+    "bad": ("t.json", '["a",\n  {"text": ]}]', {}, r"t\.json:2:12: not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", JSON_FAULTS)
+def test_a_fault_of_a_json_file_is_named_with_its_place(tmp_path, name):
+    file, content, more, said = JSON_FAULTS[name]
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DataError, match=said):
+        read(tmp_path / file, **more)
+
+
+PROTEINS = ">P1 made up\nMAKLWDERTQ\nGHVVSTPLAA\n\n>P2 made up, too\n;a comment\nMSTNPKERRV\nLLGDAAKWQE\n>P3\n"
+
+
+def test_fasta_records_lose_header_and_wraps(tmp_path):
+    (tmp_path / "p.fasta").write_text(PROTEINS)
+    wanted = ["MAKLWDERTQGHVVSTPLAA", "MSTNPKERRVLLGDAAKWQE"]
+    assert read(tmp_path / "p.fasta") == (wanted, [1, 5])
+    for block_bytes in (1, 3, 30, 1000):
+        check_every_cut(tmp_path / "p.fasta", [*wanted, ""], block_bytes, empty="keep")
+    (tmp_path / "unnamed").write_text(PROTEINS)
+    assert Source.of([str(tmp_path / "unnamed")]).understood(str(tmp_path / "unnamed")).format == "fasta"
+    (tmp_path / "bad.fa").write_text("ACGT\n>x\nAC\n")
+    with pytest.raises(DataError, match=r"bad\.fa:1: text before the first header"):
+        read(tmp_path / "bad.fa")
+
+
+@pytest.mark.parametrize("block_bytes", [1 << 18, 7, 61, 500])
+def test_a_chromosome_in_a_stream_has_one_end_token(tmp_path, monkeypatch, block_bytes):
+    monkeypatch.setattr(reading, "BLOCK_BYTES", block_bytes)
+    draw = random.Random(5)
+    bases = ["".join(draw.choices("ACGT", k=size)) for size in (3000, 10, 1, 777)]
+    lines = [f">c{n}\n" + "\n".join(each[k : k + 60] for k in range(0, len(each), 60)) for n, each in enumerate(bases)]
+    (tmp_path / "dna.fa").write_text("\n".join(lines) + "\n")
+    store = open_store(
+        Source((str(tmp_path / "dna.fa"),), stream=True), ByteTokenizer(), tmp_path / f"cache{block_bytes}"
+    )
+    assert store.tokens.tolist() == [token for each in bases for token in [*(ord(base) + 4 for base in each), 2]]
+    assert store.offsets.tolist() == [0, 3001, 3012, 3014, 3792]
+
+
+@settings(max_examples=60)
+@given(
+    texts=st.lists(st.none() | TEXTS, min_size=1, max_size=12),
+    group=st.integers(1, 5),
+    dictionary=st.booleans(),
+    block_bytes=st.integers(1, 64),
+)
+def test_parquet_is_read_as_pyarrow_reads_it(tmp_path_factory, texts, group, dictionary, block_bytes):
+    path = tmp_path_factory.mktemp("parquet") / "t.parquet"
+    column = pyarrow.array(texts, pyarrow.string())
+    column = column.dictionary_encode() if dictionary else column
+    table = pyarrow.table({"id": list(range(len(texts))), "content": column, "label": ["x"] * len(texts)})
+    parquet.write_table(table, path, row_group_size=group)
+    wanted = [clean(text or "") for text in parquet.read_table(path)["content"].to_pylist()]
+    check_every_cut(path, wanted, block_bytes, empty="keep")
+
+
+def test_faults_of_parquet_files(tmp_path):
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"a": ["x"] * 9, "b": ["y"] * 9, "n": list(range(9))}), path)
+    for field, said in [
+        (None, "t.parquet: which field is the text.*'a', 'b'"),
+        ("c", "t.parquet: no field 'c'.*'a', 'b', 'n'"),
+        ("n", "t.parquet: column 'n' holds int64, not text"),
+    ]:
+        with pytest.raises(DataError, match=said):
+            read(path, field=field)
+    with pytest.raises(DataError, match=r"t\.parquet: a Parquet file; data\.format: parquet"):
+        read(path, format="text")
+    parquet.write_table(pyarrow.table({"a": ["x", "y\0"]}), path)
+    with pytest.raises(DataError, match=r"t\.parquet:2: a NUL character in column 'a'"):
+        read(path)
+    whole = path.read_bytes()
+    for content in (whole[:-9], whole[:4] + whole[30:], b"PAR1", b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"t\.parquet: broken Parquet file: "):
+            read(path)
+    path.write_bytes(b"PARE" + whole[4:-4] + b"PARE")
+    with pytest.raises(DataError, match=r"t\.parquet: "):
+        read(path)
