@@ -18,6 +18,10 @@ from lmtrain.cli.terminal import (
     named,
     print_json,
 )
+from lmtrain.data.text.kinds import SUFFIXES
+from lmtrain.data.text.normalise import normalise
+from lmtrain.data.text.source import Source
+from lmtrain.data.text.unpacking import inner_suffix
 from lmtrain.errors import ConfigError, escape
 from lmtrain.inference.options import Beams, Sampling, check_generation
 from lmtrain.system.console import decode_utf8, say
@@ -31,7 +35,9 @@ LARGEST_PROMPTS_BYTES = 64 << 20
 def generate(
     run: RunArgument = None,
     prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text to continue; repeatable.")] = None,
-    prompts: Annotated[str | None, typer.Option(metavar="FILE|-", help="A file of prompts, one per line.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE|-", help="Prompts, one a line; of a .jsonl, .csv ... its texts.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, max=1 << 31, help="Largest number of tokens to write to each prompt.")
     ] = None,
@@ -132,7 +138,9 @@ def _row(result: Generation, probabilities: bool) -> dict[str, Any]:
 
 
 def _read_prompts(source: str) -> list[str]:
-    """Read the lines of a file or of standard input; only a newline ends a line, as in training text."""
+    """Read the lines of a file or of standard input, or the texts of a file of records, which may hold line breaks."""
+    if SUFFIXES.get(inner_suffix(source), "text") not in ("text", "ids"):
+        return list(Source.of([source]).texts())
     try:
         if source == "-":
             data = sys.stdin.buffer.read(LARGEST_PROMPTS_BYTES + 1)
@@ -143,5 +151,5 @@ def _read_prompts(source: str) -> list[str]:
         raise ConfigError(f"--prompts {source}: {(error.strerror or 'can not be read').lower()}") from None
     if len(data) > LARGEST_PROMPTS_BYTES:
         raise ConfigError(f"--prompts {source}: over {LARGEST_PROMPTS_BYTES >> 20} MiB; cut it into parts")
-    text = decode_utf8(data, f"--prompts {source}")
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+    text = normalise(decode_utf8(data, f"--prompts {source}"))
+    return text.removesuffix("\n").split("\n") if text else []

@@ -19,6 +19,7 @@ from lmtrain.cli.terminal import (
     load_model,
     named,
     print_json,
+    standard_input_as_file,
 )
 from lmtrain.errors import ConfigError, escape
 from lmtrain.inference.options import check_export, check_new
@@ -37,7 +38,9 @@ def evaluate(
     run: RunArgument = None,
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILE ...]", help="Text files; default the run's test set, else its validation set."),
+        typer.Argument(
+            metavar="[FILE ...]", help="Text files, or -; default the run's test set, else its validation set."
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows per batch; the figures do not depend on it.")
@@ -64,19 +67,20 @@ def evaluate(
 ) -> None:
     """Print a trained model's perplexity on text. If RUN is a file, the newest run reads it."""
     paths: list[str] = files or []
-    if run is not None and Path(run).is_file():
+    if run is not None and (run == "-" or Path(run).is_file()):
         paths = [run, *paths]
         run = None
     model = load_model(run, device)
     from lmtrain.inference.adaptation import Cache, Dynamic
 
-    figures: dict[str, Any] = model.evaluate(
-        paths,
-        batch_size,
+    adapting = (
         None if cache is None else Cache(cache, cache_theta, cache_share),
         None if dynamic is None else Dynamic(dynamic, dynamic_decay, dynamic_steps),
-    ).figures()
-    lines = [] if worst is None else model.worst_lines(paths, worst)
+    )
+    with standard_input_as_file(paths) as (paths, named_as):
+        figures: dict[str, Any] = model.evaluate(paths, batch_size, *adapting).figures()
+        lines = [] if worst is None else model.worst_lines(paths, worst)
+    lines = [(named_as(place), line, text) for place, line, text in lines]
     if as_json:
         if worst is not None:
             figures["worst"] = [

@@ -5,13 +5,17 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import shutil
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lmtrain.errors import ConfigError
+from lmtrain.errors import ConfigError, LmtrainError
 from lmtrain.system.console import is_text, say
+from lmtrain.system.files import scratch_directory
 
 if TYPE_CHECKING:
     from lmtrain.inference.trained_model import TrainedModel
@@ -38,6 +42,34 @@ def load_model(run: str | None, device: Device | None) -> TrainedModel:
     model = lmtrain.load(directory, device or "auto", say)
     make_deterministic(model.model.embedding.weight.device)
     return model
+
+
+@contextmanager
+def standard_input_as_file(
+    arguments: Sequence[str], sign: str = "-"
+) -> Iterator[tuple[list[str], Callable[[str], str]]]:
+    """Put the path of a copy of standard input, which is removed at the end, in place of `-`.
+
+    Yields the arguments, and a function that puts the words standard input in place of the path, as in faults.
+
+    Args:
+        sign: the argument that asks for this: `-`, or `key=-`.
+    """
+    if sign not in arguments:
+        yield list(arguments), str
+        return
+    with scratch_directory() as folder:
+        copy = folder / "standard-input"
+        with open(copy, "wb") as handle:
+            shutil.copyfileobj(sys.stdin.buffer, handle)
+
+        def named(text: str) -> str:
+            return text.replace(str(copy), "standard input")
+
+        try:
+            yield [sign.removesuffix("-") + str(copy) if each == sign else each for each in arguments], named
+        except LmtrainError as error:
+            raise type(error)(*map(named, error.faults)) from None
 
 
 def silence_stdout() -> None:

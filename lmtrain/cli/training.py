@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmtrain.cli.terminal import DeviceOption, JsonOption, print_json, silence_stdout
+from lmtrain.cli.terminal import DeviceOption, JsonOption, print_json, silence_stdout, standard_input_as_file
 from lmtrain.errors import ConfigError, escape
 from lmtrain.system.console import say
 
@@ -100,17 +101,18 @@ def check(
         for line in inspect_run(run):
             print(escape(line))
     else:
-        settings = _load(config, overrides, device)
-        from lmtrain.check.configuration import describe_configuration
-        from lmtrain.system.device import keep_freed_memory
+        with standard_input_as_file(overrides or [], "data.train=-") as (keys, named_as):
+            settings = _load(config, keys, device)
+            from lmtrain.check.configuration import describe_configuration
+            from lmtrain.system.device import keep_freed_memory
 
-        keep_freed_memory()
-        for finding in describe_configuration(settings, say, show):
-            if as_json:
-                print_json(finding.row)
-                continue
-            for line in finding.lines:
-                print(escape(line))
+            keep_freed_memory()
+            for finding in describe_configuration(settings, lambda line: say(named_as(line)), show):
+                if as_json:
+                    print_json(json.loads(named_as(json.dumps(finding.row))))
+                    continue
+                for line in finding.lines:
+                    print(escape(named_as(line)))
 
 
 def prepare(config: ConfigArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:

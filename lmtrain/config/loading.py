@@ -24,6 +24,9 @@ from lmtrain.system.console import is_text
 MOST_FAULTS = 50
 
 
+_SIGNS = re.compile("[-%*#=+_|>]+")  # a value that YAML would take for something else than these signs: --- or %%
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Config:
     """Read a configuration file and apply `KEY=VALUE` overrides to it.
 
@@ -94,7 +97,7 @@ def _override(located: Located, override: str) -> Iterator[str]:
         yield f"command line: {override!r}: an override is KEY=VALUE, for instance model.hidden_size=256"
         return
     try:
-        value = parse_yaml(text, f"command line: {key}=").value
+        value = text if _SIGNS.fullmatch(text) else parse_yaml(text, f"command line: {key}=").value
     except ConfigError as error:
         yield from error.faults
         return
@@ -189,7 +192,9 @@ def _did_you_mean(word: str, options: Iterable[str], prefix: str = "", cutoff: f
 def _missing_files(config: Config) -> Iterator[tuple[KeyPath, str]]:
     for key in ("train", "valid", "test"):
         for number, pattern in enumerate(getattr(config.data, key) or []):
-            if not os.path.lexists(pattern) and not glob.glob(pattern, recursive=True):
+            if pattern == "-":
+                yield ("data", key, number), "standard input is for check, score and evaluate; training reads files"
+            elif not os.path.lexists(pattern) and not glob.glob(pattern, recursive=True):
                 yield ("data", key, number), f"{pattern}: no such file (paths are relative to {os.getcwd()})"
     path = config.tokenizer.path
     if path is not None and not os.path.isfile(path):

@@ -8,6 +8,7 @@ from lmtrain.data.store.build import locked
 from lmtrain.data.store.token_store import DIGESTS, TokenStore, open_store
 from lmtrain.data.text.digests import Digests, Watch, unwatched
 from lmtrain.data.text.normalise import normalise
+from lmtrain.data.text.reading import repeated_files
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.data.tokenizers.learning import learn_tokenizer, train_tokenizer
@@ -65,6 +66,9 @@ def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None, 
     """
     source, valid_source = source_of(config, "train"), source_of(config, "valid")
     assert source is not None
+    for paths in (config.data.train, config.data.valid or []):
+        if repeated := repeated_files(paths):
+            notify(f"note: {', '.join(repeated[:5])}: named more than once, and read once")
     for each in (source, valid_source):
         for line in () if each is None or each.part == "valid" else each.field_notes():
             notify(line)

@@ -8,6 +8,7 @@ which are normalised to NFC.
 import glob
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -56,14 +57,21 @@ def expand_patterns(patterns: Sequence[str]) -> list[str]:
 
     Raises DataError if one names no file.
     """
-    paths: dict[str, None] = {}
+    return list(dict.fromkeys(_matches(patterns)))
+
+
+def repeated_files(patterns: Sequence[str]) -> list[str]:
+    """Return the files that paths, globs and directories name more than once; each is read once nevertheless."""
+    return [path for path, times in Counter(_matches(patterns)).items() if times > 1]
+
+
+def _matches(patterns: Sequence[str]) -> Iterator[str]:
     for pattern in patterns:
         matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise DataError(f"{pattern}: no such file")
         for match in matches:
-            paths.update(dict.fromkeys(files_below(match) if os.path.isdir(match) else [match]))
-    return list(paths)
+            yield from files_below(match) if os.path.isdir(match) else [match]
 
 
 def open_text(path: str) -> IO[bytes]:
