@@ -54,6 +54,7 @@ class BlockEncoder:
         newlines = len(texts)
         if raw.unfinished or (stream and raw.last and not block.ended):  # the last text gets no end token
             framed, newlines = framed[:-1], newlines - 1
+            newlines += raw.unfinished and self.tokenizer.separator == " "  # words that fold the space at the cut
             ends = ends[:-1] if raw.unfinished or not lengths[-1] else np.append(ends[:-1], len(framed))
         figures = {
             "sequences": len(ends),

@@ -58,25 +58,21 @@ class PassagesFormat(PlainFormat):
 
     def __init__(self, keys: Keys) -> None:
         super().__init__(keys)
-        if keys.separator == "paragraph":
-            self._ends = BLANK_LINES
-        elif keys.separator == "file":
-            self._ends = re.compile(r"(?!)")  # matches nowhere
-        else:
-            self._ends = re.compile(re.escape(normalise(keys.separator)))
+        match keys.separator:
+            case "paragraph":
+                self._ends, byte_ends = BLANK_LINES, r"\n[ \t]*\n"
+            case "file":
+                self._ends = re.compile(byte_ends := r"(?!)")  # matches nowhere
+            case own:
+                self._ends = re.compile(byte_ends := re.escape(normalise(own)))
+        self._byte_ends = re.compile(byte_ends.encode())
 
     def details(self, header: str) -> str:
         ends = {"paragraph": "a blank line ends a sequence", "file": "the file is one sequence"}
         return ends.get(self.keys.separator, f"{self.keys.separator!r} ends a sequence")
 
     def record_end(self, data: bytes) -> int:
-        match self.keys.separator:
-            case "paragraph":
-                return max((found.end() for found in re.finditer(rb"\n[ \t]*\n", data)), default=0)
-            case "file":
-                return 0
-        end = normalise(self.keys.separator).encode()
-        return place + len(end) if (place := data.rfind(end)) >= 0 else 0
+        return max((found.end() for found in self._byte_ends.finditer(data)), default=0)
 
     def parse(self, raw: RawBlock) -> Block:
         text, line, begin = decode(raw), raw.first_line, 0
