@@ -1,6 +1,9 @@
 """Gives each letter and each line end one spelling."""
 
+import re
 import unicodedata
+
+_LINE_END = re.compile(r"\r(?:\r?\n)?")
 
 
 def normalise(text: str) -> str:
@@ -9,5 +12,5 @@ def normalise(text: str) -> str:
     In NFC a letter has one spelling, whether it was typed composed or not (Hangul, accents).
     """
     if "\r" in text:
-        text = text.replace("\r\r\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
+        text = _LINE_END.sub("\n", text)
     return text if text.isascii() else unicodedata.normalize("NFC", text)

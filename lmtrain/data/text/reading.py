@@ -7,6 +7,7 @@ which are normalised to NFC.
 
 import glob
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from lmtrain.errors import DataError
 
 BLOCK_BYTES = 1 << 18  # a block of this size and what is made of it fit into a processor's cache
 LONGEST_RECORD_BYTES = 16 << 20
+_LINE_END = re.compile(rb"\r(?:\r?\n)?")  # `\r\r\n` is a text that was written in text mode twice
 BEGINNING_BYTES = 1 << 16  # from which it is known how a file is to be read
 
 
@@ -142,14 +144,9 @@ def _with_newlines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if held or b"\r" in chunk:
             chunk = held + chunk
             held = chunk[len(chunk[-2:].rstrip(b"\r")) + len(chunk[:-2]) :]
-            chunk = replace_line_ends(chunk[: len(chunk) - len(held)])
+            chunk = _LINE_END.sub(b"\n", chunk[: len(chunk) - len(held)])
         yield chunk
     yield held.replace(b"\r", b"\n")
-
-
-def replace_line_ends(data: bytes) -> bytes:
-    """Return the bytes with `\\n` for each `\\r\\r\\n` (text mode, done twice), `\\r\\n` and `\\r`."""
-    return data.replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def decode(raw: RawBlock) -> str:

@@ -151,11 +151,11 @@ DAMAGES = {
     "empty config": (cut("run/config.yaml", 0), "run/config.yaml:1:1: empty; start from configs/quickstart.yaml"),
     "config of an unknown cell": (
         lambda: reconfigure("cell: lstm", "cell: lsmt"),
-        "run/config.yaml:30:3: model.cell: should be 'lstm', 'gru' or 'rnn', not \"lsmt\" (did you mean 'lstm'?)",
+        "run/config.yaml:35:3: model.cell: should be 'lstm', 'gru' or 'rnn', not \"lsmt\" (did you mean 'lstm'?)",
     ),
     "config of a later version": (
         lambda: reconfigure("cell: lstm", "cell: lstm\n  attention: true"),
-        "run/config.yaml:31:3: model.attention: no such key",
+        "run/config.yaml:36:3: model.attention: no such key",
     ),
     "config of another size": (
         lambda: reconfigure("hidden_size: 8", "hidden_size: 7"),

@@ -300,8 +300,8 @@ FAULTS = {
     "a list for a record": (
         text("t.jsonl", "[1]\n"),
         JSONL,
-        "t.jsonl:1: not an object whose field 'text' is text",
-        ("learning the word vocabulary from t.jsonl\nt.jsonl:1: not an object whose field 'text' is text"),
+        "t.jsonl:1: not an object whose field 'text' is text; {words}",
+        ("learning the word vocabulary from t.jsonl\nt.jsonl:1: not an object whose field 'text' is text; {words}"),
     ),
     "a number for a record": (
         text("t.jsonl", "3\n"),

@@ -84,21 +84,29 @@ class Format(ABC):
         Raises:
             DataError: a record has more than 16 MiB.
         """
-        data = b""  # the beginning of a record that no chunk has ended so far
+        parts: list[bytes] = []  # what no block holds so far: it begins with a record
+        size = next_size = 0
         for chunk in chunks:
-            data = data + chunk if data else chunk
+            parts.append(chunk)
+            size += len(chunk)
+            if size < next_size:
+                continue
+            data = b"".join(parts)
             end = self.record_end(data)
-            unfinished = not end and len(data) >= reading.BLOCK_BYTES and self.keys.stream
+            unfinished = not end and size >= reading.BLOCK_BYTES and self.keys.stream
             if unfinished:
                 end = self.inner_end(data)
             if end:
                 raw = self._block(path, line, offset, data[:end], unfinished)
                 yield raw
                 line, offset, data = raw.next_line, raw.end, data[end:]
-            if len(data) > LONGEST_RECORD_BYTES:
+            elif size > LONGEST_RECORD_BYTES:
                 raise self.too_long(path, line)
-        if data:
-            yield self._block(path, line, offset, data, False)
+            parts, size = [data], len(data)
+            # a long record is looked at again when it is twice as long, so the work stays in proportion to its length
+            next_size = 0 if end else min(2 * size, LONGEST_RECORD_BYTES + 1)
+        if size:
+            yield self._block(path, line, offset, b"".join(parts), False)
 
     def inner_end(self, data: bytes) -> int:
         """Return where a record of a stream that is longer than a block is cut in two; 0: nowhere so far.

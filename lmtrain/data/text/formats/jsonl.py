@@ -67,7 +67,7 @@ def text_of(record: Any, field: str) -> str:
         DataError: the record is no object with such a text; the message begins with a colon, for a place before it.
     """
     if isinstance(record, list):
-        raise DataError(": an array, not an object with a text; data.format: json reads one array of records")
+        raise DataError(f": not an object whose field {field!r} is text; an array of records is data.format: json")
     if not isinstance(record, dict):
         raise DataError(f": not an object whose field {field!r} is text")
     if field not in record:
