@@ -1,5 +1,6 @@
 """Stores are built the same by any number of processes, at once or one after the other, whatever interrupts them."""
 
+import csv
 import fcntl
 import gzip
 import json
@@ -17,6 +18,7 @@ from lmtrain.data.store.build import locked, remove_abandoned
 from lmtrain.data.store.token_store import TokenStore, open_store
 from lmtrain.data.text import reading
 from lmtrain.data.text.digests import Digests, unwatched
+from lmtrain.data.text.formats import parquet as parquet_format
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.data.tokenizers.learning import learn_tokenizer, train_tokenizer
@@ -35,6 +37,7 @@ def use_workers(monkeypatch):
         monkeypatch.setattr(workers, "FEW_BYTES", 0)
         monkeypatch.setattr(workers, "core_count", lambda: count)
         monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
+        monkeypatch.setattr(parquet_format, "BLOCK_BYTES", 1000)
 
     return use
 
@@ -70,6 +73,54 @@ def test_a_store_does_not_show_how_many_made_it(tmp_path, use_workers, kind, nam
     assert made[0] == made[1]
     if kind != "byte":
         assert made[0][0] == train_tokenizer(kind, source.texts(), vocab_size=300, min_frequency=2).dumps()
+
+
+def csv_of(path, texts):
+    with open(path, "w", newline="") as handle:
+        csv.writer(handle).writerows([["id", "text"], *enumerate(texts)])
+
+
+def parquet_of(path, texts):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=300)
+
+
+WRITERS = {
+    "t.csv": csv_of,
+    "t.json": lambda path, texts: path.write_text(json.dumps(texts)),
+    "t.jsonl": lambda path, texts: path.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts)),
+    "t.parquet": parquet_of,
+    "t.txt": lambda path, texts: path.write_text("\n\n".join(texts)),
+}
+
+
+@pytest.mark.parametrize("kind", ["word", "char"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_tables_records_and_paragraphs_are_stored_the_same_by_any_number_and_continued(
+    tmp_path, use_workers, monkeypatch, kind, name
+):
+    texts = [f"{line}\nand {number}, more" for number, line in enumerate(random_lines(900).split("\n")) if line.strip()]
+    WRITERS[name](tmp_path / name, texts)
+    source = Source((str(tmp_path / name),), separator="paragraph" if name == "t.txt" else "line")
+    made_of, made = train_tokenizer(kind, source.texts(), vocab_size=300, min_frequency=2), []
+    for count in (1, 3):
+        use_workers(count)
+        cache = tmp_path / str(count)
+        cache.mkdir()
+        learnt = learn_tokenizer(kind, source, cache, print, unwatched, vocab_size=300, min_frequency=2)
+        assert learnt.dumps() == made_of.dumps()
+        made.append(store_files(open_store(source, made_of, cache)))
+    monkeypatch.setattr(building, "SAVE_BYTES", 1)
+
+    def stop(what, done_bytes, total_bytes):
+        if done_bytes > total_bytes / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_store(source, made_of, tmp_path / "continued", watch=stop)
+    store = open_store(source, made_of, tmp_path / "continued")
+    assert store.was_continued
+    assert [*made, store_files(store)] == [made[0]] * 3
 
 
 @pytest.mark.parametrize(
