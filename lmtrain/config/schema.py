@@ -38,9 +38,10 @@ class DataConfig(Section):
     format: Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "fasta", "ids"] = "auto"
     """How texts lie in a file: plain text, JSON lines, a JSON array, a table with a header (csv, tsv; parquet with the
     extra), FASTA, or whole numbers (ids); auto decides by the file's suffix, then by its content."""
-    field: str | None = None
-    """The field of a record or column of a table that holds the text; null takes the only one with text, or the one
-    named text, content, sentence, document or review."""
+    field: str = "text"
+    """The field of a record or column of a table that holds the text. Where none is named text, auto takes one named
+    content, sentence, document or review, or the only one with text, and says so. Of a table without a header it is
+    the number of the column, from 1 on."""
     separator: str = Field("line", min_length=1)
     """What ends a sequence in plain text: line, paragraph (a blank line), file, or a text of your own such as
     `<|endoftext|>` or `%%`. A record or a cell is a sequence as it is, with the line breaks in it."""

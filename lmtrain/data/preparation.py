@@ -70,7 +70,7 @@ def prepare(config: Config, notify: Notify, tokenizer: Tokenizer | None = None, 
         if repeated := repeated_files(paths):
             notify(f"note: {', '.join(repeated[:5])}: named more than once, and read once")
     for each in (source, valid_source):
-        for line in () if each is None or each.part == "valid" else each.field_notes():
+        for line in () if each is None or each.part == "valid" else each.notes():
             notify(line)
     cache = Path(config.data.cache_dir)
     digests = Digests(cache / DIGESTS, watch)

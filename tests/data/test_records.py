@@ -167,7 +167,7 @@ def test_faults_of_parquet_files(tmp_path):
     path = tmp_path / "t.parquet"
     parquet.write_table(pyarrow.table({"a": ["x"] * 9, "b": ["y"] * 9, "n": list(range(9))}), path)
     for field, said in [
-        (None, "t.parquet: which field is the text.*'a', 'b'"),
+        ("text", "t.parquet: which field is the text.*'a', 'b'"),
         ("c", "t.parquet: no field 'c'.*'a', 'b', 'n'"),
         ("n", "t.parquet: column 'n' holds int64, not text"),
     ]:

@@ -18,10 +18,10 @@ PANDAS = ',review,stars\n0,so good,5\n1,"not bad, not good",3\n2,"two\nlines",4\
 REVIEWS = 'id\tdocument\tlabel\n1\t"좋아요 정말\t1\n2\t\t0\n3\t그냥 "그래" 요\t1\n4\t끝"\t0\n'
 WILD = {
     "Excel": ("t.csv", EXCEL, ["Ein Hund; er bellt", "Zwei", 'sagt "ja"\nund geht'], [3, 4, 5], "Satz"),
-    "pandas": ("t.csv", PANDAS, ["so good", "not bad, not good", "two\nlines"], [2, 3, 4], None),
-    "reviews": ("t.TSV", REVIEWS, ['"좋아요 정말', '그냥 "그래" 요', '끝"'], [2, 4, 5], None),
-    "one column": ("t.csv", "text\na b\n\nc\n", ["a b", "c"], [2, 4], None),
-    "bars": ("t.csv", "id|text\n1|a, b\n2|c; d\n", ["a, b", "c; d"], [2, 3], None),
+    "pandas": ("t.csv", PANDAS, ["so good", "not bad, not good", "two\nlines"], [2, 3, 4], "text"),
+    "reviews": ("t.TSV", REVIEWS, ['"좋아요 정말', '그냥 "그래" 요', '끝"'], [2, 4, 5], "text"),
+    "one column": ("t.csv", "text\na b\n\nc\n", ["a b", "c"], [2, 4], "text"),
+    "bars": ("t.csv", "id|text\n1|a, b\n2|c; d\n", ["a, b", "c; d"], [2, 3], "text"),
     "no header": ("t.csv", "1,a b,x\n2,c d,y\n", ["a b", "c d"], [1, 2], "2"),
 }
 
@@ -80,7 +80,7 @@ def test_a_table_is_read_as_the_csv_module_reads_it(
 
 
 FAULTS = {
-    "no such column": ("id,body\n1,a\n", {"field": "text"}, r"t\.csv:1: no field 'text'.*it has 'id', 'body'"),
+    "no such column": ("id,body\n1,a\n", {"field": "b"}, r"t\.csv:1: no field 'b'.*it has 'id', 'body'"),
     "which column": ("a,b\nx,y\n", {}, r"t\.csv:1: which field is the text\? Set data\.field to one of 'a', 'b'"),
     "too few cells": ("id,text\n1,a\n2\n", {}, r"t\.csv:3: a row of 1 cell, and the first row has 2"),
     "too many cells": ('id,text\n1,"a\nb"\n2,a,b\n', {}, r"t\.csv:4: a row of 3 cells, and the first row has 2"),

@@ -9,6 +9,7 @@ from typing import IO, NamedTuple
 
 from lmtrain.config import Config
 from lmtrain.data.text.formats.base import Format, Keys
+from lmtrain.data.text.formats.fields import DEFAULT_FIELD
 from lmtrain.data.text.formats.table import format_of, resolve_format
 from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, expand_patterns, open_text, read_encoding
 from lmtrain.data.text.unpacking import packing_of
@@ -71,7 +72,7 @@ def excerpts_of(config: Config) -> Iterator[Excerpts]:
             raise DataError(*dict.fromkeys(faults))
         # what pieces hold is lines of text or records that `_first_records` writes
         files = {part: excerpt.files for part, excerpt in taken.items()}
-        ways = {"format": "auto", "field": None, "separator": "line", "encoding": "utf-8"}
+        ways = {"format": "auto", "field": DEFAULT_FIELD, "separator": "line", "encoding": "utf-8"}
         update = {**files, **ways, "cache_dir": str(folder / "cache")}
         if data.valid_fraction is not None:
             taken["valid"] = taken["train"]

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from lmtrain.data.text.digests import Digests
 from lmtrain.data.text.formats.base import Format, Keys
+from lmtrain.data.text.formats.fields import DEFAULT_FIELD
 from lmtrain.data.text.formats.table import detect_format, format_of, resolve_format
 from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.reading import Block, RawBlock, expand_patterns, open_text, read_encoding
@@ -44,7 +45,7 @@ class Source:
 
     files: tuple[str, ...]
     format: str = "auto"
-    field: str | None = None
+    field: str = DEFAULT_FIELD
     separator: str = "line"
     encoding: str = "utf-8"
     empty: Literal["skip", "keep"] = "skip"
@@ -114,9 +115,12 @@ class Source:
             encoding = "binary" if name == "parquet" else read_encoding(path, handle, self.encoding)
         return Understanding(path, name, why, encoding, form.details(form.header(path)))
 
-    def field_notes(self) -> Iterator[str]:
-        """Yield a line that says which field is read where the configuration leaves that open; raises DataError."""
-        if self.field is None and (read := self.understood(self.files[0])).format not in ("text", "ids", "fasta"):
+    def notes(self) -> Iterator[str]:
+        """Yield a line on how a file is read where that was found out and not configured; raises DataError."""
+        read = self.understood(self.files[0])
+        # where a field has the configured name, it is the one that is read
+        is_chosen = read.format in ("jsonl", "json", "parquet") and repr(self.field) not in read.details
+        if is_chosen or read.format in ("csv", "tsv"):
             yield f"note: {read.file} is read as {read.format}: {read.details}"
 
     def parse(self, raw: RawBlock) -> Block:

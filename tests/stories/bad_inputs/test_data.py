@@ -18,7 +18,7 @@ WORDS = ""
 BYTES = "tokenizer.kind=byte"
 STREAM = "tokenizer.kind=byte batching.mode=stream model.bidirectional=false"
 SUBWORDS = "tokenizer.kind=bpe tokenizer.vocab_size=300"
-JSONL = "data.train=t.jsonl data.field=text"
+JSONL = "data.train=t.jsonl"
 PACKED = gzip.compress(b"a b c\n" * 1000, mtime=0)
 
 
@@ -278,18 +278,15 @@ FAULTS = {
     ),
     "no such field": (
         text("t.jsonl", '{"txt": "a", "id": 3}\n'),
-        JSONL,
-        "t.jsonl:1: no field 'text' (set data.field); it has 'txt', 'id'",
-        ("learning the word vocabulary from t.jsonl\nt.jsonl:1: no field 'text' (set data.field); it has 'txt', 'id'"),
+        f"{JSONL} data.field=body",
+        "t.jsonl:1: no field 'body' (set data.field); it has 'txt', 'id'",
+        ("t.jsonl:1: no field 'body' (set data.field); it has 'txt', 'id'"),
     ),
     "a field with ESC and a newline": (
         text("t.jsonl", '{"\\u001b[2J\\n": "a"}\n'),
-        JSONL,
-        "t.jsonl:1: no field 'text' (set data.field); it has '\\x1b[2J\\n'",
-        (
-            "learning the word vocabulary from t.jsonl\n"
-            "t.jsonl:1: no field 'text' (set data.field); it has '\\x1b[2J\\n'"
-        ),
+        f"{JSONL} data.field=body",
+        "t.jsonl:1: no field 'body' (set data.field); it has '\\x1b[2J\\n'",
+        ("t.jsonl:1: no field 'body' (set data.field); it has '\\x1b[2J\\n'"),
     ),
     "a number for text": (
         text("t.jsonl", '{"text": 3}\n'),

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
 from lmtrain.data.text import reading
+from lmtrain.data.text.formats.fields import DEFAULT_FIELD
 from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, Block, RawBlock, open_unchanged, read_chunks
 from lmtrain.errors import DataError
 
@@ -13,7 +14,7 @@ class Keys(NamedTuple):
     """The keys of `data` that say how files are to be read (`config/schema.py`)."""
 
     format: str = "auto"
-    field: str | None = None
+    field: str = DEFAULT_FIELD
     separator: str = "line"
     encoding: str = "utf-8"
     stream: bool = False  # `batching.mode: stream`

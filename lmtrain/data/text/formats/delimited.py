@@ -60,7 +60,7 @@ class CsvFormat(Format):
     def _column(self, place: str, rows: list[list[str]]) -> tuple[int, list[str]]:
         """Return the index of the column with the texts, and the names of all columns; none if there is no header."""
         names, wanted = rows[0], self.keys.field
-        if wanted is not None and wanted not in names and wanted.isascii() and wanted.isdigit():
+        if wanted not in names and wanted.isascii() and wanted.isdigit():
             if 1 <= int(wanted) <= len(names):
                 return int(wanted) - 1, []
             raise DataError(f"{place}: no column {wanted} (data.field); the first row has {len(names)} cells")

@@ -4,24 +4,26 @@ from collections.abc import Sequence
 
 from lmtrain.errors import DataError
 
+DEFAULT_FIELD = "text"
 USUAL_NAMES = ("text", "content", "sentence", "document", "review")
 SHOWN = 8
 
 
-def choose_field(wanted: str | None, names: Sequence[str], with_text: Sequence[str]) -> str:
+def choose_field(wanted: str, names: Sequence[str], with_text: Sequence[str]) -> str:
     """Return the name of the field that holds the text.
 
     Args:
-        wanted: `data.field`; None takes a field with a usual name, or the only one that holds text.
+        wanted: `data.field`. Where there is no field named text, its default, another one with a usual name is taken,
+            or the only one that holds text.
         names: all fields there are.
         with_text: those of them that hold text.
 
     Raises:
         DataError: there is no such field, or it is not clear which one is meant; the message lists what there is.
     """
-    if wanted is not None:
-        if wanted in names:
-            return wanted
+    if wanted in names:
+        return wanted
+    if wanted != DEFAULT_FIELD:
         raise DataError(f"no field {wanted!r} (set data.field); it has {list_names(names)}")
     by_name = {name.strip().lower(): name for name in reversed(names)}
     usual = next((by_name[name] for name in USUAL_NAMES if name in by_name), None)

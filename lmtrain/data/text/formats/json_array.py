@@ -30,7 +30,7 @@ class JsonArrayFormat(Format):
         try:
             first, _ = _DECODER.raw_decode(head, _SPACE.match(head, start + 1).end())  # type: ignore[union-attr]
         except (ValueError, RecursionError):
-            return self.keys.field or "text"  # `parse` names the fault
+            return self.keys.field  # `parse` names the fault
         return field_of(first, self.keys.field, f"{path}:{line}") if isinstance(first, dict) else ""
 
     def details(self, header: str) -> str:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from lmtrain.data.text.formats.base import Format
-from lmtrain.data.text.formats.fields import choose_field
+from lmtrain.data.text.formats.fields import choose_field, list_names
 from lmtrain.data.text.formats.text import LinesFormat
 from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.reading import Block, RawBlock, first_chunk
@@ -17,15 +17,13 @@ class JsonlFormat(Format):
     lines_are_records = True
 
     def header(self, path: str) -> str:
-        """Return the name of the field: what `data.field` says, or what the first record makes clear."""
-        if self.keys.field is not None:
-            return self.keys.field
+        """Return the name of the field that holds the text, as the first record has it."""
         first = next(filter(bytes.strip, first_chunk(path, self.keys.encoding).split(b"\n")), b"")
         try:
             record = json.loads(first)
         except (ValueError, RecursionError):
-            return "text"  # `parse` names the fault
-        return field_of(record, None, f"{path}:1") if isinstance(record, dict) else "text"
+            return self.keys.field  # `parse` names the fault
+        return field_of(record, self.keys.field, f"{path}:1") if isinstance(record, dict) else self.keys.field
 
     def details(self, header: str) -> str:
         return f"field {header!r} of each record"
@@ -52,7 +50,7 @@ class JsonlFormat(Format):
         return text_of({field: record} if isinstance(record, str) else record, field)
 
 
-def field_of(record: dict[str, Any], wanted: str | None, place: str) -> str:
+def field_of(record: dict[str, Any], wanted: str, place: str) -> str:
     """Return the name of the field of a record that holds its text; raises DataError with the place."""
     try:
         return choose_field(wanted, list(record), [name for name, value in record.items() if isinstance(value, str)])
@@ -71,17 +69,10 @@ def text_of(record: Any, field: str) -> str:
     if not isinstance(record, dict):
         raise DataError(f": not an object whose field {field!r} is text")
     if field not in record:
-        raise DataError(f": {_missing(record, field)}")
+        raise DataError(f": no field {field!r} (set data.field); it has {list_names(list(record))}")
     text = "" if record[field] is None else record[field]
     if not isinstance(text, str):
         raise DataError(f": not an object whose field {field!r} is text")
     if "\0" in text:
         raise DataError(f": a NUL character in field {field!r}")
     return normalise(text.encode("utf-8", "replace").decode()).strip("\n")  # \u escapes may hold half a surrogate pair
-
-
-def _missing(record: dict[str, Any], field: str) -> str:
-    try:
-        return choose_field(field, list(record), [])
-    except DataError as error:
-        return str(error)
