@@ -2,11 +2,10 @@
 
 import json
 import re
-from typing import Any
+from contextlib import suppress
 
 from lmtrain.data.text.formats.base import Format
 from lmtrain.data.text.formats.jsonl import field_of, text_of
-from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.reading import Block, RawBlock, decode, first_chunk
 from lmtrain.errors import DataError
 
@@ -57,6 +56,7 @@ class JsonArrayFormat(Format):
         lines: list[int] = []
         texts: list[str] = []
         place, line, counted, is_closed = _skip(text, 0), raw.first_line, 0, False
+        field = raw.header or self.keys.field
         if raw.offset == 0 and text[place : place + 1] == "[":
             place = _skip(text, place + 1)
         while place < len(text):
@@ -68,7 +68,7 @@ class JsonArrayFormat(Format):
                 break
             try:
                 element, place = _DECODER.raw_decode(text, place)
-                texts.append(element if isinstance(element, str) else text_of(element, raw.header or "text"))
+                texts.append(text_of({field: element} if isinstance(element, str) else element, field))
             except json.JSONDecodeError as error:
                 line += text.count("\n", counted, error.pos)
                 column = error.pos - text.rfind("\n", 0, error.pos)
@@ -85,26 +85,18 @@ class JsonArrayFormat(Format):
                 raise DataError(f"{raw.path}:{line}: a comma is missing behind the element that begins here")
         if not is_closed and (raw.last or not text.rstrip().endswith(",")):
             raise DataError(f"{raw.path}: the array is not closed; is the file cut short?")
-        return Block(raw.path, lines, [_clean(text, raw, line) for text, line in zip(texts, lines, strict=True)])
+        return Block(raw.path, lines, texts)
 
 
 def _skip(text: str, place: int) -> int:
     return _SPACE.match(text, place).end()  # type: ignore[union-attr]  # matches anywhere
 
 
-def _clean(text: str, raw: RawBlock, line: int) -> str:
-    if "\0" in text:
-        raise DataError(f"{raw.path}:{line}: a NUL character in a text")
-    return normalise(text.encode("utf-8", "replace").decode()).strip("\n")
-
-
 def _what_it_is(head: str) -> str:
     """Say what a file holds instead of an array."""
-    first: Any = None
-    if head.startswith("{"):
-        with_line = head.partition("\n")[0]
-        try:
-            first = json.loads(with_line)
-        except ValueError:
-            return "one object, not an array of records; write the array that holds the records into a file of its own"
-    return "JSON lines, not an array; data.format: jsonl reads them" if first is not None else "not a JSON array"
+    if not head.startswith("{"):
+        return "not a JSON array"
+    with suppress(ValueError):
+        json.loads(head.partition("\n")[0])
+        return "JSON lines, not an array; data.format: jsonl reads them"
+    return "one object, not an array of records; write the array that holds the records into a file of its own"
