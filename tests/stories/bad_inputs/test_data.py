@@ -717,7 +717,8 @@ LARGE = {
     "one line of 1 GB": (
         members(b"x" * (1 << 20)),
         "train c.yaml data.train=t.gz",
-        "{words}t.gz:1: a line of more than 16 MiB; {words}",
+        "learning the word vocabulary from t.gz\n"
+        "t.gz:1: a line of more than 16 MiB; cut it into several, or read the text with batching.mode: stream",
     ),
     "one line of 1 GB, not packed": (
         sparse("t.txt", 1 << 30),
@@ -740,7 +741,7 @@ def plain_bytes(trained):
     )
     train_text = f"data.train={trained}/train.txt"
     code, _, held_bytes, _, printed = drive(f"check {trained}/c.yaml {train_text} data.valid=null {stores}")
-    assert (code, printed[0].split(":")[0]) == (0, "vocabulary")
+    assert (code, [line.partition(":")[0] for line in printed].count("vocabulary")) == (0, 1)
     return held_bytes
 
 
