@@ -37,6 +37,10 @@ PARTS = [
     "%",
     "\t",
     "\u3000",
+    "e",
+    "가",
+    "x y z",
+    *(unicodedata.normalize("NFD", text) for text in ("가", "각", "끝")),
 ]
 CONTENTS = st.lists(st.sampled_from(PARTS), max_size=30).map("".join)
 
@@ -61,14 +65,17 @@ def plainly(content, separator):
                 paragraphs.append("\n".join(lines))
                 lines = []
         return paragraphs
-    texts = [part.strip("\n") for part in text.split(separator)]
+    texts = [part.strip("\n") for part in text.split(unicodedata.normalize("NFC", separator))]
     return texts if texts[-1] else texts[:-1]
 
 
-@settings(max_examples=300)
+OWN = ["%%", "<|end|>", "끝", "\n%\n", "가", "e", "x y z", unicodedata.normalize("NFD", "끝")]
+
+
+@settings(max_examples=400)
 @given(
     content=CONTENTS,
-    separator=st.sampled_from(["line", "paragraph", "file", "%%", "<|end|>", "끝", "\n%\n"]),
+    separator=st.sampled_from(["line", "paragraph", "file", *OWN]),
     block_bytes=st.integers(1, 64),
     empty=st.sampled_from(["skip", "keep"]),
 )
@@ -109,7 +116,7 @@ def test_poems_have_their_lines(tmp_path):
 @given(
     words=st.lists(st.sampled_from(["ab", "c", "한국어", "e\u0301", "", "x,y"]), min_size=1, max_size=60),
     ends=st.sampled_from(["", "\n", " \n\n"]),
-    separator=st.sampled_from(["line", "paragraph", "file"]),
+    separator=st.sampled_from(["line", "paragraph", "file", "ab c", "c ab x,y", "어", "e"]),
     block_bytes=st.integers(1, 40),
 )
 @pytest.mark.parametrize("kind", ["byte", "char", "word", "words"])
@@ -117,6 +124,7 @@ def test_a_stream_has_the_same_tokens_wherever_long_lines_are_cut(
     tmp_path_factory, kind, words, ends, separator, block_bytes
 ):
     assume("".join(words))
+    assume(separator in ("line", "paragraph", "file") or len(plainly(" ".join(words) + "x", separator)) > 1)
     folder = tmp_path_factory.mktemp("stream")
     (folder / "t.txt").write_text(" ".join(words) + ends)
     source = Source((str(folder / "t.txt"),), separator=separator, stream=True)
