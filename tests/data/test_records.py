@@ -186,6 +186,37 @@ def test_fasta_records_lose_header_and_wraps(tmp_path):
         read(tmp_path / "bad.fa")
 
 
+FASTA_LINES = [">h", ">", ">a > b", "AC", "GT", "A C", "  ", "", ";c", "T\t", "*-", "acgt" * 9]
+
+
+def fasta_by_plain_python(content):
+    records = []
+    for line in content.split("\n"):
+        if line.startswith(">"):
+            records.append("")
+        elif records and not line.startswith(";"):
+            records[-1] += "".join(line.split())
+    return records
+
+
+@settings(max_examples=200)
+@given(
+    lines=st.lists(st.sampled_from(FASTA_LINES), max_size=25),
+    ends=st.sampled_from(["", "\n"]),
+    block_bytes=st.integers(1, 64),
+)
+def test_fasta_is_read_as_python_reads_it(tmp_path_factory, lines, ends, block_bytes):
+    folder = tmp_path_factory.mktemp("fasta")
+    content = "\n".join([">first", *lines]) + ends
+    wanted = fasta_by_plain_python(content)
+    (folder / "t.fna").write_text(content)
+    check_every_cut(folder / "t.fna", wanted, block_bytes, empty="keep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "BLOCK_BYTES", block_bytes)
+        store = open_store(Source((str(folder / "t.fna"),), stream=True), ByteTokenizer(), folder / "cache")
+    assert store.tokens.tolist() == [token for each in wanted for token in [*(ord(base) + 4 for base in each), 2]]
+
+
 @pytest.mark.parametrize("block_bytes", [1 << 18, 7, 61, 500])
 @pytest.mark.parametrize("end", ["\n", "\n\n", "\n \n", "\n;end\n"])
 def test_a_chromosome_in_a_stream_has_one_end_token(tmp_path, monkeypatch, block_bytes, end):

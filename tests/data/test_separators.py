@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from lmtrain.data.store.token_store import open_store
 from lmtrain.data.text import reading
 from lmtrain.data.text.encodings import likely_encoding
+from lmtrain.data.text.formats import base
+from lmtrain.data.text.formats import text as text_format
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.learning import train_tokenizer
-from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
 from lmtrain.errors import DataError
 
 PARTS = [
@@ -139,13 +140,30 @@ def test_a_stream_has_the_same_tokens_wherever_long_lines_are_cut(
     assert cut.counts.characters == whole.counts.characters
 
 
-def test_empty_lines_are_sequences_where_they_are_kept(tmp_path):
+@pytest.mark.parametrize("text", ["a a" + "학교" * 300, "한" * 400, "abc" * 300, "的" * 30 + "e\u0301xy" * 300])
+def test_a_stream_reads_a_line_without_spaces_of_any_length(tmp_path, monkeypatch, text):
+    (tmp_path / "t.txt").write_text(text)
+    source = Source((str(tmp_path / "t.txt"),), stream=True)
+    made_of = train_tokenizer("char", [text], vocab_size=99)
+    whole = open_store(source, made_of, tmp_path / "whole")
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 50)
+    for module in (base, text_format):
+        monkeypatch.setattr(module, "LONGEST_RECORD_BYTES", 200)
+    assert len(list(source.raws())) > 1
+    assert open_store(source, made_of, tmp_path / "cut").tokens.tolist() == whole.tokens.tolist()
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "word"])
+def test_empty_lines_are_sequences_where_they_are_kept(tmp_path, kind):
     path = tmp_path / "t.txt"
     path.write_text("ab\n\n\nc\n\n")
-    kept = open_store(Source((str(path),), empty="keep"), ByteTokenizer(), tmp_path / "cache")
-    assert kept.tokens.tolist() == [1, 101, 102, 2, 1, 2, 1, 2, 1, 103, 2, 1, 2]
+    made_of = train_tokenizer(kind, ["ab", "c"], vocab_size=99)
+    first, second = made_of.encode("ab"), made_of.encode("c")
+    kept = open_store(Source((str(path),), empty="keep"), made_of, tmp_path / "cache")
+    assert kept.tokens.tolist() == [1, *first, 2, 1, 2, 1, 2, 1, *second, 2, 1, 2]
     assert (kept.counts.sequences, kept.counts.blank) == (5, 0)
-    skipped = open_store(Source((str(path),)), ByteTokenizer(), tmp_path / "cache")
+    skipped = open_store(Source((str(path),)), made_of, tmp_path / "cache")
+    assert skipped.tokens.tolist() == [1, *first, 2, 1, *second, 2]
     assert (skipped.counts.sequences, skipped.counts.blank) == (2, 3)
     path.write_text("".join(f"{n % 7 * 'x'}\n" for n in range(70)))
     parts = [list(Source((str(path),), empty="keep", part=p, valid_fraction=0.5).texts()) for p in ("train", "valid")]

@@ -10,7 +10,7 @@ from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, Block, RawBlock, dec
 
 _SINGLE_SPACE = re.compile(rb"(?<=\S) (?=\S)")
 # between two signs of ASCII, two ideographs or two syllables of Hangul, which no normalisation joins
-_BETWEEN_SIGNS = re.compile(rb"(?<=[!-~])(?=[!-~])|(?<=[\xe4-\xe9\xeb\xec][\x80-\xbf]{2})(?=[\xe4-\xe9\xeb\xec])")
+_BETWEEN_SIGNS = re.compile(rb"(?<=[!-~])(?=[!-~])|(?<=[\xe4-\xed][\x80-\xbf]{2})(?=[\xe4-\xed])")
 LONGEST_COMPOSED_BYTES = 16  # of what may compose with the letter before it
 BLANK_LINES = re.compile(r"(?:\A|\n)(?:[^\S\n]*\n)+")  # with the end of the line before
 
