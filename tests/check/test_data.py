@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from lmtrain.check.markup import MarkupCount
 from lmtrain.check.pieces import cut, token_writer
 from lmtrain.config import load_config
 from lmtrain.data.preparation import prepare_all
-from lmtrain.data.text import excerpts
+from lmtrain.data.text import excerpts, reading
 from lmtrain.data.tokenizers.learning import train_tokenizer
 from lmtrain.data.tokenizers.vocabulary import ByteTokenizer, CharTokenizer
 
@@ -249,3 +250,21 @@ def test_json_has_the_figures_of_the_lines(corpus, shell):
     assert rows[about.index("sequences")]["sequences"][0]["pieces"] == first.split()
     assert rows[-1]["tokens_per_second"] > 0
     assert shell("check", "config.yaml").stdout.count("\n") <= 25
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.fa"])
+def test_records_of_a_stream_that_are_longer_than_a_block_are_counted_once(tmp_path, monkeypatch, shell, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
+    record = "ACGT ACGG " * 60 if name == "t.txt" else ">c\n" + "ACGTACGGA\n" * 60
+    Path(name).write_text(f"{record}\n\n" * 5)
+    Path("c.yaml").write_text(
+        f"data: {{train: {name}, separator: {'paragraph' if name == 't.txt' else 'line'}}}\ntokenizer: {{kind: char}}\n"
+        "batching: {mode: stream, batch_size: 2}\nmodel: {embedding_size: 8, hidden_size: 8, num_layers: 1}\n"
+    )
+    done = shell("check", "c.yaml", "--json", "--show", 5)
+    assert done.returncode == 0
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert next(row for row in rows if row["about"] == "store")["sequences"] == 5
+    shown = next(row for row in rows if row["about"] == "sequences")["sequences"]
+    assert len({each["place"] for each in shown}) == 5

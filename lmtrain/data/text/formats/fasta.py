@@ -42,4 +42,4 @@ class FastaFormat(Format):
                     lines.append(number)  # the block continues a record
                     parts.append([])
                 parts[-1] += line.split()
-        return Block(raw.path, lines, ["".join(part) for part in parts])
+        return Block(raw.path, lines, ["".join(part) for part in parts], raw.ended)

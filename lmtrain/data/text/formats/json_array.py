@@ -87,7 +87,7 @@ class JsonArrayFormat(Format):
             line, counted = line + text.count("\n", counted, begin), begin
             try:
                 element, place = _DECODER.raw_decode(text, begin)
-                texts.append(text_of(element, raw.header or "text"))
+                texts.append(text_of(element, raw.header or self.keys.field))
             except (ValueError, RecursionError, DataError) as error:
                 raise _fault(raw, text, begin, error) from None
             lines.append(line)

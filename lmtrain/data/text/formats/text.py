@@ -107,7 +107,7 @@ class PassagesFormat(PlainFormat):
             lines, texts = [number for number, _ in kept], [passage for _, passage in kept]
         elif not texts[-1]:  # a separator at the end of a file begins no text
             del lines[-1], texts[-1]
-        return Block(raw.path, lines, texts)
+        return Block(raw.path, lines, texts, raw.ended)
 
 
 def read_lines_of(handle: IO[bytes], name: str) -> Iterator[Block]:
