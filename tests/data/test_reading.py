@@ -77,7 +77,7 @@ def test_a_fraction_is_held_out_by_content(tmp_path):
         (b'{"text": "a"}\n{"text": ]\n', "t.jsonl", r"t\.jsonl:2:10: not JSON"),
         (b'{"text": "a"}\n{"txt": "a"}\n', "t.jsonl", r"t\.jsonl:2: no field 'text'.*it has 'txt'"),
         (b'{"text": 3}\n', "t.jsonl", r"t\.jsonl:1: not an object whose field 'text' is text"),
-        (b"[1]\n", "t.jsonl", r"t\.jsonl:1: not an object"),
+        (b"[1]\n", "t.jsonl", r"t\.jsonl:1: an array, not a record"),
         (b'{"text": "a\\u0000"}\n', "t.jsonl", r"t\.jsonl:1: a NUL"),
     ],
 )

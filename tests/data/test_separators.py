@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from lmtrain.data.store.token_store import open_store
 from lmtrain.data.text import reading
 from lmtrain.data.text.encodings import likely_encoding
+from lmtrain.data.text.formats import base
+from lmtrain.data.text.formats import text as text_format
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.learning import train_tokenizer
-from lmtrain.data.tokenizers.vocabulary import ByteTokenizer
 from lmtrain.errors import DataError
 
 PARTS = [
@@ -37,6 +38,10 @@ PARTS = [
     "%",
     "\t",
     "\u3000",
+    "e",
+    "가",
+    "x y z",
+    *(unicodedata.normalize("NFD", text) for text in ("가", "각", "끝")),
 ]
 CONTENTS = st.lists(st.sampled_from(PARTS), max_size=30).map("".join)
 
@@ -61,14 +66,17 @@ def plainly(content, separator):
                 paragraphs.append("\n".join(lines))
                 lines = []
         return paragraphs
-    texts = [part.strip("\n") for part in text.split(separator)]
+    texts = [part.strip("\n") for part in text.split(unicodedata.normalize("NFC", separator))]
     return texts if texts[-1] else texts[:-1]
 
 
-@settings(max_examples=300)
+OWN = ["%%", "<|end|>", "끝", "\n%\n", "가", "e", "x y z", unicodedata.normalize("NFD", "끝")]
+
+
+@settings(max_examples=400)
 @given(
     content=CONTENTS,
-    separator=st.sampled_from(["line", "paragraph", "file", "%%", "<|end|>", "끝", "\n%\n"]),
+    separator=st.sampled_from(["line", "paragraph", "file", *OWN]),
     block_bytes=st.integers(1, 64),
     empty=st.sampled_from(["skip", "keep"]),
 )
@@ -109,7 +117,7 @@ def test_poems_have_their_lines(tmp_path):
 @given(
     words=st.lists(st.sampled_from(["ab", "c", "한국어", "e\u0301", "", "x,y"]), min_size=1, max_size=60),
     ends=st.sampled_from(["", "\n", " \n\n"]),
-    separator=st.sampled_from(["line", "paragraph", "file"]),
+    separator=st.sampled_from(["line", "paragraph", "file", "ab c", "c ab x,y", "어", "e"]),
     block_bytes=st.integers(1, 40),
 )
 @pytest.mark.parametrize("kind", ["byte", "char", "word", "words"])
@@ -117,6 +125,7 @@ def test_a_stream_has_the_same_tokens_wherever_long_lines_are_cut(
     tmp_path_factory, kind, words, ends, separator, block_bytes
 ):
     assume("".join(words))
+    assume(separator in ("line", "paragraph", "file") or len(plainly(" ".join(words) + "x", separator)) > 1)
     folder = tmp_path_factory.mktemp("stream")
     (folder / "t.txt").write_text(" ".join(words) + ends)
     source = Source((str(folder / "t.txt"),), separator=separator, stream=True)
@@ -131,13 +140,30 @@ def test_a_stream_has_the_same_tokens_wherever_long_lines_are_cut(
     assert cut.counts.characters == whole.counts.characters
 
 
-def test_empty_lines_are_sequences_where_they_are_kept(tmp_path):
+@pytest.mark.parametrize("text", ["a a" + "학교" * 300, "한" * 400, "abc" * 300, "的" * 30 + "e\u0301xy" * 300])
+def test_a_stream_reads_a_line_without_spaces_of_any_length(tmp_path, monkeypatch, text):
+    (tmp_path / "t.txt").write_text(text)
+    source = Source((str(tmp_path / "t.txt"),), stream=True)
+    made_of = train_tokenizer("char", [text], vocab_size=99)
+    whole = open_store(source, made_of, tmp_path / "whole")
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 50)
+    for module in (base, text_format):
+        monkeypatch.setattr(module, "LONGEST_RECORD_BYTES", 200)
+    assert len(list(source.raws())) > 1
+    assert open_store(source, made_of, tmp_path / "cut").tokens.tolist() == whole.tokens.tolist()
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "word"])
+def test_empty_lines_are_sequences_where_they_are_kept(tmp_path, kind):
     path = tmp_path / "t.txt"
     path.write_text("ab\n\n\nc\n\n")
-    kept = open_store(Source((str(path),), empty="keep"), ByteTokenizer(), tmp_path / "cache")
-    assert kept.tokens.tolist() == [1, 101, 102, 2, 1, 2, 1, 2, 1, 103, 2, 1, 2]
+    made_of = train_tokenizer(kind, ["ab", "c"], vocab_size=99)
+    first, second = made_of.encode("ab"), made_of.encode("c")
+    kept = open_store(Source((str(path),), empty="keep"), made_of, tmp_path / "cache")
+    assert kept.tokens.tolist() == [1, *first, 2, 1, 2, 1, 2, 1, *second, 2, 1, 2]
     assert (kept.counts.sequences, kept.counts.blank) == (5, 0)
-    skipped = open_store(Source((str(path),)), ByteTokenizer(), tmp_path / "cache")
+    skipped = open_store(Source((str(path),)), made_of, tmp_path / "cache")
+    assert skipped.tokens.tolist() == [1, *first, 2, 1, *second, 2]
     assert (skipped.counts.sequences, skipped.counts.blank) == (2, 3)
     path.write_text("".join(f"{n % 7 * 'x'}\n" for n in range(70)))
     parts = [list(Source((str(path),), empty="keep", part=p, valid_fraction=0.5).texts()) for p in ("train", "valid")]

@@ -14,3 +14,9 @@ def normalise(text: str) -> str:
     if "\r" in text:
         text = _LINE_END.sub("\n", text)
     return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def spellings_of(text: str) -> list[str]:
+    """Return the ways in which a text may be spelled in a file: composed and, where that differs, decomposed."""
+    composed = normalise(text)
+    return list(dict.fromkeys([composed, unicodedata.normalize("NFD", composed)]))

@@ -82,14 +82,14 @@ class Source:
         held, bytes_before = None, self.size(file)  # a block is held back until it is known whether it is the last one
         # a separator of one's own that never occurs is a mistake
         is_separated = self.separator in ("line", "paragraph", "file") or (file, offset) > (0, 0)
-        separator = normalise(self.separator).encode()
+        separator = normalise(self.separator)
         try:
             for number, path in enumerate(self.files[file:], file):
                 name = resolve_format(path, self.format, self.encoding)
                 for raw in self._format(path, name).raw_blocks(path, offset, line):
                     if held is not None:
                         yield held
-                    is_separated = is_separated or separator in raw.data
+                    is_separated = is_separated or separator in normalise(raw.data.decode("utf-8", "replace"))
                     held = raw._replace(file=number, format=name, read_bytes=bytes_before + raw.read_bytes)
                 offset, line, bytes_before = 0, 1, bytes_before + _size(path)
             if held is not None and not is_separated:

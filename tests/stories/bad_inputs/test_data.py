@@ -297,14 +297,15 @@ FAULTS = {
     "a list for a record": (
         text("t.jsonl", "[1]\n"),
         JSONL,
-        "t.jsonl:1: not an object whose field 'text' is text; {words}",
-        ("learning the word vocabulary from t.jsonl\nt.jsonl:1: not an object whose field 'text' is text; {words}"),
+        "t.jsonl:1: an array, not a record; data.format: json reads a file that is one array",
+        "learning the word vocabulary from t.jsonl\n"
+        "t.jsonl:1: an array, not a record; data.format: json reads a file that is one array",
     ),
     "a number for a record": (
         text("t.jsonl", "3\n"),
         JSONL,
-        "t.jsonl:1: not an object whose field 'text' is text",
-        ("learning the word vocabulary from t.jsonl\nt.jsonl:1: not an object whose field 'text' is text"),
+        "t.jsonl:1: neither a text nor an object whose field 'text' is text",
+        "learning the word vocabulary from t.jsonl\nt.jsonl:1: neither a text nor an object whose field 'text' is text",
     ),
     "NUL in a field": (
         text("t.jsonl", '{"text": "a\\u0000"}\n'),

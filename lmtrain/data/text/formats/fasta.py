@@ -6,7 +6,7 @@ from lmtrain.data.text.formats.base import Format
 from lmtrain.data.text.reading import Block, RawBlock, decode
 from lmtrain.errors import DataError
 
-_INNER_LINE_END = re.compile(rb"\n(?=[^>;\n])")
+_INNER_LINE_END = re.compile(rb"\n(?=[^>;\s])")  # what follows holds letters
 
 
 class FastaFormat(Format):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lmtrain.data.text.normalise import normalise
 from lmtrain.errors import DataError
 
 DEFAULT_FIELD = "text"
@@ -21,8 +22,9 @@ def choose_field(wanted: str, names: Sequence[str], with_text: Sequence[str]) ->
     Raises:
         DataError: there is no such field, or it is not clear which one is meant; the message lists what there is.
     """
-    if wanted in names:
-        return wanted
+    composed = {normalise(name): name for name in reversed(names)}
+    if normalise(wanted) in composed:
+        return composed[normalise(wanted)]
     if wanted != DEFAULT_FIELD:
         raise DataError(f"no field {wanted!r} (set data.field); it has {list_names(names)}")
     by_name = {name.strip().lower(): name for name in reversed(names)}

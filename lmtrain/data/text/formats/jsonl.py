@@ -18,12 +18,14 @@ class JsonlFormat(Format):
 
     def header(self, path: str) -> str:
         """Return the name of the field that holds the text, as the first record has it."""
-        first = next(filter(bytes.strip, first_chunk(path, self.keys.encoding).split(b"\n")), b"")
+        lines = normalise(first_chunk(path, self.keys.encoding).decode("utf-8", "replace")).split("\n")
+        number = next((number for number, line in enumerate(lines) if line.strip()), 0)
         try:
-            record = json.loads(first)
+            record = json.loads(lines[number])
         except (ValueError, RecursionError):
             return self.keys.field  # `parse` names the fault
-        return field_of(record, self.keys.field, f"{path}:1") if isinstance(record, dict) else self.keys.field
+        place = f"{path}:{number + 1}"
+        return field_of(record, self.keys.field, place) if isinstance(record, dict) else self.keys.field
 
     def details(self, header: str) -> str:
         return f"field {header!r} of each record"
@@ -47,7 +49,9 @@ class JsonlFormat(Format):
             raise DataError(f":{error.colno}: not JSON: {error.msg}{way}") from None
         except (RecursionError, ValueError):
             raise DataError(": not JSON that can be read: nested too deep, or a number too long") from None
-        return text_of({field: record} if isinstance(record, str) else record, field)
+        if isinstance(record, list):
+            raise DataError(": an array, not a record; data.format: json reads a file that is one array")
+        return text_of(record, field)
 
 
 def field_of(record: dict[str, Any], wanted: str, place: str) -> str:
@@ -59,18 +63,18 @@ def field_of(record: dict[str, Any], wanted: str, place: str) -> str:
 
 
 def text_of(record: Any, field: str) -> str:
-    """Return the text of a record, without the line breaks at its ends; null is an empty text.
+    """Return the text of a record, without the line breaks at its ends.
+
+    A record that is a string is the text itself, and a field that is null is an empty text.
 
     Raises:
-        DataError: the record is no object with such a text; the message begins with a colon, for a place before it.
+        DataError: the record has no such text; the message begins with a colon, for a place before it.
     """
-    if isinstance(record, list):
-        raise DataError(f": not an object whose field {field!r} is text; an array of records is data.format: json")
-    if not isinstance(record, dict):
-        raise DataError(f": not an object whose field {field!r} is text")
-    if field not in record:
+    if not isinstance(record, str | dict):
+        raise DataError(f": neither a text nor an object whose field {field!r} is text")
+    if isinstance(record, dict) and field not in record:
         raise DataError(f": no field {field!r} (set data.field); it has {list_names(list(record))}")
-    text = "" if record[field] is None else record[field]
+    text = record if isinstance(record, str) else "" if record[field] is None else record[field]
     if not isinstance(text, str):
         raise DataError(f": not an object whose field {field!r} is text")
     if "\0" in text:

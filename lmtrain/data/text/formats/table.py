@@ -7,7 +7,7 @@ from contextlib import suppress
 from lmtrain.data.text.formats.base import Format, Keys
 from lmtrain.data.text.formats.delimited import CsvFormat, TsvFormat
 from lmtrain.data.text.formats.fasta import FastaFormat
-from lmtrain.data.text.formats.json_array import JsonArrayFormat
+from lmtrain.data.text.formats.json_array import JsonArrayFormat, fields_with_records
 from lmtrain.data.text.formats.jsonl import JsonlFormat
 from lmtrain.data.text.formats.parquet import ParquetFormat
 from lmtrain.data.text.formats.text import LinesFormat, PassagesFormat
@@ -45,8 +45,10 @@ def detect_format(path: str, encoding: str) -> tuple[str, str]:
     if re.match(rb"\[\s*[{\"\]]", head):
         return "json", "by its content"
     with suppress(ValueError):  # `{` alone begins an object of several lines
-        if head.startswith(b"{") and isinstance(json.loads(head.partition(b"\n")[0]), dict):
-            return "jsonl", "by its content"
+        first, _, rest = head.partition(b"\n")
+        if head.startswith(b"{") and isinstance(record := json.loads(first), dict):
+            is_array = not rest.strip() and fields_with_records(record)  # of which `json` says how to get at it
+            return "json" if is_array else "jsonl", "by its content"
     if by_suffix == "json":
         return by_suffix, "by its suffix"
     return ("fasta", "by its content") if _FASTA.match(head) else ("text", "a file without a known suffix")

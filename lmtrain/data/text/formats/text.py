@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from typing import IO
 
 from lmtrain.data.text.formats.base import Format, Keys
-from lmtrain.data.text.normalise import normalise
+from lmtrain.data.text.normalise import normalise, spellings_of
 from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, Block, RawBlock, decode, read_chunks
 
 _SINGLE_SPACE = re.compile(rb"(?<=\S) (?=\S)")
-_TWO_SIGNS = re.compile(rb"(?<=[!-~])(?=[!-~])")
+# between two signs of ASCII, two ideographs or two syllables of Hangul, which no normalisation joins
+_BETWEEN_SIGNS = re.compile(rb"(?<=[!-~])(?=[!-~])|(?<=[\xe4-\xed][\x80-\xbf]{2})(?=[\xe4-\xed])")
+LONGEST_COMPOSED_BYTES = 16  # of what may compose with the letter before it
 BLANK_LINES = re.compile(r"(?:\A|\n)(?:[^\S\n]*\n)+")  # with the end of the line before
 
 
@@ -17,16 +19,18 @@ class PlainFormat(Format):
     """Plain text, whose records may have any length in a stream."""
 
     may_be_cut = True
+    longest_end = 0  # bytes of the longest separator that a cut could tear
 
     def inner_end(self, data: bytes) -> int:
         """Return the last place before a single space, where a cut changes no token.
 
-        A record of 16 MiB without such a space is cut between two signs of ASCII.
+        A record of 16 MiB without such a space is cut between two signs of ASCII or of East Asia.
         """
-        patterns = [_SINGLE_SPACE, *([_TWO_SIGNS] if len(data) > LONGEST_RECORD_BYTES else [])]
+        patterns = [_SINGLE_SPACE, *([_BETWEEN_SIGNS] if len(data) > LONGEST_RECORD_BYTES else [])]
+        last = max(0, len(data) - self.longest_end)
         for pattern in patterns:
             for window in (1 << 12, len(data)):
-                if found := list(pattern.finditer(data, max(0, len(data) - window))):
+                if found := list(pattern.finditer(data, max(0, last - window), last)):
                     return found[-1].start()
         return 0
 
@@ -58,13 +62,17 @@ class PassagesFormat(PlainFormat):
 
     def __init__(self, keys: Keys) -> None:
         super().__init__(keys)
+        self._own = ""  # a separator of one's own
         match keys.separator:
             case "paragraph":
                 self._ends, byte_ends = BLANK_LINES, r"\n[ \t]*\n"
             case "file":
                 self._ends = re.compile(byte_ends := r"(?!)")  # matches nowhere
             case own:
-                self._ends = re.compile(byte_ends := re.escape(normalise(own)))
+                self._own, spellings = normalise(own), spellings_of(own)
+                self._ends = re.compile(re.escape(self._own))
+                byte_ends = "|".join(map(re.escape, spellings))
+                self.longest_end = LONGEST_COMPOSED_BYTES + max(len(each.encode()) for each in spellings)
         self._byte_ends = re.compile(byte_ends.encode())
 
     def details(self, header: str) -> str:
@@ -72,7 +80,15 @@ class PassagesFormat(PlainFormat):
         return ends.get(self.keys.separator, f"{self.keys.separator!r} ends a sequence")
 
     def record_end(self, data: bytes) -> int:
-        return max((found.end() for found in self._byte_ends.finditer(data)), default=0)
+        ends = [found.end() for found in self._byte_ends.finditer(data)]
+        while ends and self._own and not self._is_whole(data[ends[-1] : ends[-1] + LONGEST_COMPOSED_BYTES]):
+            del ends[-1]
+        return ends[-1] if ends else 0
+
+    def _is_whole(self, following: bytes) -> bool:
+        """Whether it is known what follows a separator of one's own, and no accent in it changes the separator."""
+        text = following.decode("utf-8", "ignore")
+        return text != "" and normalise(self._own + text).startswith(self._own)
 
     def parse(self, raw: RawBlock) -> Block:
         text, line, begin = decode(raw), raw.first_line, 0
