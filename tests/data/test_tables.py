@@ -6,10 +6,13 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lmtrain.data.text import reading
+from lmtrain.data.text.formats import cells
+from lmtrain.data.text.formats.cells import cut_column, rows_end
+from lmtrain.data.text.reading import RawBlock
 from lmtrain.data.text.source import Source
 from lmtrain.errors import DataError
 
@@ -77,6 +80,43 @@ def test_a_table_is_read_as_the_csv_module_reads_it(
             assert parsed == [
                 text for after in raws[number + 1 :] for text in source.sequences(source.parse(after)).texts
             ]
+
+
+SIGNS = st.text(st.sampled_from('a,"\né'), max_size=12)
+
+
+@settings(max_examples=500)
+@given(text=SIGNS, column=st.integers(0, 2))
+@example(text='"a""b",a\n"",""""\n', column=1)
+def test_a_column_that_is_cut_at_once_is_that_of_the_csv_module(text, column):
+    rows = list(csv.reader(io.StringIO(text, newline="\n")))
+    width = max(map(len, rows), default=1)
+    cut = cut_column(RawBlock("t", 5, 0, text.encode(), 0, 0), ",", min(column, width - 1), width, True)
+    if cut is not None and rows:
+        assert cut.texts == [row[min(column, width - 1)].strip("\n") if row else "" for row in rows]
+
+
+@given(rows=st.lists(st.lists(SIGNS, min_size=2, max_size=2), min_size=1, max_size=5), end=st.sampled_from(["", "\n"]))
+def test_every_regular_table_is_cut_at_once(rows, end):
+    content = io.StringIO()
+    csv.writer(content, lineterminator="\n").writerows(rows)
+    text = content.getvalue().removesuffix("\n") + end
+    cut = cut_column(RawBlock("t", 5, 0, text.encode(), 0, 0), ",", 1, 2, True)
+    assert cut is not None
+    assert cut.texts == [row[1].strip("\n") for row in rows]
+    before = ["\n".join(map(",".join, rows[:row])).count("\n") + (row > 0) for row in range(len(rows))]
+    assert list(cut.lines) == [5 + lines for lines in before]
+
+
+@settings(max_examples=500)
+@given(text=SIGNS)
+def test_rows_end_in_the_same_place_however_their_quotes_are_found(text):
+    end = rows_end(text.encode(), ",")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "_regular_quotes", lambda flat, delimiter: None)
+        assert end == rows_end(text.encode(), ",")
+    reader = csv.reader(io.StringIO(text.encode()[:end].decode() + "x", newline="\n"))
+    assert list(reader)[-1] == ["x"]
 
 
 FAULTS = {

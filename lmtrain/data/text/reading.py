@@ -144,7 +144,8 @@ def _with_newlines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if held or b"\r" in chunk:
             chunk = held + chunk
             held = chunk[len(chunk[-2:].rstrip(b"\r")) + len(chunk[:-2]) :]
-            chunk = _LINE_END.sub(b"\n", chunk[: len(chunk) - len(held)])
+            # splitting and joining is faster than a substitution
+            chunk = b"\n".join(_LINE_END.split(chunk[: len(chunk) - len(held)]))
         yield chunk
     yield held.replace(b"\r", b"\n")
 

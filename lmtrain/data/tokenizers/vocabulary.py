@@ -112,9 +112,8 @@ class WordTokenizer(Vocabulary):
         if self._index is None:
             self._index = WordIndex(list(self._look_up))
         flat = self._index.look_up(words).astype(np.int64) + (FIRST - 1)  # an unknown word, 0, becomes 3: <unk>
-        for position in np.flatnonzero(words.sizes > LONGEST_BYTES).tolist():
-            [word] = words.bytes_of(np.array([position]))
-            flat[position] = self._look_up.get(word.decode("utf-8", "surrogatepass"), 3)
+        long = np.flatnonzero(words.sizes > LONGEST_BYTES)
+        flat[long] = [self._look_up.get(word.decode("utf-8", "surrogatepass"), 3) for word in words.bytes_of(long)]
         return flat, words.lengths(), words
 
     def encode_measured(self, texts: Sequence[str]) -> Measured:

@@ -8,16 +8,15 @@ import csv
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
 from io import StringIO
 from typing import Any, ClassVar
 
 from lmtrain.data.text.formats.base import Format, Keys
+from lmtrain.data.text.formats.cells import cut_column, rows_end
 from lmtrain.data.text.formats.fields import choose_field, list_names
 from lmtrain.data.text.reading import BEGINNING_BYTES, LONGEST_RECORD_BYTES, Block, RawBlock, decode, first_chunk
 from lmtrain.errors import DataError
 
-_QUOTED = re.compile(rb'"[^"]*+(?:""[^"]*+)*+"')  # possessive: two quotes never end a cell
 SAMPLED_ROWS = 200  # from which the delimiter, the quotes and the columns with text are known
 CUT_LINES = 50  # a quoted cell that begins so few lines before the end of a beginning may be closed behind it
 
@@ -33,12 +32,12 @@ class CsvFormat(Format):
     def __init__(self, keys: Keys) -> None:
         super().__init__(keys)
         csv.field_size_limit(2 * LONGEST_RECORD_BYTES)  # the module's own limit is 128 KiB a cell
-        self._opening = b""  # what stands before a quoted cell; `header` knows whether there are any
+        self._delimiter, self._has_quotes = "", False  # `header` finds out
 
     def header(self, path: str) -> str:
         """Return as JSON how the table is cut, and which of its columns holds the texts."""
         text = first_chunk(path, self.keys.encoding).decode("utf-8", "replace")
-        by_name = re.match('"?sep=(.)"?\n', text)  # the first line by which Excel names the delimiter
+        by_name = re.match('"?sep=([^"])"?\n', text)  # the first line by which Excel names the delimiter
         first_row = by_name.end() if by_name else 0
         delimiters = by_name[1] if by_name else self.delimiters
         samples = {each: _sample(text[first_row:], each, self.has_quotes(text, each)) for each in delimiters}
@@ -49,7 +48,7 @@ class CsvFormat(Format):
         line = 1 + text.count("\n", 0, first_row)
         column, names = self._column(f"{path}:{line}", rows)
         begin = line + _lines_of_first_row(text[first_row:], delimiter, quotes) if names else line
-        self._opening = f"{delimiter}\n".encode() if quotes else b""
+        self._delimiter, self._has_quotes = delimiter, quotes
         table = {"delimiter": delimiter, "quotes": quotes, "column": column, "names": names}
         return json.dumps({**table, "width": len(rows[0]), "begin": begin})
 
@@ -77,19 +76,7 @@ class CsvFormat(Format):
         return f"cells between {table['delimiter']!r}{', also in quotes' if table['quotes'] else ''}; column {named}"
 
     def record_end(self, data: bytes) -> int:
-        end, place = 0, data.find(b'"') if self._opening else -1
-        begin = 0  # of what lies between two quoted cells
-        while place >= 0:
-            if place == 0 or data[place - 1] in self._opening:
-                end = data.rfind(b"\n", begin, place) + 1 or end
-                cell = _QUOTED.match(data, place)
-                if cell is None:  # it is not closed
-                    return end
-                begin = place = cell.end()
-            else:  # a quote within a cell is an ordinary character
-                place += 1
-            place = data.find(b'"', place)
-        return data.rfind(b"\n", begin) + 1 or end
+        return rows_end(data, self._delimiter) if self._has_quotes else super().record_end(data)
 
     def too_long(self, path: str, line: int) -> DataError:
         most = f"{LONGEST_RECORD_BYTES >> 20} MiB"
@@ -97,23 +84,30 @@ class CsvFormat(Format):
 
     def parse(self, raw: RawBlock) -> Block:
         table: dict[str, Any] = json.loads(raw.header)
-        column, width = table["column"], table["width"]
-        text = decode(raw)
-        reader = _reader(text, table["delimiter"], table["quotes"])
+        ways = table["delimiter"], table["column"], table["width"], table["quotes"]
+        if (cells := cut_column(raw, *ways)) is None:
+            return self._parse_rows(raw, table)
+        above = bisect_left(cells.lines, table["begin"])
+        return Block(raw.path, cells.lines[above:], cells.texts[above:])
+
+    def _parse_rows(self, raw: RawBlock, table: dict[str, Any]) -> Block:
+        """Return the texts of rows of any kind, such as those with line breaks; raises DataError at a faulty one."""
+        reader = _reader(decode(raw), table["delimiter"], table["quotes"])
+        lines: list[int] = []
+        texts: list[str] = []
+        line = raw.first_line
         try:
-            rows = list(reader)
+            for row in reader:
+                if line >= table["begin"]:
+                    if len(row) not in (table["width"], 0):
+                        cells = f"{len(row)} cell{'s' * (len(row) > 1)}"
+                        raise DataError(f"{raw.path}:{line}: a row of {cells}, and the first row has {table['width']}")
+                    lines.append(line)
+                    texts.append(row[table["column"]].strip("\n") if row else "")
+                line = raw.first_line + reader.line_num
         except csv.Error as error:
             raise DataError(f"{raw.path}:{raw.first_line + reader.line_num - 1}: {error}") from None
-        lines: Sequence[int] = range(raw.first_line, raw.first_line + len(rows))
-        if len(rows) < reader.line_num:  # cells with line breaks
-            lines = _first_lines(_reader(text, table["delimiter"], table["quotes"]), raw.first_line)
-        above = bisect_left(lines, table["begin"]) if raw.first_line < table["begin"] else 0
-        rows, lines = rows[above:], lines[above:]
-        if not set(map(len, rows)) <= {width, 0}:
-            line, row = next(each for each in zip(lines, rows, strict=True) if len(each[1]) not in (width, 0))
-            cells = f"{len(row)} cell{'s' * (len(row) > 1)}"
-            raise DataError(f"{raw.path}:{line}: a row of {cells}, and the first row has {width}")
-        return Block(raw.path, lines, [row[column].strip("\n") if row else "" for row in rows])
+        return Block(raw.path, lines, texts)
 
 
 class TsvFormat(CsvFormat):
@@ -137,12 +131,6 @@ def _reader(text: str, delimiter: str, quotes: bool, strict: bool = False) -> An
     if quotes:
         return csv.reader(lines, delimiter=delimiter, strict=strict)
     return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-
-
-def _first_lines(reader: Any, line: int) -> list[int]:
-    """Return the number of the line in which each row begins; `line` is that of the first."""
-    ends = [reader.line_num for _ in reader]
-    return [line + end for end in [0, *ends[:-1]]]
 
 
 def _sample(text: str, delimiter: str, quotes: bool, strict: bool = False) -> list[list[str]]:

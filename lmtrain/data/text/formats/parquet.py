@@ -50,30 +50,49 @@ class ParquetFormat(Format):
                     continue
                 for values in _batches(file, group, column):
                     first, skipped = min(skipped, len(values)), max(0, skipped - len(values))
-                    if not (texts := values[first:]):
+                    if not (count := len(values) - first):
                         continue
-                    for place, text in enumerate(texts) if "\0" in "".join(texts) else ():
-                        if "\0" in text:
-                            raise DataError(f"{path}:{row + place + 1}: a NUL character in column {column!r}")
-                    data = "\0".join(texts).encode()
-                    end, read_bytes = row + len(texts), size * (row + len(texts)) // total
+                    data = _join(values.slice(first))
+                    if data.count(0) > count - 1:
+                        place = next(at for at, text in enumerate(values.slice(first).to_pylist()) if "\0" in text)
+                        raise DataError(f"{path}:{row + place + 1}: a NUL character in column {column!r}")
+                    end, read_bytes = row + count, size * (row + count) // total
                     yield RawBlock(path, row + 1, row, data, end, end + 1, read_bytes=read_bytes, header=header)
                     row = end
 
     def parse(self, raw: RawBlock) -> Block:
-        texts = [text.strip("\n") for text in normalise(raw.data.decode()).split("\0")]
+        try:
+            text = normalise(raw.data.decode())
+        except UnicodeDecodeError as error:
+            row = raw.first_line + raw.data.count(0, 0, error.start)
+            fault = f"{raw.path}:{row}: not UTF-8 (byte 0x{raw.data[error.start]:02x})"
+            raise DataError(f"{fault} in column {json.loads(raw.header)[0]!r}") from None
+        texts = text.split("\0")
+        if "\n" in text:
+            texts = [text.strip("\n") for text in texts]
         return Block(raw.path, range(raw.first_line, raw.first_line + len(texts)), texts)
 
 
-def _batches(file: Any, group: int, column: str) -> Iterator[list[str]]:
-    """Read a column of a row group in batches of about a block; a null becomes an empty string."""
+def _batches(file: Any, group: int, column: str) -> Iterator[Any]:
+    """Read a column of a row group as arrays of strings of about a block; a null becomes an empty string."""
+    import pyarrow
+
     facts = file.metadata.row_group(group)
     sizes = {facts.column(place).path_in_schema: facts.column(place) for place in range(facts.num_columns)}
     per_row = max(1, sizes[column].total_uncompressed_size // max(1, facts.num_rows))
     rows = min(MOST_ROWS, max(1, BLOCK_BYTES // per_row))
     for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
-        values = batch.column(0).to_pylist()
-        yield [value or "" for value in values] if batch.column(0).null_count else values
+        values = batch.column(0).cast(pyarrow.string())
+        yield values.fill_null("") if values.null_count else values
+
+
+def _join(values: Any) -> bytes:
+    """Return the UTF-8 of strings with a NUL between them, without making Python's strings of them."""
+    import pyarrow
+    import pyarrow.compute
+
+    lists = pyarrow.ListArray.from_arrays(pyarrow.array([0, len(values)], pyarrow.int32()), values)
+    return bytes(pyarrow.compute.binary_join(lists, "\0")[0].as_buffer())
 
 
 @contextmanager
