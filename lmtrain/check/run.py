@@ -25,8 +25,8 @@ def inspect_run(run: RunDirectory) -> Iterator[str]:
     faults: list[str] = []
     whole: list[int] = []
     rows = 0
-    for step in checkpoint.steps(run.checkpoints):
-        home = checkpoint.directory_of(run.checkpoints, step)
+    homes = {step: checkpoint.directory_of(run.checkpoints, step) for step in checkpoint.steps(run.checkpoints)}
+    for step, home in homes.items():
         try:
             saved = open_checkpoint(run, config, tokenizer, step)
             saved.read_tensors({})
@@ -45,7 +45,7 @@ def inspect_run(run: RunDirectory) -> Iterator[str]:
         yield f"{home.name}: whole, {size:,} bytes, {where}"
         whole.append(step)
         rows = max(rows, saved.lengths.get(METRICS, 0))
-    for left in sorted(run.checkpoints.glob(".step-*")):
+    for left in sorted({*run.checkpoints.glob(".step-*")} - {*homes.values()}):
         yield f"{left.name}: left by a save or a removal that was interrupted; a resume removes it"
     faults += _metrics(run.path / METRICS, rows)
     best = run.read_pointer("best")

@@ -62,13 +62,28 @@ class Checkpoint(NamedTuple):
 
 
 def directory_of(checkpoints: Path, step: int) -> Path:
-    """Return the directory of the checkpoint of a step."""
+    """Return the directory of the checkpoint of a step.
+
+    If a process was killed before the new checkpoint of a step took the place of the old one, that is the old one's.
+    """
+    directory = _place_of(checkpoints, step)
+    replaced = _replaced(directory)
+    return replaced if replaced.exists() and not directory.exists() else directory
+
+
+def _place_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
+
+
+def _replaced(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}{REPLACED}")
 
 
 def steps(checkpoints: Path) -> list[int]:
     """List the steps that have a checkpoint directory, whole or damaged, newest first."""
-    numbers = [int(name) for path in checkpoints.glob("step-*") if re.fullmatch("[0-9]{8,18}", name := path.name[5:])]
+    paths = [*checkpoints.glob("step-*"), *checkpoints.glob(f".step-*{REPLACED}")]
+    names = [path.name.removeprefix(".").removesuffix(REPLACED).removeprefix("step-") for path in paths]
+    numbers = {int(name) for name in names if re.fullmatch("[0-9]{8,18}", name)}
     return sorted((step for step in numbers if directory_of(checkpoints, step).exists()), reverse=True)
 
 
@@ -78,7 +93,7 @@ def save(checkpoints: Path, checkpoint: Checkpoint) -> None:
     If the disk is full, or the file system has another fault, it raises StorageError and leaves nothing half written.
     """
     state = dump_json(checkpoint.state)
-    directory = directory_of(checkpoints, checkpoint.step)
+    directory = _place_of(checkpoints, checkpoint.step)
     temporary = directory.with_name(f".{directory.name}.new")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -93,7 +108,7 @@ def save(checkpoints: Path, checkpoint: Checkpoint) -> None:
         manifest = {"format": CHECKPOINT_FORMAT, "step": checkpoint.step, "files": files}
         write_synced(temporary / "manifest.json", sealed(manifest))
         sync_directory(temporary)
-        replaced = directory.with_name(f".{directory.name}{REPLACED}")
+        replaced = _replaced(directory)
         if directory.exists():  # the last step of a run is saved twice, and a damaged checkpoint is written again
             move(directory, replaced)
         move(temporary, directory)
@@ -114,7 +129,7 @@ def remove(checkpoints: Path, step: int) -> None:
 
     A process that is killed meanwhile leaves nothing that looks like a checkpoint.
     """
-    directory = directory_of(checkpoints, step)
+    directory = _place_of(checkpoints, step)
     renamed = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(renamed, ignore_errors=True)
     try:

@@ -54,7 +54,13 @@ def test_what_a_killed_save_left_is_named_and_is_no_fault(run, shell):
     (run / "checkpoints" / ".step-00000008.new").mkdir()
     done = shell("check", "run")
     assert done.returncode == 0
-    assert ".step-00000008.new: left by a save or a removal that was interrupted; a resume removes it" in done.stdout
+    left = "left by a save or a removal that was interrupted; a resume removes it"
+    assert f".step-00000008.new: {left}" in done.stdout
+    [newest, *_] = sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    newest.rename(newest.with_name(f".{newest.name}.replaced"))
+    said = shell("check", "run").stdout
+    assert f".{newest.name}.replaced: whole" in said
+    assert f".{newest.name}.replaced: {left}" not in said
 
 
 def test_a_directory_that_is_no_run(corpus, shell):

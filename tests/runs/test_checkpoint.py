@@ -89,6 +89,9 @@ def test_a_checkpoint_that_is_being_replaced_comes_back(small, tmp_path):
     train(small(), run, stop_at_step=6)
     home = checkpoint.directory_of(run / "checkpoints", 6)
     home.rename(home.with_name(f".{home.name}{checkpoint.REPLACED}"))
+    assert checkpoint.steps(run / "checkpoints")[0] == 6
+    assert lmtrain.load(run).step == 6  # reading alone puts nothing back
+    assert not home.exists()
     progress = Notes()
     assert digest(train(small(), run, resume=True, progress=progress).run) == wanted
     assert "resumed from step 6" in progress.notes
