@@ -7,6 +7,7 @@ lines in place of sequences, and no copies are counted.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from lmtrain.data.store.paging import release_pages
 from lmtrain.data.store.token_store import COMPARED, TokenStore
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.base import FIRST, Tokenizer
+from lmtrain.data.tokenizers.boundaries import BoundaryTokenizer
 from lmtrain.errors import escape
 
 COLUMNS = 100  # of a line of pieces
@@ -178,6 +180,9 @@ def _find(source: Source, wanted: Collection[int]) -> dict[int, _Found]:
 
 def _unknown_parts(tokenizer: Tokenizer, texts: Sequence[str]) -> Counter[str]:
     """Count the characters (kind char) or words of some texts that the vocabulary does not have."""
+    if isinstance(tokenizer, BoundaryTokenizer):
+        tokens = chain.from_iterable(map(tokenizer.split, tokenizer.lowered(texts)))
+        return Counter(token.removeprefix(" ") for token in tokens if token not in tokenizer.ids)
     counts = Counter("".join(texts)) if tokenizer.kind == "char" else Counter(" ".join(texts).split())
     parts = list(counts)
     flat, lengths = tokenizer.encode_texts(parts)

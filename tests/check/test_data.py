@@ -109,6 +109,12 @@ def test_unknown_words_or_characters_are_named(examine, kind, wanted):
     assert '"zebra" 2' in finding.lines[0] or kind == "char"
 
 
+def test_unknown_words_are_named_without_the_marks_beside_them(examine):
+    found = examine("a b, c\na b, c\n", "a zebra, Zebra.\n", "tokenizer.split=words", "tokenizer.lowercase=true")
+    (finding,) = found["unknown"]
+    assert [(each["token"], each["count"]) for each in finding.figures["most_frequent"]] == [("zebra", 2), (".", 1)]
+
+
 TABLES = {
     "csv": ("id,text,stars\n", '{n},"So ""good"", really",5\n', "csv"),
     "plain csv": ("id,text,stars\n", "{n},good film,5\n", "csv"),

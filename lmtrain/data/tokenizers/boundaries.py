@@ -90,6 +90,10 @@ class BoundaryTokenizer(Vocabulary):
     def state(self) -> dict[str, Any]:
         return {"split": "words", **super().state()}
 
+    def split(self, text: str) -> list[str]:
+        """Return the tokens of a text, also those that are not in the vocabulary."""
+        return [token for chunk in fold(text).split() for token in self._splitter.tokens_of(chunk)]
+
     def _ids_of(self, piece: str) -> list[int]:
         return [self.ids.get(token, 3) for token in self._splitter.tokens_of(piece[1:])] if piece else []
 
