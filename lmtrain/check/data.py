@@ -7,7 +7,6 @@ lines in place of sequences, and no copies are counted.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,6 @@ from lmtrain.data.store.paging import release_pages
 from lmtrain.data.store.token_store import COMPARED, TokenStore
 from lmtrain.data.text.source import Source
 from lmtrain.data.tokenizers.base import FIRST, Tokenizer
-from lmtrain.data.tokenizers.boundaries import BoundaryTokenizer
 from lmtrain.errors import escape
 
 COLUMNS = 100  # of a line of pieces
@@ -159,7 +157,7 @@ def _read(source: Source, tokenizer: Tokenizer, with_unknown: bool) -> _Read:
         hashes.append(np.fromiter(map(hash, texts), np.int64, len(texts)))
         markup.add(texts[:: max(1, len(texts) // LOOKED_AT)])
         if with_unknown and texts:
-            unknown += _unknown_parts(tokenizer, texts)
+            unknown += tokenizer.unknown_parts(texts)
             if len(unknown) > MOST_UNKNOWN:
                 unknown = Counter(dict(unknown.most_common(MOST_UNKNOWN // 2)))
     return _Read(np.concatenate(hashes), unknown, markup)
@@ -176,18 +174,6 @@ def _find(source: Source, wanted: Collection[int]) -> dict[int, _Found]:
             break
         number += len(texts)
     return found
-
-
-def _unknown_parts(tokenizer: Tokenizer, texts: Sequence[str]) -> Counter[str]:
-    """Count the characters (kind char) or words of some texts that the vocabulary does not have."""
-    if isinstance(tokenizer, BoundaryTokenizer):
-        tokens = chain.from_iterable(map(tokenizer.split, tokenizer.lowered(texts)))
-        return Counter(token.removeprefix(" ") for token in tokens if token not in tokenizer.ids)
-    counts = Counter("".join(texts)) if tokenizer.kind == "char" else Counter(" ".join(texts).split())
-    parts = list(counts)
-    flat, lengths = tokenizer.encode_texts(parts)
-    owners = np.repeat(np.arange(len(parts)), lengths)
-    return Counter({parts[owner]: counts[parts[owner]] for owner in set(owners[flat == tokenizer.unk_id].tolist())})
 
 
 def _unknown(name: str, store: TokenStore, unknown: Counter[str]) -> Finding:

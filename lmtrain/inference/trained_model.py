@@ -207,12 +207,7 @@ class TrainedModel:
         >>> model.unknown_tokens("a zebra b")
         ['zebra']
         """
-        unknown = self.tokenizer.unk_id
-        text = normalise(text).replace("\n", " " if self.tokenizer.separator else "")
-        if unknown is None or unknown not in self.tokenizer.encode(text):
-            return []
-        parts = text.split() if self.tokenizer.separator else list(text)
-        return [part for part in parts if unknown in self.tokenizer.encode(part)]
+        return list(self.tokenizer.unknown_parts(normalise(text).split("\n")))
 
     def evaluate(
         self,

@@ -10,8 +10,11 @@ Shapes: S texts, T tokens of all of them.
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 from lmtrain.data.arrays import Ints
 from lmtrain.data.text.normalise import normalise
@@ -63,6 +66,17 @@ class Tokenizer(ABC):
     def lowered(self, texts: Sequence[str]) -> Sequence[str]:
         """Return the texts in lower case if the tokenizer wants that."""
         return [normalise(text.lower()) for text in texts] if self.lowercase else texts
+
+    def unknown_parts(self, texts: Sequence[str]) -> Counter[str]:
+        """Count the words of some texts that hold an unknown token; characters, where tokens are not words."""
+        if self.unk_id is None:
+            return Counter()
+        counts = Counter(" ".join(texts).split() if self.separator else "".join(texts))
+        parts = list(counts)
+        flat, lengths = self.encode_texts(parts)
+        owners = np.repeat(np.arange(len(parts)), lengths)
+        unknown = set(owners[flat == self.unk_id].tolist())
+        return Counter({part: counts[part] for number, part in enumerate(parts) if number in unknown})
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ together, and what stands apart comes back with one space. The boundaries are th
 (https://unicode.org/reports/tr29/#Word_Boundaries), which keep contractions, decimal numbers and emoji sequences whole.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -90,9 +91,11 @@ class BoundaryTokenizer(Vocabulary):
     def state(self) -> dict[str, Any]:
         return {"split": "words", **super().state()}
 
-    def split(self, text: str) -> list[str]:
-        """Return the tokens of a text, also those that are not in the vocabulary."""
-        return [token for chunk in fold(text).split() for token in self._splitter.tokens_of(chunk)]
+    def unknown_parts(self, texts: Sequence[str]) -> Counter[str]:
+        """Count the words and marks of some texts that the vocabulary lacks; a space before one is left out."""
+        chunks = (chunk for text in self.lowered(texts) for chunk in fold(text).split())
+        tokens = (token for chunk in chunks for token in self._splitter.tokens_of(chunk))
+        return Counter(token.removeprefix(" ") for token in tokens if token not in self.ids and token != "\n")
 
     def _ids_of(self, piece: str) -> list[int]:
         return [self.ids.get(token, 3) for token in self._splitter.tokens_of(piece[1:])] if piece else []
