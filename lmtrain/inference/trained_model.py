@@ -290,7 +290,7 @@ class TrainedModel:
 
     def _source(self, paths: Sequence[str] | None) -> Source:
         if paths:
-            return Source.of(paths, **ways_to_read(self.config))
+            return Source.of(paths, **ways_to_read(self.config), may_be_one=True)
         try:
             source = source_of(self.config, "test") or source_of(self.config, "valid")
         except DataError as error:

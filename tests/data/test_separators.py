@@ -247,5 +247,6 @@ def test_one_of_several_files_may_lack_the_separator(tmp_path):
     assert list(Source.of([str(tmp_path)], separator="%%").texts()) == ["one\ntwo", "three", "four"]
     with pytest.raises(DataError, match=r"b\.txt: the separator '%%' never occurs"):
         list(Source.of([str(tmp_path / "b.txt")], separator="%%").texts())
+    assert list(Source.of([str(tmp_path / "b.txt")], separator="%%", may_be_one=True).texts()) == ["four"]
     (tmp_path / "p.txt").write_text("PARENTS: a\nustar\n")  # these begin like files of other kinds
     assert list(Source.of([str(tmp_path / "p.txt")]).texts()) == ["PARENTS: a", "ustar"]

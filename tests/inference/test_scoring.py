@@ -82,6 +82,15 @@ def test_lines_sum_up_to_what_evaluate_says_cut_lines_too(corpus, small):
         model.score(lines, "both", each=True)
 
 
+def test_a_file_of_one_text_needs_no_separator(corpus, small):
+    for name in ("train.txt", "valid.txt"):
+        path = corpus / name
+        path.write_text(path.read_text().replace("\n", "\n%%\n"))
+    model = load(train(small("training.max_steps=2", "data.separator=%%")).run)
+    (corpus / "one.txt").write_text("the cat\nsat\n")
+    assert model.evaluate(["one.txt"]).figures()["tokens"] == len(model.tokenizer.encode("the cat\nsat")) + 1
+
+
 def test_a_fault_has_its_place_and_comes_when_its_block_is_read():
     found = scoring.score(
         untrained_model(IDS), PromptCodec(IDS), [Block("f", [1], ["1"]), Block("f", [2, 3], ["2", "3 x"])]

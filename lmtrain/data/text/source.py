@@ -52,6 +52,7 @@ class Source:
     part: Part = "all"
     valid_fraction: float = 0.0
     stream: bool = False  # one long text: blank lines count, and each newline is an end token
+    may_be_one: bool = False  # whether the files may be one text, in which a separator of one's own never occurs
 
     @classmethod
     def of(cls, patterns: Sequence[str], **settings: object) -> Source:
@@ -80,8 +81,8 @@ class Source:
             file, offset, line: where to begin: `file`, `end` and `next_line` of an earlier block.
         """
         held, bytes_before = None, self.size(file)  # a block is held back until it is known whether it is the last one
-        # a separator of one's own that never occurs is a mistake
-        is_separated = self.separator in ("line", "paragraph", "file") or (file, offset) > (0, 0)
+        # else a separator of one's own that never occurs is a mistake
+        is_separated = self.may_be_one or self.separator in ("line", "paragraph", "file") or (file, offset) > (0, 0)
         separator = normalise(self.separator)
         try:
             for number, path in enumerate(self.files[file:], file):
