@@ -138,11 +138,12 @@ def _run_and_source(run: str | None, source: str | None) -> tuple[str | None, st
 
 
 def _lines(source: str | None, model: TrainedModel) -> Iterator[Block]:
-    """Read the lines of a file or of standard input, a block at a time."""
-    from lmtrain.data.text.formats.text import read_lines_of
+    """Read the texts of a file, or of standard input as plain text, a block at a time."""
+    from lmtrain.data.text.formats.text import read_plain_text
 
     if source is None or source == "-":
-        return read_lines_of(sys.stdin.buffer, "standard input")
+        data = model.config.data
+        return read_plain_text(sys.stdin.buffer, "standard input", data.separator, data.encoding)
     return model.read(source)
 
 

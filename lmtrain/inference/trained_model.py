@@ -113,7 +113,7 @@ class TrainedModel:
         """Score the texts one after the other, in memory that does not grow with their number.
 
         Args:
-            texts: lines, or blocks of lines as `read_lines_of` gives them.
+            texts: lines, or blocks of lines as `read_plain_text` gives them.
             direction: both gives the mean of the two directions' log-probabilities.
             each: give the log-probability of every token, too; only with one direction.
 

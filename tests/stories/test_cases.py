@@ -172,6 +172,13 @@ def test_case_21_poems(lmtrain):
     Path("prompts.jsonl").write_text(json.dumps({"text": "the sea is wide\nthe"}) + "\n")
     code, out, _ = lmtrain("generate", "runs/word1", "--prompts", "prompts.jsonl", "--json")
     assert json.loads(out)["text"] == "the sea is wide\nthe sky is too"
+    wanted = lmtrain("score", "runs/char1", "poems.txt")
+    again = subprocess.run(
+        [sys.executable, "-m", "lmtrain", "score", "runs/char1", "-"],
+        input=Path("poems.txt").read_bytes(),
+        capture_output=True,
+    )
+    assert (again.stdout.decode(), again.stdout.count(b"\n")) == (wanted[1], 80)
 
 
 def test_case_22_words_and_marks(lmtrain):

@@ -110,7 +110,8 @@ class PassagesFormat(PlainFormat):
         return Block(raw.path, lines, texts, raw.ended)
 
 
-def read_lines_of(handle: IO[bytes], name: str) -> Iterator[Block]:
-    """Read the lines of an open binary file, such as standard input; raises DataError with this name and the line."""
-    lines = LinesFormat(Keys("text"))
-    return map(lines.parse, lines.cut(name, read_chunks(name, handle, "utf-8")))
+def read_plain_text(handle: IO[bytes], name: str, separator: str = "line", encoding: str = "utf-8") -> Iterator[Block]:
+    """Read the texts of an open binary file, such as standard input; raises DataError with this name and the line."""
+    keys = Keys("text", separator=separator, encoding=encoding)
+    form = LinesFormat(keys) if separator == "line" else PassagesFormat(keys)
+    return map(form.parse, form.cut(name, read_chunks(name, handle, encoding)))
