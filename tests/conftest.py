@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ SHARED = ROOT.parent / "shared" / "data"
 # in the words of this system, as messages quote them
 NO_FILE, NO_SPACE, READ_ONLY = (os.strerror(code).lower() for code in (errno.ENOENT, errno.ENOSPC, errno.EROFS))
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores SIGINT, and tests send it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the command line does, before CUDA starts
 
 # a file system in memory, where there is one: thousands of small saves, each of them synced, would wait for the disk

@@ -7,7 +7,7 @@ from typing import Any
 
 from lmtrain.data.text.formats.base import Format
 from lmtrain.data.text.formats.fields import list_names
-from lmtrain.data.text.formats.jsonl import field_of, text_of
+from lmtrain.data.text.formats.jsonl import cleaned, field_of, text_of
 from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.reading import Block, RawBlock, decode, first_chunk
 from lmtrain.errors import DataError
@@ -99,7 +99,7 @@ class JsonArrayFormat(Format):
         if rest := text[place + 1 :].strip():
             line += text.count("\n", counted, place)
             raise DataError(f"{raw.path}:{line}: {rest[:SHOWN_CHARACTERS]!r} stands behind the end of the array")
-        return Block(raw.path, lines, texts)
+        return Block(raw.path, lines, cleaned(texts))
 
 
 def _skip(text: str, place: int) -> int:
