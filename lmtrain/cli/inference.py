@@ -139,7 +139,7 @@ def _run_and_source(run: str | None, source: str | None) -> tuple[str | None, st
 
 def _lines(source: str | None, model: TrainedModel) -> Iterator[Block]:
     """Read the texts of a file, or of standard input as plain text, a block at a time."""
-    from lmtrain.data.text.formats.text import read_plain_text
+    from lmtrain.data.text.formats.table import read_plain_text
 
     if source is None or source == "-":
         data = model.config.data

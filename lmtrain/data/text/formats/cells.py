@@ -1,4 +1,4 @@
-"""Cuts one column out of a delimited table, all rows at once and several times as fast as the csv module.
+"""Cuts one column out of a delimited table, all rows at once, in less than half of the csv module's time.
 
 It takes only tables of which it is certain that the csv module would cut them in the same way: all rows are equally
 wide, and each quote opens a cell, closes one, or is one of two within a quoted cell.

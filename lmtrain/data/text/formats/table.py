@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
+from typing import IO
 
 from lmtrain.data.text.formats.base import Format, Keys
 from lmtrain.data.text.formats.delimited import CsvFormat, TsvFormat
@@ -12,7 +14,7 @@ from lmtrain.data.text.formats.jsonl import JsonlFormat
 from lmtrain.data.text.formats.parquet import ParquetFormat
 from lmtrain.data.text.formats.text import LinesFormat, PassagesFormat
 from lmtrain.data.text.kinds import SUFFIXES
-from lmtrain.data.text.reading import first_chunk, open_text
+from lmtrain.data.text.reading import Block, first_chunk, open_text, read_chunks
 from lmtrain.data.text.unpacking import inner_suffix
 from lmtrain.errors import DataError
 
@@ -73,3 +75,9 @@ def format_of(path: str, keys: Keys) -> Format:
             )
         form = PassagesFormat
     return form(keys)
+
+
+def read_plain_text(handle: IO[bytes], name: str, separator: str = "line", encoding: str = "utf-8") -> Iterator[Block]:
+    """Read the texts of an open binary file, such as standard input; raises DataError with this name and the line."""
+    form = format_of(name, Keys("text", separator=separator, encoding=encoding))
+    return map(form.parse, form.cut(name, read_chunks(name, handle, encoding)))

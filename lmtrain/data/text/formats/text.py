@@ -1,12 +1,10 @@
 """Plain text: every line is a text, or what `data.separator` says."""
 
 import re
-from collections.abc import Iterator
-from typing import IO
 
 from lmtrain.data.text.formats.base import Format, Keys
 from lmtrain.data.text.normalise import normalise, spellings_of
-from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, Block, RawBlock, decode, read_chunks
+from lmtrain.data.text.reading import LONGEST_RECORD_BYTES, Block, RawBlock, decode
 
 _SINGLE_SPACE = re.compile(rb"(?<=\S) (?=\S)")
 # between two signs of ASCII, two ideographs or two syllables of Hangul, which no normalisation joins
@@ -108,10 +106,3 @@ class PassagesFormat(PlainFormat):
         elif not texts[-1]:  # a separator at the end of a file begins no text
             del lines[-1], texts[-1]
         return Block(raw.path, lines, texts, raw.ended)
-
-
-def read_plain_text(handle: IO[bytes], name: str, separator: str = "line", encoding: str = "utf-8") -> Iterator[Block]:
-    """Read the texts of an open binary file, such as standard input; raises DataError with this name and the line."""
-    keys = Keys("text", separator=separator, encoding=encoding)
-    form = LinesFormat(keys) if separator == "line" else PassagesFormat(keys)
-    return map(form.parse, form.cut(name, read_chunks(name, handle, encoding)))
