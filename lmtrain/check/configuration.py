@@ -25,7 +25,7 @@ from lmtrain.data.tokenizers.framing import encode_block
 from lmtrain.data.tokenizers.ids import IdsTokenizer
 from lmtrain.data.tokenizers.loading import parse_tokenizer
 from lmtrain.errors import ArtefactError, DataError, DivergedError, out_of_memory
-from lmtrain.model.ngrams.counts import COUNTING_BYTES
+from lmtrain.model.ngrams.counting import COUNTING_BYTES
 from lmtrain.runs.environment import device_of
 from lmtrain.runs.ngram_counts import check_countable
 from lmtrain.runs.weights import count_weights

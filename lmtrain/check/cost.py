@@ -10,7 +10,7 @@ from lmtrain.data.batches.loader import BatchLoader, TrainingBatches
 from lmtrain.data.store.token_store import TokenStore
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.ngrams.counts import COUNTING_BYTES
+from lmtrain.model.ngrams.counting import COUNTING_BYTES
 from lmtrain.runs.environment import device_of
 from lmtrain.runs.ngram_counts import count_text
 from lmtrain.runs.weights import build_model

@@ -20,7 +20,7 @@ from lmtrain.model.dropout import drop, drop_locked, drop_tokens
 from lmtrain.model.embedding import Lookups
 from lmtrain.model.ngrams.counts import CountedNgrams
 from lmtrain.model.ngrams.embedding import NgramEmbedding
-from lmtrain.model.ngrams.history import NgramInputs, context_of, history_at
+from lmtrain.model.ngrams.history import NgramInputs, context_of, ngram_inputs
 from lmtrain.model.objectives import (
     Direction,
     EncodedBatch,
@@ -30,6 +30,7 @@ from lmtrain.model.objectives import (
     Objective,
     lay_out,
     state_penalty,
+    weights_of_events,
 )
 from lmtrain.model.output import AdaptiveOutput, FullOutput, projection, sample_vocabulary
 from lmtrain.model.packing import PackedRows, pack_rows
@@ -48,7 +49,7 @@ class LanguageModel(nn.Module):
         bidirectional: add the backward stack, which shares the embedding and the output layer.
         dropout: fraction of the values that is zeroed after the embedding, between layers and before the output.
         ngram_embeddings, ngram_embedding_buckets, ngram_embedding_dropout: for each `NgramEmbedding`.
-        ngram_counts: order of the counted n-grams (see `CountedNgrams`); `load_counts` takes the counts.
+        ngram_counts, recent_tokens: order and R of `CountedNgrams`; `load_counts` takes the counts.
         tie_weights: the output layer uses the embedding's weight; states are projected to its size.
         output: `full`, or `adaptive` for a large vocabulary (then not tied).
         input_dropout, output_dropout: fraction of the features after the embedding and before the output layer that is
@@ -76,6 +77,7 @@ class LanguageModel(nn.Module):
         ngram_embeddings: Sequence[int] = (),
         ngram_embedding_buckets: int = 16384,
         ngram_counts: int | None = None,
+        recent_tokens: int | None = None,
         tie_weights: bool = True,
         output: Literal["full", "adaptive"] = "full",
         input_dropout: float = 0.0,
@@ -113,8 +115,8 @@ class LanguageModel(nn.Module):
                     ngram_embeddings, ngram_embedding_buckets, size, ngram_embedding_dropout
                 )
             if ngram_counts is not None:
-                self.ngram_counts[f"of_{name}"] = CountedNgrams(ngram_counts, vocab_size, size)
-        self.history_size = max(*ngram_embeddings, (ngram_counts or 2) - 1, 1) - 1
+                self.ngram_counts[f"of_{name}"] = CountedNgrams(ngram_counts, vocab_size, size, recent_tokens)
+        self.history_size = max(*ngram_embeddings, (ngram_counts or 2) - 1, recent_tokens or 1) - 1
         self.reset_parameters()
         if tie_weights:
             assert isinstance(self.output, FullOutput), "adaptive output layers have weights of their own"
@@ -132,12 +134,24 @@ class LanguageModel(nn.Module):
         if isinstance(self.output, FullOutput):
             nn.init.zeros_(self.output.bias)
 
-    def load_counts(self, counts: Mapping[str, Tensor]) -> None:
-        """Take the counts of each direction, named `of_DIRECTION.NAME` with the names that `count_ngrams` gives."""
+    def load_counts(
+        self, counts: Mapping[str, Tensor], columns: Mapping[str, Tensor] | None = None, first_column: int = 0
+    ) -> None:
+        """Take the counts of each direction, named `of_DIRECTION.NAME` with the names that `count_ngrams` gives.
+
+        Args:
+            columns: for training on a stream, likewise named: what each of its columns alone has counted.
+            first_column: of those that this process reads.
+        """
         for direction in self.objectives[: len(self.ngram_counts)]:
             prefix = f"of_{direction}."
-            of_direction = {key.removeprefix(prefix): part for key, part in counts.items() if key.startswith(prefix)}
-            self._counted(direction).load_counts(of_direction)
+            of_all, of_columns = (
+                {key.removeprefix(prefix): part for key, part in (every or {}).items() if key.startswith(prefix)}
+                for every in (counts, columns)
+            )
+            self._counted(direction).load_counts(of_all)
+            if of_columns:
+                self._counted(direction).load_columns(of_columns, first_column)
 
     def stack(self, direction: Direction) -> RecurrentStack:
         """Return the layers that read in a direction."""
@@ -199,25 +213,14 @@ class LanguageModel(nn.Module):
         row: Tensor,
         state: ModelState | None,
     ) -> NgramInputs:
-        """Return what n-grams add to the inputs of N events; an empty `NgramInputs` for a model without n-grams.
-
-        Args:
-            tokens, lengths: (L, B) in the order in which the direction reads them, and (B,) the number it reads.
-            time, row: (N,) step and row of the last token read before each event.
-        """
+        """Return what n-grams add to the inputs of N events, as `ngram_inputs` says; nothing for a model without."""
         if not self.history_size or tokens is None or time is None:
             return NgramInputs()
-        context = context_of(tokens, self.history_size, None if state is None else state.history)  # (K + L, B)
-        vectors = history = None
-        if self.ngram_embeddings:
-            embedding = self.ngram_embeddings[f"of_{direction}"]
-            assert isinstance(embedding, NgramEmbedding)
-            vectors = embedding(context[self.history_size - embedding.history_size :], time, row)
-        if self.ngram_counts:
-            history = history_at(context, self._counted(direction).history_size, time + self.history_size, row)
-        ends = lengths + self.history_size - 1
-        rows = torch.arange(len(lengths), device=context.device)
-        return NgramInputs(vectors, history, history_at(context, self.history_size, ends, rows))
+        embedding = self.ngram_embeddings[f"of_{direction}"] if self.ngram_embeddings else None
+        assert embedding is None or isinstance(embedding, NgramEmbedding)
+        counted_size = self._counted(direction).history_size if self.ngram_counts else None
+        context = context_of(tokens, self.history_size, None if state is None else state.history)
+        return ngram_inputs(context, self.history_size, lengths, time, row, embedding, counted_size)
 
     def _project(self, objective: Objective, states: Tensor, ngram_vectors: Tensor | None) -> Tensor:
         """Project states (N, D*H), or (N, H) of one direction, to the input (N, P) of the output layer."""
@@ -241,13 +244,16 @@ class LanguageModel(nn.Module):
         network = self.output.log_probabilities(states)
         return network if history is None else self._counted(objective).log_probabilities(states, history, network)
 
-    def _mix_counts(self, objective: Objective, events: Events, nats: Tensor) -> Tensor:
-        """Nats (N,) of the mixture with counted n-grams, whose gradient only the gate gets; else `nats` itself."""
+    def _mix_counts(self, objective: Objective, events: Events, nats: Tensor, layout: Layout | None = None) -> Tensor:
+        """Nats (N,) of the mixture with counted n-grams, whose gradient only the gate gets; else `nats` itself. Given
+        the layout of a batch to train on, the counts exclude what they learnt from it."""
         if events.history is None:
             return nats
-        counted, states = self._counted(objective), events.states.detach()
-        log_weights, log_estimates = counted.mix(states, events.history, events.targets, exclude_event=self.training)
-        return -torch.logsumexp(torch.cat([-nats.unsqueeze(1), log_estimates], 1) + log_weights, 1)
+        counted, excluded = self._counted(objective), None
+        if layout is not None:
+            excluded = layout.rows.row if layout.order is None else layout.order[layout.rows.row]
+        mixture = counted.mix(events.states.detach(), events.history, events.targets, excluded)
+        return -torch.logsumexp(torch.cat([-nats.unsqueeze(1), mixture.log_estimates], 1) + mixture.log_weights, 1)
 
     def lay_out(
         self, tokens: Tensor, lengths: Tensor, order: Tensor | None = None, padded_steps: int | None = None
@@ -336,8 +342,8 @@ class LanguageModel(nn.Module):
         """Compute the nats of each objective and their weighted sum; padding is never scored.
 
         With counted n-grams the nats are those of the mixture. The weighted sum then also holds the network's own nats,
-        from which alone the network learns. Given a layout, this only queues work for the
-        device: it neither copies to the device nor waits for it, unless the output layer samples tokens.
+        from which alone the network learns. Given a layout, this only queues work for the device: it neither copies to
+        it nor waits for it, unless the output layer samples tokens.
 
         Args:
             tokens, lengths, state, layout: as in `read`.
@@ -348,14 +354,7 @@ class LanguageModel(nn.Module):
         events, end, penalties = self.read(tokens, lengths, state, layout, lookups)
         states = torch.cat([part.states for part in events.values()])
         factors = {name: 1.0 if weights is None else weights[name] for name in events}
-        event_weights = torch.cat(
-            [
-                factor.expand(size) if isinstance(factor, Tensor) else torch.full((size,), factor, device=states.device)
-                for factor, size in zip(factors.values(), layout.sizes, strict=True)
-            ]
-        )
-        if layout.real is not None:
-            event_weights = event_weights * layout.real
+        event_weights = weights_of_events(factors, layout)
         if isinstance(self.output, FullOutput):
             tied = lookups.tied() if self.output.weight is self.embedding.weight else None
             smoothing = self.label_smoothing if self.training else 0.0
@@ -373,7 +372,7 @@ class LanguageModel(nn.Module):
             total = total + factors[direction] * penalty
         nats: dict[Objective, Tensor] = {}
         for (objective, part), own_nats in zip(events.items(), network_nats.split(layout.sizes), strict=True):
-            mixed = self._mix_counts(objective, part, own_nats)
+            mixed = self._mix_counts(objective, part, own_nats, layout if self.training else None)
             if mixed is not own_nats:
                 total = total + factors[objective] * mixed.sum()
             nats[objective] = mixed.detach().sum()

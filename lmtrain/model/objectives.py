@@ -6,6 +6,7 @@ packed rows or events, P output size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -195,6 +196,20 @@ def lay_out(
 def count_events(rows: int, tokens: int) -> dict[Objective, int]:
     """Return how many tokens each objective predicts in `rows` rows of `tokens` tokens with `<bos>` and `<eos>`."""
     return {"forward": tokens - rows, "backward": tokens - rows, "fill": tokens - 2 * rows}
+
+
+def weights_of_events(weights: Mapping[Objective, float | Tensor], layout: Layout) -> Tensor:
+    """Return each event's weight in the loss, as `layout.targets`: its objective's, or 0 in the padding of a row.
+
+    Args:
+        weights: of each objective of the layout, a number or a tensor () on its device.
+    """
+    device = layout.targets.device
+    parts = [
+        weight.expand(size) if isinstance(weight, Tensor) else torch.full((size,), weight, device=device)
+        for weight, size in zip(weights.values(), layout.sizes, strict=True)
+    ]
+    return torch.cat(parts) if layout.real is None else torch.cat(parts) * layout.real
 
 
 def state_penalty(states: Tensor, dropped: Tensor, rows: PackedRows, activation: float, temporal: float) -> Tensor:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lmtrain.config import Config
+from lmtrain.data.batches.streams import Stream
 from lmtrain.data.store.token_store import TokenStore
 from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.errors import ArtefactError, ConfigError
-from lmtrain.model.ngrams.counts import LARGEST_TOKENS, PARTS, count_ngrams
+from lmtrain.model.ngrams.counting import LARGEST_TOKENS, PARTS, count_ngrams
 from lmtrain.runs.tensor_file import parse_tensors, read_header
 from lmtrain.system.console import Notify
 from lmtrain.system.files import LARGEST_JSON_BYTES, hash_of, open_regular, read_bytes, write_atomically
@@ -69,7 +70,7 @@ def read_or_count(
 
 
 def count_text(
-    config: Config, store: TokenStore, tokenizer: Tokenizer, most_tokens: int | None = None
+    config: Config, store: TokenStore, tokenizer: Tokenizer, most_tokens: int | None = None, columns: int | None = None
 ) -> dict[str, Tensor]:
     """Count the n-grams of the training text, in each direction in which the model reads it.
 
@@ -79,10 +80,11 @@ def count_text(
 
     Args:
         most_tokens: count only the first sequences, of about this many tokens; None: all.
+        columns: of a stream, in which it is trained: return what each one alone has counted, see `count_ngrams`.
 
     Returns:
-        What `LanguageModel.load_counts` takes: for example `of_forward.2.contexts` (C,) int64, `of_forward.2.pairs`
-        (J,) int64 and `of_forward.2.counts` (J,) int32.
+        What `LanguageModel.load_counts` takes, as its first or, with `columns`, its second argument: for example
+        `of_forward.2.contexts` (C,) int64, `of_forward.2.pairs` (J,) int64 and `of_forward.2.counts` (J,) int32.
     """
     order = config.model.ngram_counts
     assert order is not None
@@ -91,7 +93,11 @@ def count_text(
     for direction in directions:
         backward = direction == "backward"
         tokens, positions = _in_reading_order(store, tokenizer.eos_id, backward, most_tokens)
-        for name, part in count_ngrams(tokens, positions, order, tokenizer.vocab_size).items():
+        column = None
+        if columns is not None:  # the end token before the text is no event, so its column does not matter
+            lengths = Stream(store.tokens, tokenizer.eos_id, columns).column_lengths
+            column = torch.from_numpy(np.concatenate([[0], np.repeat(np.arange(columns), lengths)]))
+        for name, part in count_ngrams(tokens, positions, order, tokenizer.vocab_size, column).items():
             counts[f"of_{direction}.{name}"] = part
     return counts
 

@@ -94,6 +94,7 @@ class Gradients:
         """
         if self._graphs is not None and layout is not None:
             return self._graphs.add(layout, weights, state, precision)
+        layout = self.model.lay_out(batch.tokens, batch.lengths, batch.order) if layout is None else layout
         run = self._loss if self._parallel is None else self._parallel
         alone = nullcontext() if self._parallel is None or last else self._parallel.no_sync()
         with self.processes.communicating(), alone:

@@ -19,7 +19,7 @@ from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
-from lmtrain.runs.ngram_counts import read_or_count
+from lmtrain.runs.ngram_counts import count_text, read_or_count
 from lmtrain.runs.weights import build_model
 from lmtrain.system.device import choose_precision, seed_generators, seed_of
 from lmtrain.system.processes import SingleProcess
@@ -31,6 +31,8 @@ from lmtrain.training.state import TrainingState
 from lmtrain.training.step import StepFigures, TrainingStep
 from lmtrain.training.tracking import NullTracker, Tracker
 from lmtrain.training.validation import Validation, stalled
+
+LEAST_COLUMNS = 8  # of a stream: of fewer, the counts of all but one are not enough to learn from
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,14 @@ class Trainer:
         self.step = TrainingStep(config, self.model, batches.columns, processes)
         self.validation = Validation(config, corpora, self.model, self.step.loss_weights, processes)
         self.checkpointer = Checkpointer(run, self.step, corpora, config, processes)
-        self._restore_or_begin()
+        self._restore_or_begin(batches.columns)
         self.step.precision = self.state.precision
         self._open_loader(batches)
         self.window_start_s = time.monotonic()
         self.figures: dict[str, float] = {}
         self._note_start(batches)
 
-    def _restore_or_begin(self) -> None:
+    def _restore_or_begin(self, columns: int | None) -> None:
         """Restore the last good checkpoint, or note the environment in which a new run begins."""
         restored, rank = self.checkpointer.restore(self.progress.note), self.processes.rank
         lengths = {} if restored is None else restored.lengths
@@ -101,23 +103,27 @@ class Trainer:
         self.tracker = NullTracker() if rank else Tracker(self.run.path, lengths, self.progress.note)
         self.opened.callback(self.tracker.close)
         if self.config.model.ngram_counts is not None:
-            self._load_counts(None if restored is None else restored.counts)
+            self._load_counts(None if restored is None else restored.counts, columns)
 
-    def _load_counts(self, digest: object) -> None:
+    def _load_counts(self, digest: object, columns: int | None) -> None:
         """Give the model its counted n-grams. Rank 0 reads or counts them, and sends them to the other processes, which
         may be on machines that can't see the run directory."""
+        config, tokenizer, text = self.config, self.corpora.tokenizer, self.corpora.train
+        by_column = columns is not None and columns >= LEAST_COLUMNS
 
-        def on_rank_0() -> tuple[dict[str, torch.Tensor], str] | None:
-            tokenizer, text = self.corpora.tokenizer, self.corpora.train
+        def on_rank_0() -> tuple[dict[str, torch.Tensor], str, dict[str, torch.Tensor]] | None:
             if self.processes.rank:
                 return None
-            return read_or_count(self.run.path, digest, self.config, text, tokenizer, self.progress.note)
+            counts, digest_of_file = read_or_count(self.run.path, digest, config, text, tokenizer, self.progress.note)
+            return counts, digest_of_file, count_text(config, text, tokenizer, columns=columns) if by_column else {}
 
-        counts, self.checkpointer.counts_digest = self.processes.run_in_all(on_rank_0, rank_0_first=True) or (
-            {},
-            None,
+        counted = self.processes.run_in_all(on_rank_0, rank_0_first=True) or ({}, None, {})
+        counts, self.checkpointer.counts_digest, of_columns = counted
+        self.model.load_counts(
+            dict(self.processes.broadcast_tensors(counts)),
+            dict(self.processes.broadcast_tensors(of_columns)) if by_column else None,
+            self.processes.rank * (columns or 0) // self.processes.world_size,
         )
-        self.model.load_counts(dict(self.processes.broadcast_tensors(counts)))
 
     def _open_loader(self, batches: TrainingBatches) -> None:
         """Begin to load batches from the state's position on, and make several processes ready to train."""

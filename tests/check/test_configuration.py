@@ -22,7 +22,7 @@ from lmtrain.data.preparation import prepare
 from lmtrain.data.store.token_store import ARRAYS
 from lmtrain.data.text import excerpts
 from lmtrain.errors import ConfigError, DataError
-from lmtrain.model.ngrams.counts import COUNTING_BYTES
+from lmtrain.model.ngrams.counting import COUNTING_BYTES
 from lmtrain.runs import ngram_counts
 from lmtrain.training.start import train
 from lmtrain.training.step import TrainingStep

@@ -1,6 +1,5 @@
-"""Counted n-grams give the probabilities of counting by hand, exclude the event itself in training, and stay whole."""
+"""Counted n-grams: the probabilities of counting by hand, and what training excludes from the counts."""
 
-import math
 import random
 from collections import Counter, defaultdict
 from itertools import pairwise
@@ -11,7 +10,9 @@ import torch
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.errors import ConfigError
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.ngrams.counts import CountedNgrams, count_ngrams
+from lmtrain.model.ngrams.counting import count_ngrams
+from lmtrain.model.ngrams.counts import CountedNgrams
+from lmtrain.model.ngrams.recent import RecentTokens
 
 BOS, EOS, V = 1, 2, 9
 
@@ -32,88 +33,130 @@ def counts_of(rows, order=4, backward=False):
     return count_ngrams(tokens, place, order, V)
 
 
-def mixture(rows, order=4):
+def counted_of(rows, order=4, recent_tokens=None):
     torch.manual_seed(1)
-    ngrams = CountedNgrams(order, V, 5)
-    torch.nn.init.normal_(ngrams.shares.weight)
+    ngrams = CountedNgrams(order, V, 5, recent_tokens)
+    torch.nn.init.normal_(ngrams.weights.weight)
     ngrams.load_counts(counts_of(rows, order))
     return ngrams
 
 
 def events(rows, order):
-    """(histories, targets) of every event, the last tokens last, ids + 1, 0 where there was nothing."""
-    found = [
-        (([0] * order + [token + 1 for token in row[:at]])[-(order - 1) :], row[at])
+    """(history, target) of every event, the last tokens last, ids + 1, 0 where there was nothing."""
+    return [
+        (tuple(([0] * order + [token + 1 for token in row[:at]])[-(order - 1) :]), row[at])
         for row in rows
         for at in range(1, len(row))
     ]
+
+
+def as_tensors(found):
     return torch.tensor([history for history, _ in found]), torch.tensor([target for _, target in found])
 
 
-def by_hand(rows, history, target, order, discounts):
-    """The estimates of each order from 2 up, by counting in a dictionary."""
-    p, found = 1 / V, []
-    for n in range(1, order + 1):
-        seen: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
-        for row in rows:
-            padded = [0] * order + [token + 1 for token in row]
-            for at in range(1, len(row)):
-                seen[tuple(padded[order + at - n + 1 : order + at])][row[at]] += 1
-        here = seen.get(tuple(history[len(history) - n + 1 :]) if n > 1 else (), Counter())
-        total = sum(here.values())
-        if total:
-            d = discounts[n - 1]
-            p = max(here[target] - d, 0) / total + d * len(here) / total * p
-        found.append(p)
-    return found[1:]
+def tables_by_hand(found, order):
+    """Of each order, how often each token was counted after each context."""
+    tables = []
+    for n in range(order, 0, -1):
+        table: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        for history, target in found:
+            table[history[len(history) - n + 1 :]][target] += 1
+        tables.insert(0, table)
+        # the shorter n-grams are counted once for each different longer one
+        found = [(history, target) for history, targets in table.items() for target in targets]
+    return tables
 
 
-def test_estimates_are_those_of_counting_by_hand():
+def discounts_by_hand(table):
+    n = Counter(count for targets in table.values() for count in targets.values())
+    share = n[1] / max(1, n[1] + 2 * n[2])
+    return [0] + [min(0.95 * k, max(0.05, k - (k + 1) * share * n[k + 1] / max(1, n[k]))) for k in (1, 2, 3)]
+
+
+class Hand:
+    """Estimates by counting in dictionaries, with the discounts and the order 1 of all events."""
+
+    def __init__(self, rows, order):
+        self.found, self.order = events(rows, order), order
+        tables = tables_by_hand(self.found, order)
+        self.discounts = [discounts_by_hand(table) for table in tables]
+        total, d = sum(tables[0][()].values()), self.discounts[0]
+        left = sum(d[min(3, count)] for count in tables[0][()].values())
+        self.unigram = [
+            (count - d[min(3, count)] + left / V) / total for count in (tables[0][()][token] for token in range(V))
+        ]
+
+    def estimates(self, event, found=None):
+        """The estimate of each order from 2 up, from the events `found`; None: from all."""
+        history, target = event
+        p, every = self.unigram[target], []
+        for n, table in list(enumerate(tables_by_hand(self.found if found is None else found, self.order), 1))[1:]:
+            here = table[history[self.order - n :]]
+            if total := sum(here.values()):
+                d = {token: self.discounts[n - 1][min(3, count)] for token, count in here.items()}
+                p = (here[target] - d.get(target, 0)) / total + sum(d.values()) / total * p
+            every.append(p)
+        return pytest.approx(every, rel=1e-4)
+
+
+def estimates(ngrams, found, columns=None):
+    histories, targets = as_tensors(found)
+    return ngrams.mix(torch.zeros(len(targets), 5), histories, targets, columns).log_estimates.exp().tolist()
+
+
+def test_the_estimates_are_those_of_counting_by_hand():
     rows, order = text(), 4
-    ngrams = mixture(rows, order)
-    discounts = [each.discount for each in ngrams.orders]
-    histories, targets = events(text(seed=2), order)
-    found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets).log_estimates.exp()
-    for at in range(0, len(targets), 5):
-        wanted = by_hand(rows, histories[at].tolist(), int(targets[at]), order, discounts)
-        assert found[at].tolist() == pytest.approx(wanted, rel=1e-5)
+    hand, asked = Hand(rows, order), events(text(seed=2), order)
+    for own, event in zip(estimates(counted_of(rows, order), asked), asked, strict=True):
+        assert own == hand.estimates(event)
 
 
 def test_in_training_an_event_is_left_out_of_the_counts_that_predict_it():
-    rows, order = text(rows=8), 3
-    ngrams = mixture(rows, order)
-    discounts = [each.discount for each in ngrams.orders]
-    for number, row in enumerate(rows):
-        histories, targets = events([row], order)
-        found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets, exclude_event=True).log_estimates.exp()
-        for at in range(len(targets)):
-            # the row without what comes at this event: its other events are put back one by one
-            others = rows[:number] + rows[number + 1 :]
-            wanted = by_hand_without(others, row, at + 1, order, discounts)
-            assert found[at].tolist() == pytest.approx(wanted, rel=1e-5)
+    rows, order = text(rows=12), 4
+    hand = Hand(rows, order)
+    found = estimates(counted_of(rows, order), hand.found, torch.zeros(len(hand.found), dtype=torch.int64))
+    for at, event in enumerate(hand.found):
+        assert found[at] == hand.estimates(event, hand.found[:at] + hand.found[at + 1 :])
 
 
-def by_hand_without(others, row, place, order, discounts):
-    p, found = 1 / V, []
-    for n in range(1, order + 1):
-        seen: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
-        for each in [*others, row]:
-            padded = [0] * order + [token + 1 for token in each]
-            for at in range(1, len(each)):
-                if each is not row or at != place:
-                    seen[tuple(padded[order + at - n + 1 : order + at])][each[at]] += 1
-        padded = [0] * order + [token + 1 for token in row]
-        here = seen[tuple(padded[order + place - n + 1 : order + place])]
-        if total := sum(here.values()):
-            d = discounts[n - 1]
-            p = max(here[row[place]] - d, 0) / total + d * len(here) / total * p
-        found.append(p)
-    return found[1:]
+@pytest.mark.parametrize("first_column", [0, 2])
+def test_in_training_on_a_stream_its_whole_column_is_left_out(first_column):
+    drawn = random.Random(3)
+    row, order, columns = [EOS, *drawn.choices(range(3, V), weights=(9, 5, 3, 2, 1, 1), k=90)], 4, 5
+    column = torch.tensor([0, *(at * columns // 90 for at in range(90))])
+    ngrams = counted_of([row], order)
+    ngrams.load_columns(count_ngrams(torch.tensor(row), torch.arange(91), order, V, column), first_column)
+    hand = Hand([row], order)
+    found = estimates(ngrams, hand.found, column[1:] - first_column)
+    for at, event in enumerate(hand.found):
+        others = [each for other, each in zip(column[1:], hand.found, strict=True) if other != column[at + 1]]
+        assert found[at] == hand.estimates(event, others)
+    assert estimates(ngrams, hand.found)[7] == hand.estimates(hand.found[7])  # else nothing is left out
 
 
-def test_the_mixture_sums_to_one_and_is_the_same_for_one_token_as_for_all():
-    ngrams = mixture(text())
-    histories, targets = events(text(seed=3), 4)
+def test_recent_tokens_are_weighed_by_age_and_by_match():
+    torch.manual_seed(2)
+    recent = RecentTokens(9, V)
+    torch.nn.init.normal_(recent.of_age)
+    torch.nn.init.normal_(recent.of_match)
+    tokens = torch.tensor([5, 3, 4, 5, 3, 4, 8, 3, 4])  # "3 4" stands before 5 and 8, and "5 3 4" before 8
+    history = torch.cat([tokens.new_zeros(2, 4), (tokens + 1).expand(2, -1)], 1)
+    history[1, :9] = 0  # the second event has read only four tokens
+    weights, features = recent(history)
+    every = recent.estimates(weights, history)
+    torch.testing.assert_close(every.sum(1), torch.ones(2))
+    for wanted in range(V):
+        torch.testing.assert_close(recent.estimate(weights, history, torch.full((2,), wanted)), every[:, wanted])
+    assert features[0].expm1().round().tolist() == [9, 2, 2, 0, 0, 0]
+    matches, ages = [0, 0, 0, 2, 0, 0, 2, 0, 0], [3, 3, 2, 2, 2, 2, 1, 1, 0]
+    each = recent.of_match.detach()[matches] + recent.of_age.detach()[ages]
+    torch.testing.assert_close(weights[0], torch.cat([torch.zeros(1), each]).softmax(0))
+
+
+@pytest.mark.parametrize("recent_tokens", [None, 8])
+def test_the_mixture_sums_to_one_and_is_the_same_for_one_token_as_for_all(recent_tokens):
+    ngrams = counted_of(text(), recent_tokens=recent_tokens)
+    histories, targets = as_tensors(events(text(seed=3), ngrams.history_size + 1))
     states = torch.randn(len(targets), 5)
     network = torch.randn(len(targets), V).log_softmax(1)
     every = ngrams.log_probabilities(states, histories, network)
@@ -131,16 +174,16 @@ def model_of(rows, bidirectional=True, **more):
         V, embedding_size=5, hidden_size=6, ngram_counts=4, bidirectional=bidirectional, dropout=0.0, **more
     )
     for counts in model.ngram_counts.values():
-        torch.nn.init.normal_(counts.shares.weight)
+        torch.nn.init.normal_(counts.weights.weight)
     both = {"of_forward": counts_of(rows), "of_backward": counts_of(rows, backward=True)}
     model.load_counts({f"{name}.{part}": own for name in both for part, own in both[name].items()})
     return model
 
 
-@pytest.mark.parametrize("ngrams", [(), (2, 5)])
-def test_step_by_step_equals_whole_rows(ngrams):
+@pytest.mark.parametrize(("ngrams", "recent_tokens"), [((), None), ((2, 5), None), ((), 8), ((2,), 9)])
+def test_step_by_step_equals_whole_rows(ngrams, recent_tokens):
     rows = text()
-    model = model_of(rows, ngram_embeddings=ngrams).eval()
+    model = model_of(rows, ngram_embeddings=ngrams, recent_tokens=recent_tokens).eval()
     for row in text(seed=4, rows=6):
         batch = make_batch([row], 0)
         with torch.no_grad():
@@ -173,14 +216,12 @@ def test_the_network_learns_as_if_nothing_were_counted_and_the_gate_learns_too()
         model.train().loss(batch.tokens, batch.lengths).total.backward()
     for name, weight in without.named_parameters():
         torch.testing.assert_close(own[name].grad, weight.grad)
-    assert all(weight.grad.abs().sum() > 0 for name, weight in own.items() if name.startswith("counted."))
+    assert all(weight.grad.abs().sum() > 0 for name, weight in own.items() if name.startswith("ngram_counts."))
 
 
 def test_nothing_counted_is_an_even_guess():
-    ngrams = CountedNgrams(3, V, 5)
-    histories, targets = events(text(rows=3), 3)
-    found = ngrams.mix(torch.zeros(len(targets), 5), histories, targets)
-    torch.testing.assert_close(found.log_estimates, torch.full((len(targets), 2), -math.log(V)))
+    found = estimates(CountedNgrams(3, V, 5), events(text(rows=3), 3))
+    assert found == [pytest.approx([1 / V, 1 / V])] * len(found)
 
 
 def test_lines_that_follow_on_are_not_counted(small):

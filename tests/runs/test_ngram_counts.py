@@ -11,7 +11,7 @@ import lmtrain
 from lmtrain.data.batches.rows import Rows
 from lmtrain.data.preparation import prepare
 from lmtrain.errors import ArtefactError, ConfigError, DataError
-from lmtrain.model.ngrams.counts import PARTS, context_keys, count_ngrams
+from lmtrain.model.ngrams.counting import context_keys, count_ngrams
 from lmtrain.runs import checkpoint, ngram_counts
 from lmtrain.runs.tensor_file import parse_tensors
 from lmtrain.training.start import train
@@ -198,7 +198,12 @@ def test_the_counts_of_a_text_of_one_word_are_read_back(small, tmp_path):
         tokens = torch.tensor([token for row in rows for token in row])
         position = torch.tensor([position for row in rows for position in range(len(row))])
         counts = count_ngrams(tokens, position, 4, model.tokenizer.vocab_size)
-        for number, order in enumerate(model.model.ngram_counts["of_forward"].orders, 1):
-            for part in PARTS:
-                assert getattr(order, part).equal(counts[f"{number}.{part}"])
+        table, before = model.model.ngram_counts["of_forward"].table, 0
+        for number, part in enumerate(table.slices, 2):
+            assert table.contexts[part].equal(counts[f"{number}.contexts"])
+            end = before + len(counts[f"{number}.pairs"])
+            assert (table.pairs[before:end] - part.start * model.tokenizer.vocab_size).equal(counts[f"{number}.pairs"])
+            assert table.counts[before:end].equal(counts[f"{number}.counts"])
+            before = end
         assert number == 4
+        assert before == len(table.pairs)

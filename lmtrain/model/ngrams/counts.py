@@ -1,108 +1,84 @@
-"""N-grams counted in the training text, and their mixture with the network's probabilities.
+"""A Kneser-Ney model of the n-grams counted in the training text, and its mixture with the network's probabilities.
 
-Shapes: C contexts of one order, J pairs (a context and a token that follows it) of one order, K tokens of n-gram
-history, N events, O orders, P output size, T tokens of a text, V vocabulary.
+Shapes: C contexts, J pairs (a context and a token that follows it), K context tokens of the longest n-grams, N events,
+P output size, R recent tokens, V vocabulary. All contexts of the orders 2 .. K + 1 lie in one table.
 
 Counting learns in one pass over a small text what a network learns in minutes. For each order n, the estimate is
 
-    p_n(token | context) = max(count - d, 0) / total + (d * types / total) * p_(n-1)(token | shorter context)
+    p_n(token | context) = (count - d(count)) / total + (sum of d / total) * p_(n-1)(token | shorter context)
 
-with the context's own counts and one discount d for each order (absolute discounting, interpolated: Ney, Essen and
-Kneser 1994, https://doi.org/10.1006/csla.1994.1001); p_0 is 1 / V. A small network, the gate, weighs the estimates and
+with one discount d for counts of one, one for two and one for more (Chen and Goodman 1999,
+https://doi.org/10.1006/csla.1999.0128; `count_ngrams` says what shorter n-grams count); p_0 is 1 / V. A further
+estimate, `RecentTokens`, is that of the last tokens read. A small network, the gate, weighs the estimates and
 the language model's probability by how often a context was seen and by the model's state. Each of them sums to one over
 the vocabulary, and so does the mixture.
 
-In training, the counts that predict an event exclude that one event, and no other. Otherwise the gate would trust
-contexts that were seen once, which make every event of the training text certain.
+In training, the counts that predict an event exclude what they learnt from it: in a stream the whole column of the
+event, elsewhere this one event. Otherwise the gate would trust contexts that were seen once, which make every event of
+the training text certain. A text also repeats itself from page to page, so in a stream the gate would trust counts more
+than a new text deserves if only the one event were excluded. Order 1 excludes nothing: the vocabulary is of this text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-LARGEST_TOKENS = 1 << 24  # tokens of the longest text
-COUNTING_BYTES = 200  # memory that counting takes for each token, about; most of it is free afterwards
-PARTS = ("contexts", "pairs", "counts")  # the tensors of one order, which `count_ngrams` returns
+from lmtrain.model.ngrams.counting import PARTS, column_keys, context_keys
+from lmtrain.model.ngrams.recent import RecentTokens
+
 GATE_SIZE = 64  # size of the gate's hidden layer
-LEAST_DISCOUNT, MOST_DISCOUNT = 0.05, 0.95
-FACTOR, SHIFT = -7046029254386353131, 29  # 2**64 / golden ratio; int64 products wrap around
+STATISTICS = 4  # numbers of each context: the sums of its counts and of their discounts, how many, how many are 1
 
 
 class Mixture(NamedTuple):
     """Logarithms of a mixture's parts for N events."""
 
-    log_weights: Tensor  # (N, O) weights of the network, then of each order from 2 up
-    log_estimates: Tensor  # (N, O - 1) the target's probability by each order from 2 up
+    log_weights: Tensor  # (N, 1 + estimates) weights of the network, then of each estimate
+    log_estimates: Tensor  # (N, estimates) of the target: of each order from 2 up, then of the recent tokens
 
 
-class _Order(nn.Module):
-    """The counts of one order: contexts by their keys, and for each context the tokens that followed it."""
+class _Table(nn.Module):
+    """The counts of all contexts of several orders, and after them one context that was never seen.
 
-    contexts: Tensor  # (C,) int64 keys, ascending
-    pairs: Tensor  # (J,) int64, ascending: index of the context in `contexts` * V + token
+    Attributes:
+        slices: of each order in `contexts`; its keys ascend.
+    """
+
+    slices: list[slice]
+    contexts: Tensor  # (C,) int64 keys
+    pairs: Tensor  # (J,) int64, ascending: index of the context * V + token
     counts: Tensor  # (J,) int32
-    totals: Tensor  # (C,) int64 sum of a context's counts
-    types: Tensor  # (C,) int64 number of different tokens that followed it
-    singles: Tensor  # (C,) int64 number of tokens that followed it exactly once
+    statistics: Tensor  # (C + 1, 4) float32
+    discounts: Tensor  # (orders, 4) of counts 0, 1, 2, and more
 
-    def __init__(self) -> None:
-        super().__init__()
-        nothing = torch.zeros(1, dtype=torch.int64)  # one context that was never seen
-        for name in ("contexts", "totals", "types", "singles"):
-            self.register_buffer(name, nothing, persistent=False)
-        self.register_buffer("pairs", nothing - 1, persistent=False)
-        self.register_buffer("counts", nothing.int(), persistent=False)
-        self.discount = MOST_DISCOUNT
-
-    def __deepcopy__(self, memo: Any) -> _Order:
+    def __deepcopy__(self, memo: Any) -> _Table:
         return self  # copies of a model share the counts, which never change
 
-    def load_counts(self, vocab_size: int, contexts: Tensor, pairs: Tensor, counts: Tensor) -> None:
-        """Take the counts, (C,), (J,) and (J,), and compute from them what the estimates need."""
-        self.contexts, self.pairs, self.counts = contexts, pairs, counts
-        context, size = pairs // vocab_size, len(contexts)
-        self.types = torch.bincount(context, minlength=size)
-        self.singles = torch.bincount(context[counts == 1], minlength=size)
-        self.totals = torch.zeros(size, dtype=torch.int64, device=context.device).index_add_(0, context, counts.long())
-        once, twice = int((counts == 1).sum()), int((counts == 2).sum())
-        discount = once / (once + 2 * twice) if once else LEAST_DISCOUNT
-        self.discount = min(MOST_DISCOUNT, max(LEAST_DISCOUNT, discount))
+    def set(self, sizes: Sequence[int], **tensors: Tensor) -> None:
+        """Keep the tensors as buffers, which move with the model and are not saved with its weights; `sizes` are the
+        numbers of contexts of each order."""
+        ends = [sum(sizes[:order]) for order in range(len(sizes) + 1)]
+        self.slices = [slice(*borders) for borders in pairwise(ends)]
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
 
-    def find_contexts(self, keys: Tensor) -> tuple[Tensor, Tensor, _Statistics]:
-        """Return each context's index (N,), arbitrary if it was not seen; whether it was seen (N,); its statistics."""
-        context, seen = _find(self.contexts, keys)
-        counted = (torch.where(seen, part[context], 0) for part in (self.totals, self.types, self.singles))
-        return context, seen, _Statistics(*counted)
+    def find(self, keys: Sequence[Tensor]) -> Tensor:
+        """Return the index (N, orders) of the context with each order's key (N,); C for a context that is not there."""
+        found = []
+        for part, wanted in zip(self.slices, keys, strict=True):
+            index, there = _find(self.contexts[part], wanted)
+            found.append(torch.where(there, index + part.start, len(self.contexts)))
+        return torch.stack(found, 1)
 
-    def target_counts(self, context: Tensor, seen: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        """Return how often targets (N,) followed the contexts that `find_contexts` found, (N,)."""
-        pair, counted = _find(self.pairs, context * vocab_size + targets)
-        return torch.where(seen & counted, self.counts[pair].long(), 0)
-
-    def followers(self, context: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the pairs of seen contexts (N,): each one's row in 0 .. N - 1, its token, its count, (pairs,) each."""
-        first = torch.searchsorted(self.pairs, context * vocab_size)
-        sizes = torch.searchsorted(self.pairs, (context + 1) * vocab_size) - first
-        row = torch.repeat_interleave(torch.arange(len(context), device=context.device), sizes)
-        pair = torch.arange(len(row), device=context.device) + (first - sizes.cumsum(0) + sizes)[row]
-        return row, self.pairs[pair] % vocab_size, self.counts[pair]
-
-
-class _Statistics(NamedTuple):
-    """The statistics of N contexts in one order, (N,) int64 each; `_Order` explains the fields."""
-
-    total: Tensor
-    types: Tensor
-    singles: Tensor
-
-    def without_event(self, target_counts: Tensor) -> _Statistics:
-        """Exclude one event for each context; its target followed the context `target_counts` (N,) times."""
-        counted, once, twice = (target_counts > 0).long(), (target_counts == 1).long(), (target_counts == 2).long()
-        return _Statistics(self.total - counted, self.types - once, self.singles - once + twice)
+    def count(self, context: Tensor, tokens: Tensor, size: int) -> Tensor:
+        """Return how often tokens (N, 1) or (N, orders), of `size` kinds, were counted in contexts (N, orders)."""
+        pair, there = _find(self.pairs, context * size + tokens)
+        return torch.where(there, self.counts[pair], 0) if len(self.counts) else torch.zeros_like(pair)
 
 
 class CountedNgrams(nn.Module):
@@ -111,53 +87,126 @@ class CountedNgrams(nn.Module):
     Counts are not weights: `count_ngrams` makes them once from the training text, and a run keeps them in a file.
 
     Args:
-        order, vocab_size: O, the number of tokens in the longest n-grams; V.
+        order, vocab_size: the number K + 1 of tokens in the longest n-grams; V.
         size: P, the size of the states that the gate reads.
+        recent_tokens: R, or None for no estimate of the recent tokens.
+
+    Attributes:
+        history_size: number of tokens of history that an event needs.
     """
 
-    def __init__(self, order: int, vocab_size: int, size: int) -> None:
+    unigram: Tensor  # (V,)
+
+    def __init__(self, order: int, vocab_size: int, size: int, recent_tokens: int | None = None) -> None:
         super().__init__()
-        self.vocab_size = vocab_size
-        self.history_size = order - 1  # K
-        self.orders = nn.ModuleList(_Order() for _ in range(order))
+        self.vocab_size, self.context_size = vocab_size, order - 1  # K
+        self.recent = None if recent_tokens is None else RecentTokens(recent_tokens, vocab_size)
+        features = STATISTICS * self.context_size + (0 if self.recent is None else self.recent.features)
+        self.history_size = max(self.context_size, recent_tokens or 0)
         self.of_state = nn.Linear(size, GATE_SIZE)
-        self.of_counts = nn.Linear(4 * (order - 1), GATE_SIZE, bias=False)
-        self.shares = nn.Linear(GATE_SIZE, order)  # the gate's last layer, under its name in checkpoints
-        nn.init.zeros_(self.shares.weight)
-        nn.init.zeros_(self.shares.bias)
+        self.of_counts = nn.Linear(features, GATE_SIZE, bias=False)
+        self.weights = nn.Linear(GATE_SIZE, order + (self.recent is not None))
+        nn.init.zeros_(self.weights.weight)
+        nn.init.zeros_(self.weights.bias)
+        self.table, self.columns = _Table(), _Table()
+        self.register_buffer("unigram", torch.empty(0), persistent=False)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        self.load_counts({f"{number}.{name}": nothing for number in range(1, order + 1) for name in PARTS})
 
     def load_counts(self, counts: Mapping[str, Tensor]) -> None:
         """Take the counts that `count_ngrams` returned."""
-        device = self.shares.weight.device
-        for number, order in enumerate(self._orders, 1):
-            order.load_counts(self.vocab_size, *(counts[f"{number}.{name}"].to(device) for name in PARTS))
+        size, device = self.vocab_size, self.of_state.weight.device
+        _, tokens, occurrences = self._parts(counts, 1)  # order 1 has one context, so its pairs are tokens
+        self.unigram = _unigram(tokens, occurrences, size)
+        orders = [self._parts(counts, number) for number in range(2, self.context_size + 2)]
+        sizes = [len(contexts) for contexts, _, _ in orders]
+        pairs = [own_pairs + sum(sizes[:order]) * size for order, (_, own_pairs, _) in enumerate(orders)]
+        every = torch.cat(pairs)
+        found = torch.cat([own_counts for _, _, own_counts in orders])
+        discounts = torch.stack([_discounts(own_counts) for _, _, own_counts in orders])
+        lengths = torch.tensor([len(own_pairs) for own_pairs in pairs], device=device)
+        order = torch.repeat_interleave(lengths, output_size=len(every))  # of each pair
+        discount = _at(discounts[order], found)
+        numbers = torch.stack([found.float(), discount, torch.ones_like(discount), (found == 1).float()], 1)
+        self.table.set(
+            sizes,
+            contexts=torch.cat([contexts for contexts, _, _ in orders]),
+            pairs=every,
+            counts=found,
+            statistics=torch.zeros(sum(sizes) + 1, STATISTICS, device=device).index_add_(0, every // size, numbers),
+            discounts=discounts,
+        )
 
-    @property
-    def _orders(self) -> list[_Order]:
-        return cast(list[_Order], list(self.orders))
+    def load_columns(self, counts: Mapping[str, Tensor], first_column: int = 0) -> None:
+        """Take what `count_ngrams` counted by column of a stream, after `load_counts`: training excludes an event's
+        whole column from then on. Events name their column as counted from `first_column`."""
+        self.first_column, device = first_column, self.of_state.weight.device
+        orders = [self._parts(counts, number) for number in range(2, self.context_size + 2)]
+        sizes = [len(contexts) for contexts, _, _ in orders]
+        every, numbers = list[Tensor](), list[Tensor]()
+        for order, (_, own_pairs, own_counts) in enumerate(orders):
+            part = self.table.slices[order]
+            first, end = (int(each) for each in self._first_pairs([part.start, part.stop]))
+            context, pair = own_pairs // (end - first) + sum(sizes[:order]), own_pairs % (end - first) + first
+            every.append(context * len(self.table.pairs) + pair)
+            before = self.table.counts[pair]
+            numbers.append(_lost(before, before - own_counts, self.table.discounts[order].expand(len(pair), -1)))
+        context = torch.cat(every) // len(self.table.pairs)
+        statistics = torch.zeros(sum(sizes) + 1, STATISTICS, device=device)
+        self.columns.set(
+            sizes,
+            contexts=torch.cat([contexts for contexts, _, _ in orders]),
+            pairs=torch.cat(every),
+            counts=torch.cat([own_counts for _, _, own_counts in orders]),
+            statistics=statistics.index_add_(0, context, torch.cat(numbers)),
+        )
 
-    def mix(self, states: Tensor, history: Tensor, targets: Tensor, exclude_event: bool = False) -> Mixture:
+    def _parts(self, counts: Mapping[str, Tensor], order: int) -> list[Tensor]:
+        return [counts[f"{order}.{name}"].to(self.of_state.weight.device) for name in PARTS]
+
+    def _first_pairs(self, contexts: Any) -> Tensor:
+        """The index of the first pair of contexts (any shape)."""
+        wanted = torch.as_tensor(contexts, device=self.table.pairs.device) * self.vocab_size
+        return torch.searchsorted(self.table.pairs, wanted)
+
+    def mix(self, states: Tensor, history: Tensor, targets: Tensor, columns: Tensor | None = None) -> Mixture:
         """Return the estimates for each target, and the weights of the mixture.
 
         Args:
             states: (N, P), outside autograd's graph: the gate learns from them, but they do not learn from the gate.
-            history: (N, K) ids + 1 of the last tokens read, the last one last; 0 where there was none.
+            history: (N, history_size) ids + 1 of the last tokens read, the last one last; 0 where there was none.
             targets: (N,).
-            exclude_event: these events were counted; predict each one from the counts of all others.
+            columns: in training, the column of a stream (N,) that holds each event, from which nothing is counted if
+                `load_columns` was called; else each event is left out of the counts. None: exclude nothing.
         """
-        p = torch.full(targets.shape, 1 / self.vocab_size, device=targets.device)
-        estimates, features = list[Tensor](), list[Tensor]()
-        for number, (order, keys) in enumerate(zip(self._orders, context_keys(history), strict=True), 1):
-            context, seen, statistics = order.find_contexts(keys)
-            target_counts = order.target_counts(context, seen, targets, self.vocab_size)
-            if exclude_event:
-                statistics = statistics.without_event(target_counts)
-                target_counts = (target_counts - 1).clamp(min=0)
-            backoff = _backoff(order, statistics)
-            p = (target_counts - order.discount).clamp(min=0) / statistics.total.clamp(min=1) + backoff * p
-            if number > 1:
-                estimates.append(p)
-                features += _features(statistics, backoff)
+        keys, context, statistics = self._look_up(history)
+        count = self.table.count(context, targets.unsqueeze(1), self.vocab_size)  # (N, K)
+        if columns is not None and hasattr(self.columns, "slices"):
+            own = self.columns.find([column_keys(key, columns + self.first_column) for key in keys])
+            statistics = statistics + self.columns.statistics[own]
+            pair, _ = _find(self.table.pairs, context * self.vocab_size + targets.unsqueeze(1))
+            count = count - self.columns.count(own, pair, len(self.table.pairs))
+        elif columns is not None:
+            before, excluded = count, list[Tensor]()
+            alone = torch.ones_like(targets, dtype=torch.bool)  # is this event the only one of the longer n-gram?
+            for order in range(self.context_size - 1, -1, -1):
+                excluded.insert(0, alone & (before[:, order] > 0))
+                alone = alone & (before[:, order] <= 1)
+            count = before - torch.stack(excluded, 1).to(before.dtype)
+            lost = _lost(before, count, self.table.discounts.expand(*count.shape, -1))
+            statistics = statistics + lost
+        left = _left(statistics)
+        total = statistics[..., 0].clamp(min=1)
+        own = (count - _at(self.table.discounts.expand(*count.shape, -1), count)) / total
+        p, estimates = self.unigram[targets], list[Tensor]()
+        for order in range(self.context_size):
+            p = own[:, order] + left[:, order] * p
+            estimates.append(p)
+        features = [_features(statistics, left)]
+        if self.recent is not None:
+            attended, of_recent = self.recent(history)
+            estimates.append(self.recent.estimate(attended, history, targets))
+            features.append(of_recent)
         return Mixture(self._gate(states, features), torch.stack(estimates, 1).log())
 
     def log_probabilities(self, states: Tensor, history: Tensor, network: Tensor) -> Tensor:
@@ -167,79 +216,99 @@ class CountedNgrams(nn.Module):
             states, history: as in `mix`.
             network: (N, V) log-probabilities of the network.
         """
-        p = torch.full_like(network, 1 / self.vocab_size)
-        estimates, features = [network], list[Tensor]()
-        for number, (order, keys) in enumerate(zip(self._orders, context_keys(history), strict=True), 1):
-            context, seen, statistics = order.find_contexts(keys)
-            backoff = _backoff(order, statistics)
-            p = p * backoff.unsqueeze(1)
-            row, token, count = order.followers(context[seen], self.vocab_size)
-            row = seen.nonzero().squeeze(1)[row]
-            p.view(-1).index_add_(0, row * self.vocab_size + token, (count - order.discount) / statistics.total[row])
-            if number > 1:
-                estimates.append(p.log())
-                features += _features(statistics, backoff)
+        _, context, statistics = self._look_up(history)
+        left, total = _left(statistics), statistics[..., 0]
+        p, features = self.unigram.expand_as(network), [_features(statistics, left)]
+        attended = None
+        if self.recent is not None:
+            attended, of_recent = self.recent(history)
+            features.append(of_recent)
         log_weights = self._gate(states, features)
-        return torch.logsumexp(torch.stack(estimates, 1) + log_weights.unsqueeze(2), 1)
+        mixture = network + log_weights[:, :1]
+        for order in range(self.context_size):
+            p = p * left[:, order : order + 1]
+            first = self._first_pairs(context[:, order])
+            sizes = self._first_pairs(context[:, order] + 1) - first
+            row = torch.repeat_interleave(sizes)
+            pair = torch.arange(len(row), device=row.device) + (first - sizes.cumsum(0) + sizes)[row]
+            count, token = self.table.counts[pair], self.table.pairs[pair] % self.vocab_size
+            own = (count - self.table.discounts[order][count.clamp(max=3).long()]) / total[row, order]
+            p.view(-1).index_add_(0, row * self.vocab_size + token, own.to(p.dtype))
+            mixture = torch.logaddexp(mixture, p.log() + log_weights[:, order + 1 : order + 2])
+        if self.recent is not None and attended is not None:
+            recent = self.recent.estimates(attended, history)
+            mixture = torch.logaddexp(mixture, recent.log() + log_weights[:, -1:])
+        return mixture
+
+    def _look_up(self, history: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The key (N,) of each order from 2 up, the indices (N, K) and the statistics (N, K, 4) of the contexts."""
+        keys = list(context_keys(history[:, -self.context_size :]))[1:]
+        context = self.table.find(keys)
+        return keys, context, self.table.statistics[context]
 
     def _gate(self, states: Tensor, features: list[Tensor]) -> Tensor:
-        """Logarithms (N, O) of the mixture's weights, from states (N, P) and 4 * (O - 1) features (N,)."""
+        """Logarithms (N, 1 + estimates) of the mixture's weights, from states (N, P) and features (N, any)."""
         with torch.autocast(states.device.type, enabled=False):
-            hidden = torch.tanh(self.of_state(states.float()) + self.of_counts(torch.stack(features, 1)))
-            return torch.log_softmax(self.shares(hidden), -1)
-
-
-def _backoff(order: _Order, statistics: _Statistics) -> Tensor:
-    """The weight (N,) of the shorter context's estimate: the discounted part, or 1 for an unseen context."""
-    weight = order.discount * statistics.types / statistics.total.clamp(min=1)
-    return torch.where(statistics.total > 0, weight, 1.0)
-
-
-def _features(statistics: _Statistics, backoff: Tensor) -> list[Tensor]:
-    """The inputs of the gate from one order, (N,) each; they do not depend on the target."""
-    total, types, singles = (part.float().log1p() for part in statistics)
-    return [total, backoff, types, singles]
+            inputs = torch.cat(features, 1).to(self.of_counts.weight.dtype)
+            hidden = torch.tanh(self.of_state(states.to(inputs.dtype)) + self.of_counts(inputs))
+            return torch.log_softmax(self.weights(hidden), -1)
 
 
 def _find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of each wanted key (N,) in ascending, non-empty `keys`, and whether it is there, (N,)."""
+    """The index of each wanted key (any shape) in ascending `keys`, and whether it is there."""
+    if not len(keys):
+        return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
     index = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
     return index, keys[index] == wanted
 
 
-def context_keys(history: Tensor) -> Iterator[Tensor]:
-    """Yield keys (N,) int64 of the last 0 tokens of each history (N, K), of its last token, .. of its last K tokens.
-
-    Keys have 64 bits: the chance that two of ten million contexts share one is some 3 in a million, and even then their
-    probabilities would sum to one.
-    """
-    key = torch.zeros(len(history), dtype=torch.int64, device=history.device)
-    yield key
-    for back in range(1, history.shape[1] + 1):
-        mixed = (key ^ (history[:, -back] + back * 2_097_593)) * FACTOR
-        key = mixed ^ (mixed >> SHIFT)
-        yield key
+def _at(discounts: Tensor, counts: Tensor) -> Tensor:
+    """The discount of each count (any shape), from those of counts 0, 1, 2, and more in the last dimension."""
+    return discounts.gather(-1, counts.clamp(max=3).long().unsqueeze(-1)).squeeze(-1)
 
 
-def count_ngrams(tokens: Tensor, position: Tensor, order: int, vocab_size: int) -> dict[str, Tensor]:
-    """Count the n-grams of a text.
+def _lost(before: Tensor, after: Tensor, discounts: Tensor) -> Tensor:
+    """What is to be added to the statistics (.., 4) of a context of which a count falls."""
+    changes = [
+        after - before,
+        _at(discounts, after) - _at(discounts, before),
+        (after > 0).int() - (before > 0).int(),
+        (after == 1).int() - (before == 1).int(),
+    ]
+    return torch.stack([change.float() for change in changes], -1)
 
-    Args:
-        tokens: (T,) int64 ids of all sequences one after the other, in the order in which they are read.
-        position: (T,) int64 number of tokens before each one in its sequence; those at 0 are not predicted.
-        order: number of tokens in the longest n-grams, >= 2.
 
-    Returns:
-        `ORDER.contexts` (C,) int64, `ORDER.pairs` (J,) int64 and `ORDER.counts` (J,) int32 for each order.
-    """
-    events = position > 0
-    targets = tokens[events]
-    history = torch.stack(  # columns: from the farthest token to the last
-        [torch.where(position >= back, tokens.roll(back) + 1, 0)[events] for back in range(order - 1, 0, -1)], 1
+def _left(statistics: Tensor) -> Tensor:
+    """The weight (N, K) of the shorter context's estimate: the discounted part, or 1 for an unseen context."""
+    total, discounted = statistics[..., 0], statistics[..., 1]
+    return torch.where(total > 0, discounted / total.clamp(min=1), 1.0)
+
+
+def _features(statistics: Tensor, left: Tensor) -> Tensor:
+    """What the gate sees of the contexts, (N, 4 * K); it does not depend on the target."""
+    total, types_and_singles = statistics[..., :1].log1p(), statistics[..., 2:].log1p()
+    return torch.cat([total, left.unsqueeze(-1), types_and_singles], -1).flatten(1)
+
+
+def _discounts(counts: Tensor) -> Tensor:
+    """The discounts (4,) of counts 0, 1, 2, and more, from how many counts (J,) are 1, 2, 3 and 4."""
+    if not len(counts):
+        return torch.zeros(4, device=counts.device)
+    ones, twos, threes, fours = (int((counts == number).sum()) for number in (1, 2, 3, 4))
+    share = ones / max(1, ones + 2 * twos)
+    estimates = (
+        number - (number + 1) * share * more / max(1, fewer)
+        for number, fewer, more in ((1, ones, twos), (2, twos, threes), (3, threes, fours))
     )
-    counted: dict[str, Tensor] = {}
-    for number, keys in enumerate(context_keys(history), 1):
-        contexts, context = torch.unique(keys, return_inverse=True)
-        pairs, counts = torch.unique(context * vocab_size + targets, return_counts=True)
-        counted |= {f"{number}.contexts": contexts, f"{number}.pairs": pairs, f"{number}.counts": counts.int()}
-    return counted
+    least_most = ((0.05, 0.95), (0.05, 1.9), (0.05, 2.85))  # a text of few n-grams gives odd estimates
+    discounts = [min(most, max(least, each)) for each, (least, most) in zip(estimates, least_most, strict=True)]
+    return torch.tensor([0.0, *discounts], device=counts.device)
+
+
+def _unigram(tokens: Tensor, counts: Tensor, vocab_size: int) -> Tensor:
+    """The estimate (V,) of order 1 from the counts (J,) of tokens (J,)."""
+    if not len(tokens):
+        return torch.full((vocab_size,), 1 / vocab_size, device=tokens.device)
+    discount = _at(_discounts(counts).expand(len(counts), -1), counts)
+    even = torch.full((vocab_size,), 1 / vocab_size, device=tokens.device) * discount.sum() / counts.sum()
+    return even.index_add(0, tokens, (counts - discount) / counts.sum())

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lmtrain.model.ngrams.embedding import NgramEmbedding
+
 
 class NgramInputs(NamedTuple):
     """Inputs of the output layer from n-grams, beside the recurrent states; None for what the model does not have."""
@@ -37,5 +39,29 @@ def history_at(context: Tensor, size: int, time: Tensor, row: Tensor) -> Tensor:
         context: (K + L, B) from `context_of`, K >= size - 1.
         time, row: (N,) steps, counted from the start of `context`.
     """
-    back = torch.arange(1 - size, 1, device=context.device)
-    return context[time.unsqueeze(1) + back, row.unsqueeze(1)]
+    windows = context.t().contiguous().unfold(1, size, 1)  # (B, K + L - size + 1, size)
+    return windows[row, time + 1 - size]
+
+
+def ngram_inputs(
+    context: Tensor,
+    size: int,
+    lengths: Tensor,
+    time: Tensor,
+    row: Tensor,
+    embedding: NgramEmbedding | None,
+    counted_size: int | None,
+) -> NgramInputs:
+    """Return what n-grams add to the inputs of N events.
+
+    Args:
+        context, size: (K + L, B) from `context_of`, and K.
+        lengths: (B,) number of tokens that are read in each row.
+        time, row: (N,) step and row of the last token read before each event.
+        embedding: of the embedded n-grams, if there are any.
+        counted_size: the K of counted n-grams, if there are any.
+    """
+    vectors = None if embedding is None else embedding(context[size - embedding.history_size :], time, row)
+    history = None if counted_size is None else history_at(context, counted_size, time + size, row)
+    rows = torch.arange(len(lengths), device=context.device)
+    return NgramInputs(vectors, history, history_at(context, size, lengths + size - 1, rows))

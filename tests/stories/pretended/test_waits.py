@@ -8,7 +8,7 @@ from lmtrain.data.batches.loader import RankBatch
 from lmtrain.data.batches.rows import make_batch
 from lmtrain.model.cells import CELLS
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.ngrams.counts import count_ngrams
+from lmtrain.model.ngrams.counting import count_ngrams
 from lmtrain.training.step import TrainingStep
 from tests import pretend_device
 
