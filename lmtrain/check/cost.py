@@ -12,7 +12,7 @@ from lmtrain.data.tokenizers.base import Tokenizer
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.ngrams.counting import COUNTING_BYTES
 from lmtrain.runs.environment import device_of
-from lmtrain.runs.ngram_counts import count_text
+from lmtrain.runs.ngram_counts import count_columns, count_text
 from lmtrain.runs.weights import build_model
 from lmtrain.system.device import choose_precision, scoped_settings, seed_generators, synchronise
 from lmtrain.system.memory import free_bytes, peak_bytes, reset_peak
@@ -86,7 +86,9 @@ def measure_cost(config: Config, tokenizer: Tokenizer, store: TokenStore, batche
         reset_peak(device)
         start_bytes = peak_bytes(device) or 0
         model = build_model(config, tokenizer.vocab_size).to(device).train()
-        counting = None if config.model.ngram_counts is None else _count(config, tokenizer, store, model)
+        counting = (
+            None if config.model.ngram_counts is None else _count(config, tokenizer, store, model, batches.columns)
+        )
         step = TrainingStep(config, model, batches.columns)
         loader = BatchLoader(batches, tokenizer.pad_id, config.training.accumulate, lay_out=step.lay_out)
         try:
@@ -96,12 +98,15 @@ def measure_cost(config: Config, tokenizer: Tokenizer, store: TokenStore, batche
     return measured._replace(start_bytes=start_bytes, counting=counting)
 
 
-def _count(config: Config, tokenizer: Tokenizer, store: TokenStore, model: LanguageModel) -> Counting:
+def _count(
+    config: Config, tokenizer: Tokenizer, store: TokenStore, model: LanguageModel, columns: int | None
+) -> Counting:
     """Give the model the counts of the first part of the text, so that the steps look up in tables that hold some."""
     start_s = time.perf_counter()
-    model.load_counts(count_text(config, store, tokenizer, COUNTED_TOKENS))
+    counts = count_text(config, store, tokenizer, COUNTED_TOKENS)
+    model.load_counts(counts, count_columns(config, store, tokenizer, columns, COUNTED_TOKENS))
     took_s = time.perf_counter() - start_s
-    kept_bytes = sum(table.nbytes for table in model.ngram_counts.buffers())
+    kept_bytes = sum(table.nbytes for table in model.mixtures.buffers())
     return Counting(min(COUNTED_TOKENS, len(store.tokens)), took_s, kept_bytes)
 
 

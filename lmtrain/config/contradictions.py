@@ -67,8 +67,6 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
             yield "regularization.label_smoothing", "would spread targets over sampled tokens alone; use one of the two"
     if len(set(model.ngram_embeddings)) < len(model.ngram_embeddings):
         yield "model.ngram_embeddings", "names an order twice"
-    if model.recent_tokens is not None and model.ngram_counts is None:
-        yield "model.recent_tokens", "goes with model.ngram_counts, whose gate weighs it; set that to 5, say"
     if model.ngram_counts is not None and config.batching.carry_state:
         yield "model.ngram_counts", "counts each line by itself; use batching.mode: stream to carry the state"
     if model.output == "adaptive" and smoothing:

@@ -122,7 +122,7 @@ class ModelConfig(Section):
     ngram_counts: int | None = Field(None, ge=3, le=8)
     """Count the training text's n-grams up to this order, say 5, and mix them with the network; null counts none."""
     recent_tokens: int | None = Field(None, ge=8, le=4096)
-    """With `ngram_counts`: mix in the last tokens read, say 500, as a cache: they come again; null: no cache."""
+    """Mix in the last tokens read, say 500, as a cache: what was read comes again; null: no cache."""
     tie_weights: bool = True
     """Weight tying: embedding and output layer share one matrix; a projection bridges sizes that differ."""
     output: Literal["full", "adaptive"] = "full"

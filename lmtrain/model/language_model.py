@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from lmtrain.model.directions import RecurrentLayers
 from lmtrain.model.dropout import drop, drop_locked, drop_tokens
 from lmtrain.model.embedding import Lookups
-from lmtrain.model.ngrams.counts import CountedNgrams
 from lmtrain.model.ngrams.embedding import NgramEmbedding
 from lmtrain.model.ngrams.history import NgramInputs, context_of, ngram_inputs
+from lmtrain.model.ngrams.mixture import NgramMixture
 from lmtrain.model.objectives import (
     Direction,
     EncodedBatch,
@@ -49,7 +49,7 @@ class LanguageModel(nn.Module):
         bidirectional: add the backward stack, which shares the embedding and the output layer.
         dropout: fraction of the values that is zeroed after the embedding, between layers and before the output.
         ngram_embeddings, ngram_embedding_buckets, ngram_embedding_dropout: for each `NgramEmbedding`.
-        ngram_counts, recent_tokens: order and R of `CountedNgrams`; `load_counts` takes the counts.
+        ngram_counts, recent_tokens: for `NgramMixture`; `load_counts` takes the counts.
         tie_weights: the output layer uses the embedding's weight; states are projected to its size.
         output: `full`, or `adaptive` for a large vocabulary (then not tied).
         input_dropout, output_dropout: fraction of the features after the embedding and before the output layer that is
@@ -108,14 +108,14 @@ class LanguageModel(nn.Module):
         self.projections = nn.ModuleDict(
             {f"of_{name}": projection(1 + (name == "fill"), hidden_size, size) for name in self.objectives}
         )
-        self.ngram_embeddings, self.ngram_counts = nn.ModuleDict(), nn.ModuleDict()
+        self.ngram_embeddings, self.mixtures = nn.ModuleDict(), nn.ModuleDict()
         for name in self.objectives[:2]:
             if ngram_embeddings:
                 self.ngram_embeddings[f"of_{name}"] = NgramEmbedding(
                     ngram_embeddings, ngram_embedding_buckets, size, ngram_embedding_dropout
                 )
-            if ngram_counts is not None:
-                self.ngram_counts[f"of_{name}"] = CountedNgrams(ngram_counts, vocab_size, size, recent_tokens)
+            if ngram_counts is not None or recent_tokens is not None:
+                self.mixtures[f"of_{name}"] = NgramMixture(ngram_counts, recent_tokens, vocab_size, size)
         self.history_size = max(*ngram_embeddings, (ngram_counts or 2) - 1, recent_tokens or 1) - 1
         self.reset_parameters()
         if tie_weights:
@@ -140,18 +140,18 @@ class LanguageModel(nn.Module):
         """Take the counts of each direction, named `of_DIRECTION.NAME` with the names that `count_ngrams` gives.
 
         Args:
-            columns: for training on a stream, likewise named: what each of its columns alone has counted.
+            columns: for training on a stream, likewise named: what each of its columns alone has counted; or nothing.
             first_column: of those that this process reads.
         """
-        for direction in self.objectives[: len(self.ngram_counts)]:
+        for direction in self.objectives[: len(self.mixtures)]:
             prefix = f"of_{direction}."
             of_all, of_columns = (
                 {key.removeprefix(prefix): part for key, part in (every or {}).items() if key.startswith(prefix)}
                 for every in (counts, columns)
             )
-            self._counted(direction).load_counts(of_all)
+            self._mixture(direction).load_counts(of_all)
             if of_columns:
-                self._counted(direction).load_columns(of_columns, first_column)
+                self._mixture(direction).load_columns(of_columns, first_column)
 
     def stack(self, direction: Direction) -> RecurrentStack:
         """Return the layers that read in a direction."""
@@ -159,10 +159,10 @@ class LanguageModel(nn.Module):
         assert isinstance(stack, RecurrentStack)
         return stack
 
-    def _counted(self, objective: Objective) -> CountedNgrams:
-        counted = self.ngram_counts[f"of_{objective}"]
-        assert isinstance(counted, CountedNgrams)
-        return counted
+    def _mixture(self, objective: Objective) -> NgramMixture:
+        mixture = self.mixtures[f"of_{objective}"]
+        assert isinstance(mixture, NgramMixture)
+        return mixture
 
     def forward(
         self, tokens: Tensor, state: ModelState | None = None, direction: Direction = "forward"
@@ -218,9 +218,9 @@ class LanguageModel(nn.Module):
             return NgramInputs()
         embedding = self.ngram_embeddings[f"of_{direction}"] if self.ngram_embeddings else None
         assert embedding is None or isinstance(embedding, NgramEmbedding)
-        counted_size = self._counted(direction).history_size if self.ngram_counts else None
+        mixed_size = self._mixture(direction).history_size if self.mixtures else None
         context = context_of(tokens, self.history_size, None if state is None else state.history)
-        return ngram_inputs(context, self.history_size, lengths, time, row, embedding, counted_size)
+        return ngram_inputs(context, self.history_size, lengths, time, row, embedding, mixed_size)
 
     def _project(self, objective: Objective, states: Tensor, ngram_vectors: Tensor | None) -> Tensor:
         """Project states (N, D*H), or (N, H) of one direction, to the input (N, P) of the output layer."""
@@ -237,22 +237,22 @@ class LanguageModel(nn.Module):
         """Return the negative log-likelihood of each target (N,) in nats, at least float32, without autograd."""
         with torch.no_grad():
             weights = torch.ones_like(events.targets, dtype=events.states.dtype)
-            return self._mix_counts(objective, events, self.output.loss(events.states, events.targets, weights).nats)
+            return self._mix(objective, events, self.output.loss(events.states, events.targets, weights).nats)
 
     def log_probabilities(self, objective: Objective, states: Tensor, history: Tensor | None) -> Tensor:
         """Natural log-probabilities (N, V), float32, of every token for states (N, P) and history (N, K) of events."""
         network = self.output.log_probabilities(states)
-        return network if history is None else self._counted(objective).log_probabilities(states, history, network)
+        return network if history is None else self._mixture(objective).log_probabilities(states, history, network)
 
-    def _mix_counts(self, objective: Objective, events: Events, nats: Tensor, layout: Layout | None = None) -> Tensor:
-        """Nats (N,) of the mixture with counted n-grams, whose gradient only the gate gets; else `nats` itself. Given
+    def _mix(self, objective: Objective, events: Events, nats: Tensor, layout: Layout | None = None) -> Tensor:
+        """Nats (N,) of the mixture with n-grams, whose gradient only the gate gets; else `nats` itself. Given
         the layout of a batch to train on, the counts exclude what they learnt from it."""
         if events.history is None:
             return nats
-        counted, excluded = self._counted(objective), None
+        excluded = None
         if layout is not None:
             excluded = layout.rows.row if layout.order is None else layout.order[layout.rows.row]
-        mixture = counted.mix(events.states.detach(), events.history, events.targets, excluded)
+        mixture = self._mixture(objective).mix(events.states.detach(), events.history, events.targets, excluded)
         return -torch.logsumexp(torch.cat([-nats.unsqueeze(1), mixture.log_estimates], 1) + mixture.log_weights, 1)
 
     def lay_out(
@@ -341,7 +341,7 @@ class LanguageModel(nn.Module):
     ) -> Losses:
         """Compute the nats of each objective and their weighted sum; padding is never scored.
 
-        With counted n-grams the nats are those of the mixture. The weighted sum then also holds the network's own nats,
+        With a mixture the nats are those of the mixture. The weighted sum then also holds the network's own nats,
         from which alone the network learns. Given a layout, this only queues work for the device: it neither copies to
         it nor waits for it, unless the output layer samples tokens.
 
@@ -372,7 +372,7 @@ class LanguageModel(nn.Module):
             total = total + factors[direction] * penalty
         nats: dict[Objective, Tensor] = {}
         for (objective, part), own_nats in zip(events.items(), network_nats.split(layout.sizes), strict=True):
-            mixed = self._mix_counts(objective, part, own_nats, layout if self.training else None)
+            mixed = self._mix(objective, part, own_nats, layout if self.training else None)
             if mixed is not own_nats:
                 total = total + factors[objective] * mixed.sum()
             nats[objective] = mixed.detach().sum()

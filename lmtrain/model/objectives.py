@@ -26,7 +26,7 @@ class Events(NamedTuple):
 
     states: Tensor  # (N, P) inputs of the output layer
     targets: Tensor  # (N,) int64
-    history: Tensor | None = None  # (N, K) for counted n-grams: ids + 1 of the last tokens read, 0 for none
+    history: Tensor | None = None  # (N, K) for an `NgramMixture`: ids + 1 of the last tokens read, 0 for none
 
 
 class Losses(NamedTuple):

@@ -22,6 +22,7 @@ from lmtrain.system.console import Notify
 from lmtrain.system.files import LARGEST_JSON_BYTES, hash_of, open_regular, read_bytes, write_atomically
 
 COUNTS_FILE = "ngram_counts.safetensors"
+LEAST_COLUMNS = 8  # of a stream: of fewer, what all but one have counted is not enough to learn from
 
 
 def check_countable(config: Config, tokens: int, about: str = "") -> None:
@@ -95,11 +96,25 @@ def count_text(
         tokens, positions = _in_reading_order(store, tokenizer.eos_id, backward, most_tokens)
         column = None
         if columns is not None:  # the end token before the text is no event, so its column does not matter
-            lengths = Stream(store.tokens, tokenizer.eos_id, columns).column_lengths
+            lengths = Stream(tokens[1:].numpy(), tokenizer.eos_id, columns).column_lengths
             column = torch.from_numpy(np.concatenate([[0], np.repeat(np.arange(columns), lengths)]))
         for name, part in count_ngrams(tokens, positions, order, tokenizer.vocab_size, column).items():
             counts[f"of_{direction}.{name}"] = part
     return counts
+
+
+def count_columns(
+    config: Config, store: TokenStore, tokenizer: Tokenizer, columns: int | None, most_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """Return what each column of a stream alone has counted, for training; nothing if there are too few columns.
+
+    Args:
+        columns: their number; None: the text is no stream.
+        most_tokens: as for `count_text`.
+    """
+    if columns is None or columns < LEAST_COLUMNS:
+        return {}
+    return count_text(config, store, tokenizer, most_tokens, columns)
 
 
 def _in_reading_order(store: TokenStore, eos_id: int, backward: bool, most_tokens: int | None) -> tuple[Tensor, Tensor]:

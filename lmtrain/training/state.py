@@ -115,7 +115,8 @@ def _belongs(name: str, spec: TensorSpec, wanted: Mapping[str, TensorSpec], conf
             return weight is not None and prod(spec.shape) <= max(1, prod(weight.shape))
         case "carried":
             model, rows = config.model, config.batching.batch_size
-            sizes = [*(model.layer_sizes or [model.hidden_size]), *model.ngram_embeddings, model.ngram_counts or 0]
+            histories = [*model.ngram_embeddings, model.ngram_counts or 0, model.recent_tokens or 0]
+            sizes = [*(model.layer_sizes or [model.hidden_size]), *histories]
             known = rest == "history" or re.fullmatch("[0-9]{1,4}/[01]", rest) is not None
             return known and len(spec.shape) == 2 and spec.shape[0] == rows and spec.shape[1] <= max(sizes)
         case _:

@@ -19,7 +19,7 @@ from lmtrain.data.preparation import Corpora
 from lmtrain.errors import DivergedError, StoppedError
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import environment
-from lmtrain.runs.ngram_counts import count_text, read_or_count
+from lmtrain.runs.ngram_counts import count_columns, read_or_count
 from lmtrain.runs.weights import build_model
 from lmtrain.system.device import choose_precision, seed_generators, seed_of
 from lmtrain.system.processes import SingleProcess
@@ -31,8 +31,6 @@ from lmtrain.training.state import TrainingState
 from lmtrain.training.step import StepFigures, TrainingStep
 from lmtrain.training.tracking import NullTracker, Tracker
 from lmtrain.training.validation import Validation, stalled
-
-LEAST_COLUMNS = 8  # of a stream: of fewer, the counts of all but one are not enough to learn from
 
 
 @dataclass(frozen=True)
@@ -109,19 +107,18 @@ class Trainer:
         """Give the model its counted n-grams. Rank 0 reads or counts them, and sends them to the other processes, which
         may be on machines that can't see the run directory."""
         config, tokenizer, text = self.config, self.corpora.tokenizer, self.corpora.train
-        by_column = columns is not None and columns >= LEAST_COLUMNS
 
         def on_rank_0() -> tuple[dict[str, torch.Tensor], str, dict[str, torch.Tensor]] | None:
             if self.processes.rank:
                 return None
             counts, digest_of_file = read_or_count(self.run.path, digest, config, text, tokenizer, self.progress.note)
-            return counts, digest_of_file, count_text(config, text, tokenizer, columns=columns) if by_column else {}
+            return counts, digest_of_file, count_columns(config, text, tokenizer, columns)
 
         counted = self.processes.run_in_all(on_rank_0, rank_0_first=True) or ({}, None, {})
         counts, self.checkpointer.counts_digest, of_columns = counted
         self.model.load_counts(
             dict(self.processes.broadcast_tensors(counts)),
-            dict(self.processes.broadcast_tensors(of_columns)) if by_column else None,
+            dict(self.processes.broadcast_tensors(of_columns)),
             self.processes.rank * (columns or 0) // self.processes.world_size,
         )
 

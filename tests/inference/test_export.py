@@ -124,8 +124,9 @@ def test_torch_nn_takes_the_weights_by_their_names(cell, small, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "format", "said"),
     [
-        ({"ngram_counts": 3}, "onnx", "counted n-grams have no ONNX form"),
-        ({"ngram_counts": 3}, "safetensors", "counted n-grams have no form outside lmtrain"),
+        ({"ngram_counts": 3}, "onnx", "counted n-grams and recent tokens have no ONNX form"),
+        ({"recent_tokens": 9}, "onnx", "counted n-grams and recent tokens have no ONNX form"),
+        ({"ngram_counts": 3}, "safetensors", "counted n-grams and recent tokens have no form outside lmtrain"),
         ({"output": "adaptive", "tie_weights": False}, "onnx", "adaptive output layer has no ONNX form"),
         ({"output": "adaptive", "tie_weights": False}, "safetensors", "what model.output asked for"),
         ({"layer_sizes": [8, 16]}, "safetensors", "what model.layer_sizes asked for"),

@@ -11,7 +11,7 @@ from lmtrain.data.batches.rows import make_batch
 from lmtrain.errors import ConfigError
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.ngrams.counting import count_ngrams
-from lmtrain.model.ngrams.counts import CountedNgrams
+from lmtrain.model.ngrams.mixture import NgramMixture
 from lmtrain.model.ngrams.recent import RecentTokens
 
 BOS, EOS, V = 1, 2, 9
@@ -35,7 +35,7 @@ def counts_of(rows, order=4, backward=False):
 
 def counted_of(rows, order=4, recent_tokens=None):
     torch.manual_seed(1)
-    ngrams = CountedNgrams(order, V, 5, recent_tokens)
+    ngrams = NgramMixture(order, recent_tokens, V, 5)
     torch.nn.init.normal_(ngrams.weights.weight)
     ngrams.load_counts(counts_of(rows, order))
     return ngrams
@@ -170,20 +170,28 @@ def test_the_mixture_sums_to_one_and_is_the_same_for_one_token_as_for_all(recent
 
 def model_of(rows, bidirectional=True, **more):
     torch.manual_seed(2)
-    model = LanguageModel(
-        V, embedding_size=5, hidden_size=6, ngram_counts=4, bidirectional=bidirectional, dropout=0.0, **more
-    )
-    for counts in model.ngram_counts.values():
-        torch.nn.init.normal_(counts.weights.weight)
+    options = {"ngram_counts": 4, "embedding_size": 5, "hidden_size": 6, "dropout": 0.0, **more}
+    model = LanguageModel(V, bidirectional=bidirectional, **options)
+    for mixture in model.mixtures.values():
+        torch.nn.init.normal_(mixture.weights.weight)
     both = {"of_forward": counts_of(rows), "of_backward": counts_of(rows, backward=True)}
     model.load_counts({f"{name}.{part}": own for name in both for part, own in both[name].items()})
     return model
 
 
-@pytest.mark.parametrize(("ngrams", "recent_tokens"), [((), None), ((2, 5), None), ((), 8), ((2,), 9)])
-def test_step_by_step_equals_whole_rows(ngrams, recent_tokens):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ngram_embeddings": (2, 5)},
+        {"recent_tokens": 8},
+        {"ngram_embeddings": (2,), "recent_tokens": 9},
+        {"ngram_counts": None, "recent_tokens": 7},
+    ],
+)
+def test_step_by_step_equals_whole_rows(options):
     rows = text()
-    model = model_of(rows, ngram_embeddings=ngrams, recent_tokens=recent_tokens).eval()
+    model = model_of(rows, **options).eval()
     for row in text(seed=4, rows=6):
         batch = make_batch([row], 0)
         with torch.no_grad():
@@ -216,11 +224,11 @@ def test_the_network_learns_as_if_nothing_were_counted_and_the_gate_learns_too()
         model.train().loss(batch.tokens, batch.lengths).total.backward()
     for name, weight in without.named_parameters():
         torch.testing.assert_close(own[name].grad, weight.grad)
-    assert all(weight.grad.abs().sum() > 0 for name, weight in own.items() if name.startswith("ngram_counts."))
+    assert all(weight.grad.abs().sum() > 0 for name, weight in own.items() if name.startswith("mixtures."))
 
 
 def test_nothing_counted_is_an_even_guess():
-    found = estimates(CountedNgrams(3, V, 5), events(text(rows=3), 3))
+    found = estimates(NgramMixture(3, None, V, 5), events(text(rows=3), 3))
     assert found == [pytest.approx([1 / V, 1 / V])] * len(found)
 
 

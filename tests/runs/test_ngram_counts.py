@@ -198,7 +198,7 @@ def test_the_counts_of_a_text_of_one_word_are_read_back(small, tmp_path):
         tokens = torch.tensor([token for row in rows for token in row])
         position = torch.tensor([position for row in rows for position in range(len(row))])
         counts = count_ngrams(tokens, position, 4, model.tokenizer.vocab_size)
-        table, before = model.model.ngram_counts["of_forward"].table, 0
+        table, before = model.model.mixtures["of_forward"].table, 0
         for number, part in enumerate(table.slices, 2):
             assert table.contexts[part].equal(counts[f"{number}.contexts"])
             end = before + len(counts[f"{number}.pairs"])

@@ -33,8 +33,9 @@ CURVES = {
         "regularization.label_smoothing=0.1", "model.cell=gru", "model.layer_norm=true",
     ],
     "stream, random chunks, n-grams, muon, averaged": [
-        "batching.mode=stream", "batching.bptt=7", "batching.random_bptt=true", ONE_DIRECTION,
-        "model.ngram_embeddings=[2, 3]", "optimizer.name=muon", "averaging.name=ema",
+        "batching.mode=stream", "batching.batch_size=8", "batching.bptt=7", "batching.random_bptt=true", ONE_DIRECTION,
+        "model.ngram_embeddings=[2, 3]", "model.ngram_counts=4", "model.recent_tokens=40", "optimizer.name=muon",
+        "averaging.name=ema",
     ],
     "carried lines, sparse embedding": [
         "batching.carry_state=true", ONE_DIRECTION, "optimizer.name=sgd", "optimizer.lr=0.3",

@@ -38,7 +38,7 @@ SETTINGS = {
     ],
     "carried lines, cut and rolled back": [
         "batching.carry_state=true", "batching.batch_size=5", "model.bidirectional=false", "schedule.name=plateau",
-        "optimizer.lr=0.3", "validation.every_steps=3",
+        "optimizer.lr=0.3", "validation.every_steps=3", "model.recent_tokens=20",
     ],
     "triggered averaging": [
         "model.bidirectional=false", "averaging.name=triggered", "averaging.trigger=1", "optimizer.lr=0.3",
@@ -46,8 +46,9 @@ SETTINGS = {
     ],
     "counted n-grams": ["model.ngram_counts=4", "averaging.name=ema"],
     "n-grams, muon, averaged": [
-        "batching.mode=stream", "batching.bptt=9", "model.bidirectional=false",
-        "model.ngram_embeddings=[2, 3]", "model.ngram_counts=5", "optimizer.name=muon", "averaging.name=ema",
+        "batching.mode=stream", "batching.batch_size=8", "batching.bptt=9", "model.bidirectional=false",
+        "model.ngram_embeddings=[2, 3]", "model.ngram_counts=5", "model.recent_tokens=90", "optimizer.name=muon",
+        "averaging.name=ema",
     ],
     "adaptive, no validation": ["model.output=adaptive", "model.tie_weights=false", "data.valid=null"],
 }  # fmt: skip

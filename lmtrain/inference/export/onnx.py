@@ -66,8 +66,11 @@ def onnx_model(model: LanguageModel, tokenizer: Tokenizer, tied: bool = True) ->
     """
     if not isinstance(model.output, FullOutput):
         raise ConfigError("an adaptive output layer has no ONNX form here; train with model.output: full to export")
-    if model.ngram_counts:
-        raise ConfigError("counted n-grams have no ONNX form here; train with model.ngram_counts: null to export")
+    if model.mixtures:
+        raise ConfigError(
+            "counted n-grams and recent tokens have no ONNX form here; to export, train with model.ngram_counts: null "
+            "and model.recent_tokens: null"
+        )
     try:
         from onnx import TensorProto, checker
     except ImportError:

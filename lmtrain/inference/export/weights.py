@@ -26,8 +26,11 @@ def torch_weights(model: LanguageModel) -> dict[str, Tensor]:
         "model.ngram_embeddings": bool(model.ngram_embeddings),
         "model.output": not isinstance(model.output, FullOutput),
     }
-    if model.ngram_counts:
-        raise ConfigError("counted n-grams have no form outside lmtrain; train with model.ngram_counts: null to export")
+    if model.mixtures:
+        raise ConfigError(
+            "counted n-grams and recent tokens have no form outside lmtrain; to export, train with model.ngram_counts: "
+            "null and model.recent_tokens: null"
+        )
     if names := [name for name, used in unsupported.items() if used]:
         raise ConfigError(f"no torch.nn layer has what {', '.join(names)} asked for; --format onnx takes it")
     tensors = {"embedding.weight": model.embedding.weight}

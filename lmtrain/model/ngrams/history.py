@@ -15,7 +15,7 @@ class NgramInputs(NamedTuple):
     """Inputs of the output layer from n-grams, beside the recurrent states; None for what the model does not have."""
 
     vectors: Tensor | None = None  # (N, P) of embedded n-grams, added to the projected states
-    history: Tensor | None = None  # (N, K) for counted n-grams
+    history: Tensor | None = None  # (N, K) for an `NgramMixture`
     last: Tensor | None = None  # (B, K) history at each row's end, which the model's state keeps
 
 
@@ -50,7 +50,7 @@ def ngram_inputs(
     time: Tensor,
     row: Tensor,
     embedding: NgramEmbedding | None,
-    counted_size: int | None,
+    mixed_size: int | None,
 ) -> NgramInputs:
     """Return what n-grams add to the inputs of N events.
 
@@ -59,9 +59,9 @@ def ngram_inputs(
         lengths: (B,) number of tokens that are read in each row.
         time, row: (N,) step and row of the last token read before each event.
         embedding: of the embedded n-grams, if there are any.
-        counted_size: the K of counted n-grams, if there are any.
+        mixed_size: history of an `NgramMixture`, if there is one.
     """
     vectors = None if embedding is None else embedding(context[size - embedding.history_size :], time, row)
-    history = None if counted_size is None else history_at(context, counted_size, time + size, row)
+    history = None if mixed_size is None else history_at(context, mixed_size, time + size, row)
     rows = torch.arange(len(lengths), device=context.device)
     return NgramInputs(vectors, history, history_at(context, size, lengths + size - 1, rows))

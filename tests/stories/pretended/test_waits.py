@@ -31,6 +31,7 @@ VARIANTS = {
     "two directions, adaptive": ({"bidirectional": True, "output": "adaptive", **UNTIED}, {}, 1),
     "sampled": ({"sampled_tokens": 9, "frequent_tokens": 5}, {}, 1),
     "n-gram counts": ({"ngram_counts": 3}, {}, 1),
+    "recent tokens": ({"recent_tokens": 8}, {}, 1),
     "two directions, n-gram counts": ({"ngram_counts": 3, "bidirectional": True}, {}, 1),
     "regularisers": (REGULARISERS, {}, 1),
     "packed, regularisers, two directions": ({**REGULARISERS, "backend": "packed", "bidirectional": True}, {}, 1),
@@ -48,7 +49,7 @@ VARIANTS = {
 def step_of(device, model_options, config, columns=None):
     torch.manual_seed(3)
     model = LanguageModel(VOCAB_SIZE, **{"embedding_size": 16, "hidden_size": 16, **model_options})
-    if model.ngram_counts:
+    if model_options.get("ngram_counts"):
         tokens = torch.randint(4, VOCAB_SIZE, (500,))
         of_each = count_ngrams(tokens, torch.arange(500) % 10, 3, VOCAB_SIZE)
         model.load_counts({f"of_{way}.{name}": part for way in model.objectives[:2] for name, part in of_each.items()})

@@ -1,4 +1,4 @@
-"""A Kneser-Ney model of the n-grams counted in the training text, and its mixture with the network's probabilities.
+"""A network's probabilities mixed with those of the n-grams counted in the training text, and of the recent tokens.
 
 Shapes: C contexts, J pairs (a context and a token that follows it), K context tokens of the longest n-grams, N events,
 P output size, R recent tokens, V vocabulary. All contexts of the orders 2 .. K + 1 lie in one table.
@@ -81,15 +81,16 @@ class _Table(nn.Module):
         return torch.where(there, self.counts[pair], 0) if len(self.counts) else torch.zeros_like(pair)
 
 
-class CountedNgrams(nn.Module):
-    """The counts of one direction, and the gate that mixes them with the network.
+class NgramMixture(nn.Module):
+    """The counts of one direction, the weights of recent tokens, and the gate that mixes both with the network.
 
     Counts are not weights: `count_ngrams` makes them once from the training text, and a run keeps them in a file.
 
     Args:
-        order, vocab_size: the number K + 1 of tokens in the longest n-grams; V.
+        order: the number K + 1 of tokens in the longest n-grams that are counted; None: none are.
+        recent_tokens: R; None: the recent tokens are not mixed in.
+        vocab_size: V.
         size: P, the size of the states that the gate reads.
-        recent_tokens: R, or None for no estimate of the recent tokens.
 
     Attributes:
         history_size: number of tokens of history that an event needs.
@@ -97,28 +98,30 @@ class CountedNgrams(nn.Module):
 
     unigram: Tensor  # (V,)
 
-    def __init__(self, order: int, vocab_size: int, size: int, recent_tokens: int | None = None) -> None:
+    def __init__(self, order: int | None, recent_tokens: int | None, vocab_size: int, size: int) -> None:
         super().__init__()
-        self.vocab_size, self.context_size = vocab_size, order - 1  # K
+        self.vocab_size, self.context_size = vocab_size, (order or 1) - 1  # K
         self.recent = None if recent_tokens is None else RecentTokens(recent_tokens, vocab_size)
         features = STATISTICS * self.context_size + (0 if self.recent is None else self.recent.features)
         self.history_size = max(self.context_size, recent_tokens or 0)
         self.of_state = nn.Linear(size, GATE_SIZE)
         self.of_counts = nn.Linear(features, GATE_SIZE, bias=False)
-        self.weights = nn.Linear(GATE_SIZE, order + (self.recent is not None))
+        self.weights = nn.Linear(GATE_SIZE, 1 + self.context_size + (self.recent is not None))
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
         self.table, self.columns = _Table(), _Table()
         self.register_buffer("unigram", torch.empty(0), persistent=False)
         nothing = torch.zeros(0, dtype=torch.int64)
-        self.load_counts({f"{number}.{name}": nothing for number in range(1, order + 1) for name in PARTS})
+        self.load_counts({f"{number}.{name}": nothing for number in range(1, self.context_size + 2) for name in PARTS})
 
     def load_counts(self, counts: Mapping[str, Tensor]) -> None:
-        """Take the counts that `count_ngrams` returned."""
+        """Take the counts that `count_ngrams` returned; a mixture without counted n-grams needs none."""
         size, device = self.vocab_size, self.of_state.weight.device
         _, tokens, occurrences = self._parts(counts, 1)  # order 1 has one context, so its pairs are tokens
         self.unigram = _unigram(tokens, occurrences, size)
         orders = [self._parts(counts, number) for number in range(2, self.context_size + 2)]
+        if not orders:
+            return
         sizes = [len(contexts) for contexts, _, _ in orders]
         pairs = [own_pairs + sum(sizes[:order]) * size for order, (_, own_pairs, _) in enumerate(orders)]
         every = torch.cat(pairs)
@@ -179,13 +182,30 @@ class CountedNgrams(nn.Module):
             columns: in training, the column of a stream (N,) that holds each event, from which nothing is counted if
                 `load_columns` was called; else each event is left out of the counts. None: exclude nothing.
         """
+        estimates, features = list[Tensor](), list[Tensor]()
+        if self.context_size:
+            own, statistics = self._of_targets(history, targets, columns)
+            left, p = _left(statistics), self.unigram[targets]
+            for order in range(self.context_size):
+                p = own[:, order] + left[:, order] * p
+                estimates.append(p)
+            features.append(_features(statistics, left))
+        if self.recent is not None:
+            attended, of_recent = self.recent(history)
+            estimates.append(self.recent.estimate(attended, history, targets))
+            features.append(of_recent)
+        return Mixture(self._gate(states, features), torch.stack(estimates, 1).log())
+
+    def _of_targets(self, history: Tensor, targets: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `mix` finds in the counts: the part of each order's estimate (N, K) that the order itself adds, and the
+        statistics of the contexts (N, K, 4)."""
         keys, context, statistics = self._look_up(history)
         count = self.table.count(context, targets.unsqueeze(1), self.vocab_size)  # (N, K)
         if columns is not None and hasattr(self.columns, "slices"):
-            own = self.columns.find([column_keys(key, columns + self.first_column) for key in keys])
-            statistics = statistics + self.columns.statistics[own]
+            of_column = self.columns.find([column_keys(key, columns + self.first_column) for key in keys])
+            statistics = statistics + self.columns.statistics[of_column]
             pair, _ = _find(self.table.pairs, context * self.vocab_size + targets.unsqueeze(1))
-            count = count - self.columns.count(own, pair, len(self.table.pairs))
+            count = count - self.columns.count(of_column, pair, len(self.table.pairs))
         elif columns is not None:
             before, excluded = count, list[Tensor]()
             alone = torch.ones_like(targets, dtype=torch.bool)  # is this event the only one of the longer n-gram?
@@ -193,21 +213,9 @@ class CountedNgrams(nn.Module):
                 excluded.insert(0, alone & (before[:, order] > 0))
                 alone = alone & (before[:, order] <= 1)
             count = before - torch.stack(excluded, 1).to(before.dtype)
-            lost = _lost(before, count, self.table.discounts.expand(*count.shape, -1))
-            statistics = statistics + lost
-        left = _left(statistics)
-        total = statistics[..., 0].clamp(min=1)
-        own = (count - _at(self.table.discounts.expand(*count.shape, -1), count)) / total
-        p, estimates = self.unigram[targets], list[Tensor]()
-        for order in range(self.context_size):
-            p = own[:, order] + left[:, order] * p
-            estimates.append(p)
-        features = [_features(statistics, left)]
-        if self.recent is not None:
-            attended, of_recent = self.recent(history)
-            estimates.append(self.recent.estimate(attended, history, targets))
-            features.append(of_recent)
-        return Mixture(self._gate(states, features), torch.stack(estimates, 1).log())
+            statistics = statistics + _lost(before, count, self.table.discounts.expand(*count.shape, -1))
+        discounted = count - _at(self.table.discounts.expand(*count.shape, -1), count)
+        return discounted / statistics[..., 0].clamp(min=1), statistics
 
     def log_probabilities(self, states: Tensor, history: Tensor, network: Tensor) -> Tensor:
         """Return the mixture's log-probabilities (N, V) of every token.
@@ -216,15 +224,16 @@ class CountedNgrams(nn.Module):
             states, history: as in `mix`.
             network: (N, V) log-probabilities of the network.
         """
-        _, context, statistics = self._look_up(history)
-        left, total = _left(statistics), statistics[..., 0]
-        p, features = self.unigram.expand_as(network), [_features(statistics, left)]
-        attended = None
+        features, context, attended = list[Tensor](), torch.empty(0), torch.empty(0)
+        if self.context_size:
+            _, context, statistics = self._look_up(history)
+            left, total = _left(statistics), statistics[..., 0]
+            features.append(_features(statistics, left))
         if self.recent is not None:
             attended, of_recent = self.recent(history)
             features.append(of_recent)
         log_weights = self._gate(states, features)
-        mixture = network + log_weights[:, :1]
+        mixture, p = network + log_weights[:, :1], self.unigram.expand_as(network)
         for order in range(self.context_size):
             p = p * left[:, order : order + 1]
             first = self._first_pairs(context[:, order])
@@ -235,9 +244,8 @@ class CountedNgrams(nn.Module):
             own = (count - self.table.discounts[order][count.clamp(max=3).long()]) / total[row, order]
             p.view(-1).index_add_(0, row * self.vocab_size + token, own.to(p.dtype))
             mixture = torch.logaddexp(mixture, p.log() + log_weights[:, order + 1 : order + 2])
-        if self.recent is not None and attended is not None:
-            recent = self.recent.estimates(attended, history)
-            mixture = torch.logaddexp(mixture, recent.log() + log_weights[:, -1:])
+        if self.recent is not None:
+            mixture = torch.logaddexp(mixture, self.recent.estimates(attended, history).log() + log_weights[:, -1:])
         return mixture
 
     def _look_up(self, history: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
