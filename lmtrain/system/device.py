@@ -21,6 +21,7 @@ from lmtrain.system.processes import launched_by_torchrun
 from lmtrain.system.variables import CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES
 
 LEAST_TIMED_SIZE, QUEUED_PRODUCTS = 1024, 20  # on a GPU, which is asked for many products before it is waited for
+HOPELESS_S = 0.25  # a bf16 product on a CPU that takes so long and 10 times as long as in fp32 is not tried again
 TIMED_STEPS = 16  # tokens of each row of the layer that is timed
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h of glibc: mallopt(3)
 
@@ -164,7 +165,9 @@ def choose_precision(name: str, device: torch.device, size: int) -> tuple[str, s
     start_s = time.monotonic()
     while len(pairs) < 5 or (len(pairs) < 50 and time.monotonic() - start_s < 0.1):
         pairs.append(tuple(_product_seconds(device, *each) for each in operands))
-    pairs = pairs[1:]  # the first product of each precision includes preparation
+        if device.type == "cpu" and pairs[0][1] > max(HOPELESS_S, 10 * pairs[0][0]):
+            break
+    pairs = pairs[1:] or pairs  # the first product of each precision includes preparation
     # the two are timed in turn, and medians compared, since a busy machine slows both; bf16 must win clearly, since
     # its casts cost time too
     chosen = "bf16" if statistics.median(bf16 / fp32 for fp32, bf16 in pairs) < 0.7 else "fp32"

@@ -12,9 +12,11 @@ from lmtrain.errors import ConfigError
 from lmtrain.model.cells import CELLS
 from lmtrain.runs.directory import RunDirectory
 from lmtrain.runs.environment import device_of
+from lmtrain.system import device as device_module
 from lmtrain.system.device import (
     Layer,
     choose_device,
+    choose_precision,
     faster_device,
     random_state,
     scoped_settings,
@@ -150,3 +152,20 @@ def test_a_workspace_that_sums_in_another_order_is_noted(monkeypatch):
         notes: list[str] = []
         assert choose_device("auto", notify=notes.append) == torch.device("cuda", 0)
         assert len(notes) == count
+
+
+@pytest.mark.parametrize(
+    ("bf16_s", "chosen", "products"),
+    [([2.0], "fp32", 2), ([0.1, *[0.001] * 99], "bf16", None), ([0.3, *[0.05] * 99], "fp32", 2)],
+    ids=["emulated", "prepared slowly", "slower anyway"],
+)
+def test_a_hopelessly_slow_bf16_is_tried_once(monkeypatch, bf16_s, chosen, products):
+    taken_s, calls = iter(bf16_s), list[torch.dtype]()
+
+    def timed(device, left, right):
+        calls.append(left.dtype)
+        return 0.02 if left.dtype == torch.float32 else next(taken_s)
+
+    monkeypatch.setattr(device_module, "_product_seconds", timed)
+    assert choose_precision("auto", torch.device("cpu"), 8)[0] == chosen
+    assert products is None or len(calls) == products
