@@ -96,7 +96,7 @@ class Hand:
                 d = {token: self.discounts[n - 1][min(3, count)] for token, count in here.items()}
                 p = (here[target] - d.get(target, 0)) / total + sum(d.values()) / total * p
             every.append(p)
-        return pytest.approx(every, rel=1e-4)
+        return pytest.approx(every, rel=1e-5)
 
 
 def estimates(ngrams, found, columns=None):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LARGEST_TOKENS = 1 << 24  # tokens of the longest text
-COUNTING_BYTES = 300  # memory that counting takes for each token, about; most of it is free afterwards
+COUNTING_BYTES = 350  # memory that counting takes for each token of a stream, about; most of it is free afterwards
 PARTS = ("contexts", "pairs", "counts")  # the tensors of one order, which `count_ngrams` returns
 FACTOR, SHIFT = -7046029254386353131, 29  # 2**64 / golden ratio; int64 products wrap around
 

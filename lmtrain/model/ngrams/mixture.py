@@ -75,10 +75,11 @@ class _Table(nn.Module):
             found.append(torch.where(there, index + part.start, len(self.contexts)))
         return torch.stack(found, 1)
 
-    def count(self, context: Tensor, tokens: Tensor, size: int) -> Tensor:
-        """Return how often tokens (N, 1) or (N, orders), of `size` kinds, were counted in contexts (N, orders)."""
+    def count(self, context: Tensor, tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Return how often tokens (N, 1) or (N, orders), of `size` kinds, were counted in contexts (N, orders), and the
+        index of each pair, which is arbitrary where the count is 0."""
         pair, there = _find(self.pairs, context * size + tokens)
-        return torch.where(there, self.counts[pair], 0) if len(self.counts) else torch.zeros_like(pair)
+        return torch.where(there, self.counts[pair], 0) if len(self.counts) else torch.zeros_like(pair), pair
 
 
 class NgramMixture(nn.Module):
@@ -109,7 +110,8 @@ class NgramMixture(nn.Module):
         self.weights = nn.Linear(GATE_SIZE, 1 + self.context_size + (self.recent is not None))
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
-        self.table, self.columns = _Table(), _Table()
+        self.table = _Table()
+        self.columns: _Table | None = None  # of what each column of a stream alone has counted
         self.register_buffer("unigram", torch.empty(0), persistent=False)
         nothing = torch.zeros(0, dtype=torch.int64)
         self.load_counts({f"{number}.{name}": nothing for number in range(1, self.context_size + 2) for name in PARTS})
@@ -156,6 +158,7 @@ class NgramMixture(nn.Module):
             numbers.append(_lost(before, before - own_counts, self.table.discounts[order].expand(len(pair), -1)))
         context = torch.cat(every) // len(self.table.pairs)
         statistics = torch.zeros(sum(sizes) + 1, STATISTICS, device=device)
+        self.columns = _Table()
         self.columns.set(
             sizes,
             contexts=torch.cat([contexts for contexts, _, _ in orders]),
@@ -200,12 +203,12 @@ class NgramMixture(nn.Module):
         """What `mix` finds in the counts: the part of each order's estimate (N, K) that the order itself adds, and the
         statistics of the contexts (N, K, 4)."""
         keys, context, statistics = self._look_up(history)
-        count = self.table.count(context, targets.unsqueeze(1), self.vocab_size)  # (N, K)
-        if columns is not None and hasattr(self.columns, "slices"):
+        count, pair = self.table.count(context, targets.unsqueeze(1), self.vocab_size)  # (N, K) each
+        if columns is not None and self.columns is not None:
             of_column = self.columns.find([column_keys(key, columns + self.first_column) for key in keys])
             statistics = statistics + self.columns.statistics[of_column]
-            pair, _ = _find(self.table.pairs, context * self.vocab_size + targets.unsqueeze(1))
-            count = count - self.columns.count(of_column, pair, len(self.table.pairs))
+            own, _ = self.columns.count(of_column, pair, len(self.table.pairs))
+            count = torch.where(count > 0, count - own, 0)
         elif columns is not None:
             before, excluded = count, list[Tensor]()
             alone = torch.ones_like(targets, dtype=torch.bool)  # is this event the only one of the longer n-gram?
@@ -224,29 +227,31 @@ class NgramMixture(nn.Module):
             states, history: as in `mix`.
             network: (N, V) log-probabilities of the network.
         """
-        features, context, attended = list[Tensor](), torch.empty(0), torch.empty(0)
+        estimates, features = [network], list[Tensor]()
         if self.context_size:
             _, context, statistics = self._look_up(history)
-            left, total = _left(statistics), statistics[..., 0]
+            left, p = _left(statistics), self.unigram.expand_as(network)
+            for order in range(self.context_size):
+                p = p * left[:, order : order + 1]
+                row, token, count = self._followers(context[:, order])
+                own = (count - self.table.discounts[order][count.clamp(max=3).long()]) / statistics[row, order, 0]
+                p.view(-1).index_add_(0, row * self.vocab_size + token, own.to(p.dtype))
+                estimates.append(p.log())
             features.append(_features(statistics, left))
         if self.recent is not None:
             attended, of_recent = self.recent(history)
+            estimates.append(self.recent.estimates(attended, history).log())
             features.append(of_recent)
         log_weights = self._gate(states, features)
-        mixture, p = network + log_weights[:, :1], self.unigram.expand_as(network)
-        for order in range(self.context_size):
-            p = p * left[:, order : order + 1]
-            first = self._first_pairs(context[:, order])
-            sizes = self._first_pairs(context[:, order] + 1) - first
-            row = torch.repeat_interleave(sizes)
-            pair = torch.arange(len(row), device=row.device) + (first - sizes.cumsum(0) + sizes)[row]
-            count, token = self.table.counts[pair], self.table.pairs[pair] % self.vocab_size
-            own = (count - self.table.discounts[order][count.clamp(max=3).long()]) / total[row, order]
-            p.view(-1).index_add_(0, row * self.vocab_size + token, own.to(p.dtype))
-            mixture = torch.logaddexp(mixture, p.log() + log_weights[:, order + 1 : order + 2])
-        if self.recent is not None:
-            mixture = torch.logaddexp(mixture, self.recent.estimates(attended, history).log() + log_weights[:, -1:])
-        return mixture
+        return torch.logsumexp(torch.stack(estimates, 1) + log_weights.unsqueeze(2), 1)
+
+    def _followers(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs of contexts (N,): each one's row in 0 .. N - 1, its token, its count, (pairs,) each."""
+        first = self._first_pairs(context)
+        sizes = self._first_pairs(context + 1) - first
+        row = torch.repeat_interleave(sizes)
+        pair = torch.arange(len(row), device=row.device) + (first - sizes.cumsum(0) + sizes)[row]
+        return row, self.table.pairs[pair] % self.vocab_size, self.table.counts[pair]
 
     def _look_up(self, history: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """The key (N,) of each order from 2 up, the indices (N, K) and the statistics (N, K, 4) of the contexts."""
