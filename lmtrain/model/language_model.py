@@ -19,7 +19,7 @@ from lmtrain.model.directions import RecurrentLayers
 from lmtrain.model.dropout import drop, drop_locked, drop_tokens
 from lmtrain.model.embedding import Lookups
 from lmtrain.model.ngrams.embedding import NgramEmbedding
-from lmtrain.model.ngrams.history import NgramInputs, context_of, ngram_inputs
+from lmtrain.model.ngrams.history import History, NgramInputs, context_of, ngram_inputs
 from lmtrain.model.ngrams.mixture import NgramMixture
 from lmtrain.model.objectives import (
     Direction,
@@ -218,16 +218,15 @@ class LanguageModel(nn.Module):
             return NgramInputs()
         embedding = self.ngram_embeddings[f"of_{direction}"] if self.ngram_embeddings else None
         assert embedding is None or isinstance(embedding, NgramEmbedding)
-        mixed_size = self._mixture(direction).history_size if self.mixtures else None
         context = context_of(tokens, self.history_size, None if state is None else state.history)
-        return ngram_inputs(context, self.history_size, lengths, time, row, embedding, mixed_size)
+        return ngram_inputs(context, self.history_size, lengths, time, row, embedding, bool(self.mixtures))
 
     def _project(self, objective: Objective, states: Tensor, ngram_vectors: Tensor | None) -> Tensor:
         """Project states (N, D*H), or (N, H) of one direction, to the input (N, P) of the output layer."""
         projected: Tensor = self.projections[f"of_{objective}"](states)
         return projected if ngram_vectors is None else projected + ngram_vectors
 
-    def _logits(self, direction: Direction, projected: Tensor, history: Tensor | None) -> Tensor:
+    def _logits(self, direction: Direction, projected: Tensor, history: History | None) -> Tensor:
         if isinstance(self.output, FullOutput) and history is None:
             logits: Tensor = self.output(projected)
             return logits.float()
@@ -239,8 +238,8 @@ class LanguageModel(nn.Module):
             weights = torch.ones_like(events.targets, dtype=events.states.dtype)
             return self._mix(objective, events, self.output.loss(events.states, events.targets, weights).nats)
 
-    def log_probabilities(self, objective: Objective, states: Tensor, history: Tensor | None) -> Tensor:
-        """Natural log-probabilities (N, V), float32, of every token for states (N, P) and history (N, K) of events."""
+    def log_probabilities(self, objective: Objective, states: Tensor, history: History | None) -> Tensor:
+        """Natural log-probabilities (N, V), float32, of every token for states (N, P) and the history of N events."""
         network = self.output.log_probabilities(states)
         return network if history is None else self._mixture(objective).log_probabilities(states, history, network)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmtrain.model.ngrams.history import History
 from lmtrain.model.output import Clusters
 from lmtrain.model.packing import PackedRows, move_together, pack_rows
 from lmtrain.model.states import ModelState
@@ -26,7 +27,7 @@ class Events(NamedTuple):
 
     states: Tensor  # (N, P) inputs of the output layer
     targets: Tensor  # (N,) int64
-    history: Tensor | None = None  # (N, K) for an `NgramMixture`: ids + 1 of the last tokens read, 0 for none
+    history: History | None = None  # for an `NgramMixture`
 
 
 class Losses(NamedTuple):

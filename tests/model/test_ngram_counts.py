@@ -11,6 +11,7 @@ from lmtrain.data.batches.rows import make_batch
 from lmtrain.errors import ConfigError
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.ngrams.counting import count_ngrams
+from lmtrain.model.ngrams.history import History, context_of
 from lmtrain.model.ngrams.mixture import NgramMixture
 from lmtrain.model.ngrams.recent import RecentTokens
 
@@ -50,8 +51,14 @@ def events(rows, order):
     ]
 
 
+def history_of(tokens):
+    """Of events (N,) whose last tokens (N, K) are given, ids + 1."""
+    count, size = tokens.shape
+    return History(tokens.t(), torch.full((count,), size - 1), torch.arange(count))
+
+
 def as_tensors(found):
-    return torch.tensor([history for history, _ in found]), torch.tensor([target for _, target in found])
+    return history_of(torch.tensor([history for history, _ in found])), torch.tensor([target for _, target in found])
 
 
 def tables_by_hand(found, order):
@@ -134,29 +141,53 @@ def test_in_training_on_a_stream_its_whole_column_is_left_out(first_column):
     assert estimates(ngrams, hand.found)[7] == hand.estimates(hand.found[7])  # else nothing is left out
 
 
-def test_recent_tokens_are_weighed_by_age_and_by_match():
+def recent_tokens(size):
     torch.manual_seed(2)
-    recent = RecentTokens(9, V)
+    recent = RecentTokens(size, V)
     torch.nn.init.normal_(recent.of_age)
     torch.nn.init.normal_(recent.of_match)
+    return recent
+
+
+def test_recent_tokens_are_weighed_by_age_and_by_match():
+    recent = recent_tokens(9)
     tokens = torch.tensor([5, 3, 4, 5, 3, 4, 8, 3, 4])  # "3 4" stands before 5 and 8, and "5 3 4" before 8
-    history = torch.cat([tokens.new_zeros(2, 4), (tokens + 1).expand(2, -1)], 1)
-    history[1, :9] = 0  # the second event has read only four tokens
-    weights, features = recent(history)
-    every = recent.estimates(weights, history)
-    torch.testing.assert_close(every.sum(1), torch.ones(2))
-    for wanted in range(V):
-        torch.testing.assert_close(recent.estimate(weights, history, torch.full((2,), wanted)), every[:, wanted])
+    every, features = recent.estimates(tokens.unsqueeze(0) + 1)
     assert features[0].expm1().round().tolist() == [9, 2, 2, 0, 0, 0]
     matches, ages = [0, 0, 0, 2, 0, 0, 2, 0, 0], [3, 3, 2, 2, 2, 2, 1, 1, 0]
     each = recent.of_match.detach()[matches] + recent.of_age.detach()[ages]
-    torch.testing.assert_close(weights[0], torch.cat([torch.zeros(1), each]).softmax(0))
+    weights = torch.cat([torch.zeros(1), each]).softmax(0)
+    by_hand = torch.full((V,), float(weights[0]) / V).index_add(0, tokens, weights[1:])
+    torch.testing.assert_close(every[0], by_hand)
+
+
+@pytest.mark.parametrize("size", [7, 16, 17])
+def test_recent_tokens_give_one_target_what_they_give_it_among_all(size):
+    """In rows that began before, began here, or have read a few tokens before; the gradients agree, too."""
+    recent, drawn = recent_tokens(size), torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 7, (25, 3), generator=drawn)
+    before = torch.randint(4, 8, (3, size - 1), generator=drawn)
+    before[1], before[2, : size - 3] = 0, 0
+    history = History(context_of(tokens, size - 1, before), torch.arange(75) // 3 + size - 1, torch.arange(75) % 3)
+    targets = torch.randint(1, 7, (75,), generator=drawn)
+    every, of_every = recent.estimates(history.last(size))
+    torch.testing.assert_close(every.sum(1), torch.ones(75))
+    one, of_one = recent.estimate(history, targets)
+    torch.testing.assert_close(of_one, of_every)
+    torch.testing.assert_close(one, every.gather(1, targets.unsqueeze(1)).squeeze(1))
+    weights = recent.of_match, recent.of_age
+    for ours, theirs in zip(
+        torch.autograd.grad(one.log().sum(), weights),
+        torch.autograd.grad(every.gather(1, targets.unsqueeze(1)).log().sum(), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("recent_tokens", [None, 8])
 def test_the_mixture_sums_to_one_and_is_the_same_for_one_token_as_for_all(recent_tokens):
     ngrams = counted_of(text(), recent_tokens=recent_tokens)
-    histories, targets = as_tensors(events(text(seed=3), ngrams.history_size + 1))
+    histories, targets = as_tensors(events(text(seed=3), 9))
     states = torch.randn(len(targets), 5)
     network = torch.randn(len(targets), V).log_softmax(1)
     every = ngrams.log_probabilities(states, histories, network)

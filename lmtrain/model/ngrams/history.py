@@ -11,11 +11,23 @@ from torch import Tensor
 from lmtrain.model.ngrams.embedding import NgramEmbedding
 
 
+class History(NamedTuple):
+    """What was read before each of N events, from which an `NgramMixture` takes as many tokens as it needs."""
+
+    context: Tensor  # (K + L, B) from `context_of`
+    time: Tensor  # (N,) step of the last token read before each event, counted from the start of `context`
+    row: Tensor  # (N,)
+
+    def last(self, size: int) -> Tensor:
+        """Return ids + 1 (N, size) of the last tokens read, the last one last; 0 where there was none."""
+        return history_at(self.context, size, self.time, self.row)
+
+
 class NgramInputs(NamedTuple):
     """Inputs of the output layer from n-grams, beside the recurrent states; None for what the model does not have."""
 
     vectors: Tensor | None = None  # (N, P) of embedded n-grams, added to the projected states
-    history: Tensor | None = None  # (N, K) for an `NgramMixture`
+    history: History | None = None  # for an `NgramMixture`
     last: Tensor | None = None  # (B, K) history at each row's end, which the model's state keeps
 
 
@@ -50,7 +62,7 @@ def ngram_inputs(
     time: Tensor,
     row: Tensor,
     embedding: NgramEmbedding | None,
-    mixed_size: int | None,
+    mixed: bool,
 ) -> NgramInputs:
     """Return what n-grams add to the inputs of N events.
 
@@ -59,9 +71,9 @@ def ngram_inputs(
         lengths: (B,) number of tokens that are read in each row.
         time, row: (N,) step and row of the last token read before each event.
         embedding: of the embedded n-grams, if there are any.
-        mixed_size: history of an `NgramMixture`, if there is one.
+        mixed: whether there is an `NgramMixture`.
     """
     vectors = None if embedding is None else embedding(context[size - embedding.history_size :], time, row)
-    history = None if mixed_size is None else history_at(context, mixed_size, time + size, row)
+    history = History(context, time + size, row) if mixed else None
     rows = torch.arange(len(lengths), device=context.device)
     return NgramInputs(vectors, history, history_at(context, size, lengths + size - 1, rows))

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lmtrain.model.ngrams.counting import PARTS, column_keys, context_keys
+from lmtrain.model.ngrams.history import History
 from lmtrain.model.ngrams.recent import RecentTokens
 
 GATE_SIZE = 64  # size of the gate's hidden layer
@@ -93,8 +94,6 @@ class NgramMixture(nn.Module):
         vocab_size: V.
         size: P, the size of the states that the gate reads.
 
-    Attributes:
-        history_size: number of tokens of history that an event needs.
     """
 
     unigram: Tensor  # (V,)
@@ -104,7 +103,6 @@ class NgramMixture(nn.Module):
         self.vocab_size, self.context_size = vocab_size, (order or 1) - 1  # K
         self.recent = None if recent_tokens is None else RecentTokens(recent_tokens, vocab_size)
         features = STATISTICS * self.context_size + (0 if self.recent is None else self.recent.features)
-        self.history_size = max(self.context_size, recent_tokens or 0)
         self.of_state = nn.Linear(size, GATE_SIZE)
         self.of_counts = nn.Linear(features, GATE_SIZE, bias=False)
         self.weights = nn.Linear(GATE_SIZE, 1 + self.context_size + (self.recent is not None))
@@ -175,33 +173,33 @@ class NgramMixture(nn.Module):
         wanted = torch.as_tensor(contexts, device=self.table.pairs.device) * self.vocab_size
         return torch.searchsorted(self.table.pairs, wanted)
 
-    def mix(self, states: Tensor, history: Tensor, targets: Tensor, columns: Tensor | None = None) -> Mixture:
+    def mix(self, states: Tensor, history: History, targets: Tensor, columns: Tensor | None = None) -> Mixture:
         """Return the estimates for each target, and the weights of the mixture.
 
         Args:
             states: (N, P), outside autograd's graph: the gate learns from them, but they do not learn from the gate.
-            history: (N, history_size) ids + 1 of the last tokens read, the last one last; 0 where there was none.
+            history: of the events, K tokens or more, and no fewer than R - 1 before the first of them.
             targets: (N,).
             columns: in training, the column of a stream (N,) that holds each event, from which nothing is counted if
                 `load_columns` was called; else each event is left out of the counts. None: exclude nothing.
         """
         estimates, features = list[Tensor](), list[Tensor]()
         if self.context_size:
-            own, statistics = self._of_targets(history, targets, columns)
+            own, statistics = self._of_targets(history.last(self.context_size), targets, columns)
             left, p = _left(statistics), self.unigram[targets]
             for order in range(self.context_size):
                 p = own[:, order] + left[:, order] * p
                 estimates.append(p)
             features.append(_features(statistics, left))
         if self.recent is not None:
-            attended, of_recent = self.recent(history)
-            estimates.append(self.recent.estimate(attended, history, targets))
+            of_targets, of_recent = self.recent.estimate(history, targets)
+            estimates.append(of_targets)
             features.append(of_recent)
         return Mixture(self._gate(states, features), torch.stack(estimates, 1).log())
 
     def _of_targets(self, history: Tensor, targets: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What `mix` finds in the counts: the part of each order's estimate (N, K) that the order itself adds, and the
-        statistics of the contexts (N, K, 4)."""
+        """What `mix` finds in the counts for a history (N, K): the part of each order's estimate (N, K) that the order
+        itself adds, and the statistics of the contexts (N, K, 4)."""
         keys, context, statistics = self._look_up(history)
         count, pair = self.table.count(context, targets.unsqueeze(1), self.vocab_size)  # (N, K) each
         if columns is not None and self.columns is not None:
@@ -220,7 +218,7 @@ class NgramMixture(nn.Module):
         discounted = count - _at(self.table.discounts.expand(*count.shape, -1), count)
         return discounted / statistics[..., 0].clamp(min=1), statistics
 
-    def log_probabilities(self, states: Tensor, history: Tensor, network: Tensor) -> Tensor:
+    def log_probabilities(self, states: Tensor, history: History, network: Tensor) -> Tensor:
         """Return the mixture's log-probabilities (N, V) of every token.
 
         Args:
@@ -229,7 +227,7 @@ class NgramMixture(nn.Module):
         """
         estimates, features = [network], list[Tensor]()
         if self.context_size:
-            _, context, statistics = self._look_up(history)
+            _, context, statistics = self._look_up(history.last(self.context_size))
             left, p = _left(statistics), self.unigram.expand_as(network)
             for order in range(self.context_size):
                 p = p * left[:, order : order + 1]
@@ -239,8 +237,8 @@ class NgramMixture(nn.Module):
                 estimates.append(p.log())
             features.append(_features(statistics, left))
         if self.recent is not None:
-            attended, of_recent = self.recent(history)
-            estimates.append(self.recent.estimates(attended, history).log())
+            of_every, of_recent = self.recent.estimates(history.last(self.recent.size))
+            estimates.append(of_every.log())
             features.append(of_recent)
         log_weights = self._gate(states, features)
         return torch.logsumexp(torch.stack(estimates, 1) + log_weights.unsqueeze(2), 1)
@@ -255,7 +253,7 @@ class NgramMixture(nn.Module):
 
     def _look_up(self, history: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """The key (N,) of each order from 2 up, the indices (N, K) and the statistics (N, K, 4) of the contexts."""
-        keys = list(context_keys(history[:, -self.context_size :]))[1:]
+        keys = list(context_keys(history))[1:]
         context = self.table.find(keys)
         return keys, context, self.table.statistics[context]
 
