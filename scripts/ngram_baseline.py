@@ -3,8 +3,8 @@
     python scripts/ngram_baseline.py runs/korean-reviews-10min [--order 5] [--characters]
 
 It is built from the run's own training files, cut by the run's own tokenizer or into characters, and scored on the
-run's own validation and test files: rows from `<bos>` to `<eos>`, end tokens scored, nothing else to go by than the
-last tokens.
+run's own validation and test files: rows from `<bos>` to `<eos>`, or the text as one stream if the run reads it so. End
+tokens are scored, and there is nothing else to go by than the last tokens.
 
 Chen and Goodman 1999, https://doi.org/10.1006/csla.1999.0128: a discount for counts of one, two, and more; lower orders
 count in how many contexts a token occurs instead of how often; the lowest is mixed with the even distribution.
@@ -71,11 +71,11 @@ class Level:
 
 
 class KneserNey:
-    """A model of the given order; `nats` scores rows."""
+    """A model of the given order; `nats` scores a text, which is a row after another or one stream."""
 
-    def __init__(self, store: TokenStore, vocab_size: int, order: int) -> None:
-        self.order, self.vocab_size = order, vocab_size
-        tokens, place = rows(store)
+    def __init__(self, store: TokenStore, vocab_size: int, order: int, stream: bool = False) -> None:
+        self.order, self.vocab_size, self.stream = order, vocab_size, stream
+        tokens, place = rows(store, stream)
         self.levels = []
         for n in range(1, order + 1):
             whole, there = ngrams(tokens, place, n)
@@ -91,7 +91,7 @@ class KneserNey:
 
     def nats(self, store: TokenStore) -> Tally:
         """Of every token but `<bos>`."""
-        tokens, place = rows(store)
+        tokens, place = rows(store, self.stream)
         probability = np.full(len(tokens), 1 / (self.vocab_size - 2))  # `<pad>` and `<bos>` never come
         for n, level in enumerate(self.levels, 1):
             whole, there = ngrams(tokens, place, n)
@@ -106,11 +106,14 @@ def shift(tokens: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return np.concatenate([np.zeros(1, np.uint64), tokens[:-1]])
 
 
-def rows(store: TokenStore) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """All tokens, and the place of each in its row."""
+def rows(store: TokenStore, stream: bool) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """All tokens, and the place of each in its row; in a stream, which has no `<bos>`, that of the first one is 1."""
+    tokens = store.tokens.astype(np.uint64)
+    if stream:
+        return tokens, np.arange(1, len(tokens) + 1)
     lengths = np.diff(store.offsets.astype(np.int64))
     starts = store.offsets[:-1].astype(np.int64)
-    return store.tokens.astype(np.uint64), np.arange(len(store.tokens)) - np.repeat(starts, lengths)
+    return tokens, np.arange(len(tokens)) - np.repeat(starts, lengths)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -131,7 +134,7 @@ def main(arguments: Sequence[str]) -> int:
             for name in ("train", "valid", "test")
             if (source := source_of(config, name)) is not None
         )
-        model = KneserNey(train[1], tokenizer.vocab_size, given.order)
+        model = KneserNey(train[1], tokenizer.vocab_size, given.order, config.batching.mode == "stream")
         for name, store in others:
             tally = model.nats(store)
             print(

@@ -39,8 +39,17 @@ def test_what_was_seen_is_likelier_and_higher_orders_know_more():
     assert fits == sorted(fits, reverse=True)
 
 
-def test_it_reads_a_run(small, capsys):
-    run = train(small("training.max_steps=2")).run
+def test_a_stream_continues_from_line_to_line():
+    lines = store([4, 5, EOS], [6, 7, EOS], [4, 5, EOS], [6, 7, EOS], [8, 7, EOS], [4, 8, EOS])
+    model = baseline.KneserNey(lines, VOCABULARY, 3, stream=True)
+    assert model.nats(lines).tokens == 18
+    seen, unseen = (model.nats(store([first, EOS, 6])).nats - model.nats(store([first, EOS])).nats for first in (5, 7))
+    assert seen < unseen
+
+
+@pytest.mark.parametrize("mode", [["batching.mode=sentences"], ["batching.mode=stream", "model.bidirectional=false"]])
+def test_it_reads_a_run(small, capsys, mode):
+    run = train(small("training.max_steps=2", *mode)).run
     assert baseline.main([str(run), "--order", "3"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("valid: 3-gram Kneser-Ney, ")
