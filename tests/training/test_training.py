@@ -247,10 +247,15 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(small, tmp_path):
     assert digest(runs[0]) == digest(runs[1]) != digest(runs[2])
 
 
-def test_the_start_does_not_wait_for_pytorchs_compiler(small):
-    code = "import sys, lmtrain; run = lmtrain.train('config.yaml').run; lmtrain.load(run).generate(['a']); "
-    code += "sys.exit('torch._dynamo' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize(
+    "ngrams", [[], ["model.ngram_counts=3", "model.recent_tokens=9", "model.ngram_embeddings=[2]"]]
+)
+def test_the_start_does_not_wait_for_pytorchs_compiler(small, ngrams):
+    """Nor for the library that computes with symbols for it."""
+    code = "import sys, lmtrain; from lmtrain.config import load_config\n"
+    code += "lmtrain.load(lmtrain.train(load_config('config.yaml', sys.argv[1:])).run).generate(['a'])\n"
+    code += "sys.exit(', '.join({'torch._dynamo', 'sympy'} & sys.modules.keys()) or None)"
+    subprocess.run([sys.executable, "-c", code, *ngrams], check=True)
 
 
 def test_a_finished_training_frees_its_model(small, tmp_path, monkeypatch):

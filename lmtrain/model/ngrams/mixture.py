@@ -57,6 +57,19 @@ class _Table(nn.Module):
     statistics: Tensor  # (C + 1, 4) float32
     discounts: Tensor  # (orders, 4) of counts 0, 1, 2, and more
 
+    def __init__(self, orders: int) -> None:
+        super().__init__()
+        # no arithmetic: for tensors without memory PyTorch would import its compiler, which takes a second
+        nothing = torch.zeros(0, dtype=torch.int64)
+        self.set(
+            [0] * orders,
+            contexts=nothing,
+            pairs=nothing,
+            counts=torch.zeros(0, dtype=torch.int32),
+            statistics=torch.zeros(1, STATISTICS),
+            discounts=torch.zeros(orders, 4),
+        )
+
     def __deepcopy__(self, memo: Any) -> _Table:
         return self  # copies of a model share the counts, which never change
 
@@ -108,20 +121,16 @@ class NgramMixture(nn.Module):
         self.weights = nn.Linear(GATE_SIZE, 1 + self.context_size + (self.recent is not None))
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
-        self.table = _Table()
+        self.table = _Table(self.context_size)
         self.columns: _Table | None = None  # of what each column of a stream alone has counted
-        self.register_buffer("unigram", torch.empty(0), persistent=False)
-        nothing = torch.zeros(0, dtype=torch.int64)
-        self.load_counts({f"{number}.{name}": nothing for number in range(1, self.context_size + 2) for name in PARTS})
+        self.register_buffer("unigram", torch.full((vocab_size,), 1 / vocab_size), persistent=False)
 
     def load_counts(self, counts: Mapping[str, Tensor]) -> None:
-        """Take the counts that `count_ngrams` returned; a mixture without counted n-grams needs none."""
+        """Take the counts that `count_ngrams` returned for the order of this mixture."""
         size, device = self.vocab_size, self.of_state.weight.device
         _, tokens, occurrences = self._parts(counts, 1)  # order 1 has one context, so its pairs are tokens
         self.unigram = _unigram(tokens, occurrences, size)
         orders = [self._parts(counts, number) for number in range(2, self.context_size + 2)]
-        if not orders:
-            return
         sizes = [len(contexts) for contexts, _, _ in orders]
         pairs = [own_pairs + sum(sizes[:order]) * size for order, (_, own_pairs, _) in enumerate(orders)]
         every = torch.cat(pairs)
@@ -156,7 +165,7 @@ class NgramMixture(nn.Module):
             numbers.append(_lost(before, before - own_counts, self.table.discounts[order].expand(len(pair), -1)))
         context = torch.cat(every) // len(self.table.pairs)
         statistics = torch.zeros(sum(sizes) + 1, STATISTICS, device=device)
-        self.columns = _Table()
+        self.columns = _Table(self.context_size)
         self.columns.set(
             sizes,
             contexts=torch.cat([contexts for contexts, _, _ in orders]),

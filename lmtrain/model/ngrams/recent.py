@@ -48,9 +48,10 @@ class RecentTokens(nn.Module):
     def __init__(self, size: int, vocab_size: int) -> None:
         super().__init__()
         self.size, self.vocab_size, self.features = size, vocab_size, LONGEST_MATCH + 1
-        self.of_match = nn.Parameter(torch.arange(LONGEST_MATCH + 1, dtype=torch.float32))
+        self.of_match = nn.Parameter(torch.tensor([float(match) for match in range(LONGEST_MATCH + 1)]))
         self.of_age = nn.Parameter(torch.zeros(AGES))
-        self.register_buffer("ages", torch.arange(1, size + 1, dtype=torch.float32).log2().long(), persistent=False)
+        ages = [age.bit_length() - 1 for age in range(1, size + 1)]  # the whole part of the logarithm to base 2
+        self.register_buffer("ages", torch.tensor(ages), persistent=False)
 
     def estimate(self, history: History, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the estimate (N,) of each target (N,), and features (N, M + 1) for the gate: the logarithms of how
