@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lmtrain.data.text import reading
-from lmtrain.data.text.formats import cells
-from lmtrain.data.text.formats.cells import cut_column, rows_end
+from lmtrain.data.text.formats import columns
+from lmtrain.data.text.formats.columns import cut_column, rows_end
 from lmtrain.data.text.reading import RawBlock
 from lmtrain.data.text.source import Source
 from lmtrain.errors import DataError
@@ -113,7 +113,7 @@ def test_every_regular_table_is_cut_at_once(rows, end):
 def test_rows_end_in_the_same_place_however_their_quotes_are_found(text):
     end = rows_end(text.encode(), ",")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "_regular_quotes", lambda flat, delimiter: None)
+        patch.setattr(columns, "_regular_quotes", lambda flat, delimiter: None)
         assert end == rows_end(text.encode(), ",")
     reader = csv.reader(io.StringIO(text.encode()[:end].decode() + "x", newline="\n"))
     assert list(reader)[-1] == ["x"]

@@ -12,7 +12,7 @@ from io import StringIO
 from typing import Any, ClassVar
 
 from lmtrain.data.text.formats.base import Format, Keys
-from lmtrain.data.text.formats.cells import cut_column, rows_end
+from lmtrain.data.text.formats.columns import cut_column, rows_end
 from lmtrain.data.text.formats.fields import choose_field, list_names
 from lmtrain.data.text.reading import BEGINNING_BYTES, LONGEST_RECORD_BYTES, Block, RawBlock, decode, first_chunk
 from lmtrain.errors import DataError

@@ -7,7 +7,7 @@ from typing import Any
 
 from lmtrain.data.text.formats.base import Format
 from lmtrain.data.text.formats.fields import list_names
-from lmtrain.data.text.formats.jsonl import cleaned, field_of, text_of
+from lmtrain.data.text.formats.jsonl import DECODER, cleaned, field_of, text_of
 from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.reading import Block, RawBlock, decode, first_chunk
 from lmtrain.errors import DataError
@@ -16,7 +16,6 @@ DEEPEST = 4  # brackets within brackets that one match of `_PARTS` takes; deeper
 SHOWN_CHARACTERS = 30  # of an element at fault
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _SPACE = re.compile(r"\s*")
-_DECODER = json.JSONDecoder()
 
 
 def _brackets(depth: int) -> bytes:
@@ -45,7 +44,7 @@ class JsonArrayFormat(Format):
             raise DataError(f"{path}:{1 + head.count(chr(10), 0, start)}: {_what_it_is(head[start:])}")
         start = _skip(head, start + 1)
         try:
-            first, _ = _DECODER.raw_decode(head, start)
+            first, _ = DECODER.raw_decode(head, start)
         except (ValueError, RecursionError):
             return self.keys.field  # `parse` names the fault
         if not isinstance(first, dict):
@@ -86,7 +85,7 @@ class JsonArrayFormat(Format):
             begin = place
             line, counted = line + text.count("\n", counted, begin), begin
             try:
-                element, place = _DECODER.raw_decode(text, begin)
+                element, place = DECODER.raw_decode(text, begin)
                 texts.append(text_of(element, raw.header or self.keys.field))
             except (ValueError, RecursionError, DataError) as error:
                 raise _fault(raw, text, begin, error) from None
@@ -130,7 +129,7 @@ def _what_it_is(head: str) -> str:
     if not head.startswith("{"):
         return "not a JSON array"
     try:
-        record, end = _DECODER.raw_decode(head)
+        record, end = DECODER.raw_decode(head)
     except (ValueError, RecursionError):  # longer than the beginning of the file, or broken
         record, end = {}, len(head)
     if head[end:].strip():

@@ -10,7 +10,7 @@ from lmtrain.data.text.normalise import normalise
 from lmtrain.data.text.reading import Block, RawBlock, first_chunk
 from lmtrain.errors import DataError
 
-_DECODER = json.JSONDecoder()
+DECODER = json.JSONDecoder()
 _MISSING = object()
 
 
@@ -47,7 +47,7 @@ class JsonlFormat(Format):
         """Return the text of a record; raises DataError with what follows the number of the line."""
         try:
             # two thirds of the time that `json.loads` takes, which allows for white space around an object
-            record, end = _DECODER.raw_decode(line) if line[0] == "{" else (None, 0)
+            record, end = DECODER.raw_decode(line) if line[0] == "{" else (None, 0)
             if end < len(line):
                 record = json.loads(line)
         except json.JSONDecodeError as error:
