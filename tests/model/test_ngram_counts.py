@@ -206,7 +206,8 @@ def model_of(rows, bidirectional=True, **more):
     for mixture in model.mixtures.values():
         torch.nn.init.normal_(mixture.weights.weight)
     both = {"of_forward": counts_of(rows), "of_backward": counts_of(rows, backward=True)}
-    model.load_counts({f"{name}.{part}": own for name in both for part, own in both[name].items()})
+    if options["ngram_counts"] is not None:
+        model.load_counts({f"{name}.{part}": own for name in both for part, own in both[name].items()})
     return model
 
 
