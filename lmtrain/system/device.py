@@ -16,6 +16,7 @@ from torch import Tensor
 from lmtrain.errors import ConfigError
 from lmtrain.model.cells import CELLS
 from lmtrain.model.packing import pack_rows
+from lmtrain.model.products import has_onednn
 from lmtrain.system.console import Notify
 from lmtrain.system.processes import launched_by_torchrun
 from lmtrain.system.variables import CUBLAS_WORKSPACE, DETERMINISTIC_WORKSPACES
@@ -156,6 +157,8 @@ def choose_precision(name: str, device: torch.device, size: int) -> tuple[str, s
     """
     if name != "auto":
         return name, "as configured"
+    if device.type == "cpu" and not has_onednn(torch.bfloat16):
+        return "fp32", "oneDNN has no bf16 products for this processor"
     size = size if device.type == "cpu" else max(size, LEAST_TIMED_SIZE)
     shapes = (512, size), (size, 4 * size)
     operands = [

@@ -167,5 +167,9 @@ def test_a_hopelessly_slow_bf16_is_tried_once(monkeypatch, bf16_s, chosen, produ
         return 0.02 if left.dtype == torch.float32 else next(taken_s)
 
     monkeypatch.setattr(device_module, "_product_seconds", timed)
-    assert choose_precision("auto", torch.device("cpu"), 8)[0] == chosen
+    monkeypatch.setattr(device_module, "has_onednn", lambda dtype: True)
+    assert choose_precision("auto", CPU, 8)[0] == chosen
     assert products is None or len(calls) == products
+    monkeypatch.setattr(device_module, "has_onednn", lambda dtype: False)
+    assert choose_precision("auto", CPU, 8) == ("fp32", "oneDNN has no bf16 products for this processor")
+    assert products is None or len(calls) == products  # none more

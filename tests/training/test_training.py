@@ -15,6 +15,7 @@ import torch
 from lmtrain.errors import ArtefactError, ConfigError, DataError, DivergedError, OutOfMemoryError
 from lmtrain.runs import checkpoint
 from lmtrain.runs.weights import build_model
+from lmtrain.system import device
 from lmtrain.training.start import train
 from lmtrain.training.step import TrainingStep
 from lmtrain.training.tracking import Tracker
@@ -236,7 +237,8 @@ def test_a_start_that_fails_closes_what_it_has_opened(small, tmp_path, monkeypat
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lmtrain-batches")]
 
 
-def test_precision_is_chosen_by_the_size_of_the_largest_layer(small, tmp_path):
+def test_precision_is_chosen_by_the_size_of_the_largest_layer(small, monkeypatch):
+    monkeypatch.setattr(device, "has_onednn", lambda dtype: True)
     run = train(small("model.layer_sizes=[5, 24, 8]", "training.precision=auto", "training.max_steps=1")).run
     because = json.loads((run / "environment.json").read_text())["precision_because"]
     assert because.startswith("a product of 512 x 24 x 96 ")
