@@ -76,6 +76,22 @@ def test_it_has_the_matrices_of_recurrence_and_projections_and_nothing_else(tied
     assert [each.param_groups[0]["lr"] for each in (muon, adamw, sparse)] == pytest.approx([0.06, 0.02, 0.01])
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_a_gate_learns_slowly_and_the_weights_of_recent_tokens_do_not(name):
+    """Else the gate would be sure of the counts before the network has learnt anything."""
+    model = LanguageModel(11, embedding_size=4, hidden_size=6, ngram_counts=3, recent_tokens=9)
+    optimizers = build_optimizers(model, name=name, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    set_learning_rate(optimizers, 0.02)
+    groups = [group for each in optimizers for group in each.param_groups]
+    rates = {id(weight): group["lr"] for group in groups for weight in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    slow = {name for name, weight in model.named_parameters() if rates[id(weight)] == pytest.approx(0.3 * 0.02)}
+    assert slow == {
+        f"mixtures.of_forward.{each}"
+        for each in ("of_state.weight", "of_state.bias", "of_counts.weight", "weights.weight", "weights.bias")
+    }
+
+
 def test_a_model_learns_with_it():
     torch.manual_seed(3)
     model = LanguageModel(8, embedding_size=8, hidden_size=16)
