@@ -14,9 +14,9 @@ from lmtrain.model.language_model import LanguageModel
 from lmtrain.training.muon import Muon
 
 GATE_LR_SCALE = 0.3
-"""Learning rate of a mixture's gate, as a multiple of `lr`. In the first hundred steps counted n-grams are far better than
-the network. A gate that learnt that at the full rate would be so sure of it that it heard of the network hundreds of
-steps too late, or never."""
+"""Learning rate of a mixture's gate, as a multiple of `lr`. In the first hundred steps counted n-grams are far better
+than the network. A gate that learnt that at the full rate would be so sure of it that it heard of the network hundreds
+of steps too late, or never."""
 
 WEIGHT_SHAPED = (torch.optim.AdamW, torch.optim.SGD, torch.optim.SparseAdam, Muon)
 """Optimizers whose state for a weight is tensors of the weight's shape, and a count of steps."""
@@ -61,8 +61,7 @@ def build_optimizers(
     muon_lr_scale: float = 1.0,
     ngram_lr_scale: float = 1.0,
 ) -> list[Optimizer]:
-    """Build AdamW, Muon or SGD over the model's weights. Matrices decay; biases, the vectors of n-grams and what belongs
-    to a mixture's gate do not.
+    """Build AdamW, Muon or SGD over the model's weights. Matrices decay; biases, vectors of n-grams and gates do not.
 
     AdamW: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101. Muon moves the matrices of the recurrence and
     of the projections; AdamW moves embeddings, the output layer and everything that is no matrix, as in Jordan et al.

@@ -56,7 +56,14 @@ class RecentTokens(nn.Module):
     def estimate(self, history: History, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the estimate (N,) of each target (N,), and features (N, M + 1) for the gate: the logarithms of how
         many recent tokens match how far. The context of the history holds R - 1 tokens or more before its first step.
+
+        A GPU looks at all N * R pairs: it is fast at that, and to find the few would make the program wait for it.
         """
+        if targets.device.type != "cpu":
+            recent = history.last(self.size)
+            each, features = self._weights(recent)
+            same = recent == targets.unsqueeze(1) + 1
+            return each[:, 0] / self.vocab_size + (each[:, 1:] * same).sum(1), features
         with torch.no_grad():
             all_counts, of_target = self._count(history, targets)
         with torch.autocast(targets.device.type, enabled=False):
@@ -121,6 +128,12 @@ class RecentTokens(nn.Module):
     def estimates(self, recent: Tensor) -> tuple[Tensor, Tensor]:
         """Return the estimate (N, V) of every token, and the features (N, M + 1) as `estimate` does, from ids + 1
         (N, R) of the recent tokens, the last one last, and 0 where there was none."""
+        weights, features = self._weights(recent)
+        even = (weights[:, :1] / self.vocab_size).expand(-1, self.vocab_size)
+        return even.scatter_add(1, (recent - 1).clamp(min=0), weights[:, 1:]), features
+
+    def _weights(self, recent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights (N, 1 + R) of the even guess and of each recent token (N, R), and the features."""
         going = recent > 0
         match, features = torch.zeros_like(recent), [going.sum(1)]
         for back in range(1, LONGEST_MATCH + 1):
@@ -131,6 +144,4 @@ class RecentTokens(nn.Module):
             features.append(going.sum(1))
         scores = (self.of_match[match] + self.of_age[self.ages.flip(0)]).masked_fill(recent == 0, -torch.inf)
         weights = torch.softmax(F.pad(scores, (1, 0)), 1)
-        even = (weights[:, :1] / self.vocab_size).expand(-1, self.vocab_size)
-        every = even.scatter_add(1, (recent - 1).clamp(min=0), weights[:, 1:])
-        return every, torch.stack(features, 1).to(weights.dtype).log1p()
+        return weights, torch.stack(features, 1).to(weights.dtype).log1p()
