@@ -250,9 +250,8 @@ def training(shape: Shape, device: torch.device, precision: str) -> Work:
     model = make_model(shape, device)
     step, made = training_step(shape, model, precision), shape.batches(shape.vocab_size)
     turn = cycle([[step_batch(batch, step)] for batch in made])
-    steps = statistics.mean(len(batch.tokens) - 1 for batch in made)
-    products = products_of_training(shape, mean_tokens(made), steps)
-    return Work(lambda: step(next(turn), 1e-3), mean_tokens(made), products, precision, model)
+    tokens, steps = mean_tokens(made), statistics.mean(len(batch.tokens) - 1 for batch in made)
+    return Work(lambda: step(next(turn), 1e-3), tokens, products_of_training(shape, tokens, steps), precision, model)
 
 
 def forward_and_backward(rows: int, inner: int, outer: int, count: float = 1) -> list[Product]:

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--corpus", type=Path, default=ROOT / "../shared/data/wikitext2", help="of three .txt files")
     parser.add_argument("--recipe", type=Path, default=ROOT / "configs/recipes/wikitext2-20min.yaml")
     parser.add_argument("--minutes", type=float, default=10.0)
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)  # overrides may follow options
     mark, time_s = race_of_example(given.example, given.corpus, given.minutes)
     other_s = 0.0  # start and validation, as the run before had them
     for part in PARTS:

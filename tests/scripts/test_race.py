@@ -32,6 +32,7 @@ def test_the_example_is_overtaken(tmp_path, capsys, monkeypatch):
         (tmp_path / f"{part}.txt").write_text(text)
     monkeypatch.setattr(race, "LEAST_S", 0.5)
     given = [str(tmp_path), "--corpus", str(tmp_path), "--recipe", str(tmp_path / "recipe.yaml"), "--minutes", "0.05"]
+    given += ["model.hidden_size=6"]  # overrides the recipe
     assert race.main(given) == 0
     said = capsys.readouterr().out
     assert [float(found) for found in re.findall(r"example: perplexity ([\d.]+)", said)] == [9000.0, 900.0, 900.0]
